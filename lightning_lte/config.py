@@ -1,0 +1,186 @@
+"""What the user chose, checked before anything else happens."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning_lte.schedule import MergeSchedule, as_schedule
+
+AfterMerge = Literal["keep", "reset"]
+ReplicaPolicy = Literal["merge", "step", "freeze"]
+Init = Literal["orthogonal", "kaiming", "xavier"]
+Execution = Literal["auto", "batched", "sequential"]
+
+
+@dataclass(frozen=True)
+class LTEConfig:
+    """All choices of a run. Symbols are those of the paper (arXiv 2402.16828).
+
+    Attributes:
+        heads: N, the number of heads over all devices.
+        merge_every: T, optimizer steps between two merges, or a schedule.
+        rank: r, the inner width of the factors of every weight without an entry in `rank_pattern`.
+        alpha: the numerator of the scale s = alpha / r. None means s = 2 for every weight whatever its rank: with
+            it, an ordinary full-rank learning rate works.
+        after_merge: "keep" lets factors and moments live on (appendix A.2 and the released code, slightly better);
+            "reset" sets B to zero (Algorithm 1).
+        reset_a: with "reset", whether A is kept or drawn anew at each merge.
+        reset_moments: with "reset", the fraction of the factors' optimizer moments that is set to zero at each merge,
+            the smallest first: 0 keeps all, 1 zeroes all. The paper found that resetting hurts.
+        target_modules: patterns of module names; only these are factored. None means every layer that can be.
+        exclude_modules: patterns of module names that are never factored.
+        rank_pattern: pattern of module names -> rank.
+        alpha_pattern: pattern of module names -> alpha.
+        replicas: what becomes of trainable parameters that are not factored: "merge" averages them at merges,
+            "step" averages their gradients at every step, "freeze" leaves them as they are.
+        init: how A starts: "orthogonal" (semi-orthogonal, scaled by sqrt(in / r) as the released code does),
+            "kaiming" or "xavier" (normal).
+        seed: heads are drawn from (seed, module name, head number). None means the seed of Lightning's
+            `seed_everything` if that was called, else 0.
+        execution: how several local heads share a device: "batched", "sequential", or "auto", which takes batched
+            where it is proved right on the first batch.
+
+    A pattern is a regular expression that must match the whole module name or its end from a dot on: "fc1" matches
+    "blocks.0.mlp.fc1", and "blocks\\.[01]\\..*" matches all in the first two blocks.
+
+    Raises:
+        TypeError, ValueError: a value that can't be, with the rule, the value and the remedy.
+    """
+
+    heads: int
+    merge_every: int | MergeSchedule = 10
+    rank: int = 16
+    alpha: float | None = None
+    after_merge: AfterMerge = "keep"
+    reset_a: Literal["keep", "redraw"] = "keep"
+    reset_moments: float = 0.0
+    target_modules: Sequence[str] | None = None
+    exclude_modules: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    replicas: ReplicaPolicy = "merge"
+    init: Init = "orthogonal"
+    seed: int | None = None
+    execution: Execution = "auto"
+
+    def __post_init__(self) -> None:
+        _check_count("heads", self.heads, "heads=8")
+        _check_count("rank", self.rank, "rank=16")
+        as_schedule(self.merge_every)
+        if self.alpha is not None:
+            _check_positive("alpha", self.alpha)
+        _check_choice("after_merge", self.after_merge, get_args(AfterMerge))
+        _check_choice("reset_a", self.reset_a, ("keep", "redraw"))
+        _check_fraction("reset_moments", self.reset_moments)
+        if self.after_merge == "keep" and (self.reset_a != "keep" or self.reset_moments):
+            raise ValueError(
+                "reset_a and reset_moments say what a reset does, and after_merge='keep' never resets; received"
+                f" reset_a={self.reset_a!r}, reset_moments={self.reset_moments!r}. Give after_merge='reset' as well."
+            )
+        if self.target_modules is not None:
+            object.__setattr__(self, "target_modules", _patterns("target_modules", self.target_modules))
+            if not self.target_modules:
+                raise ValueError(
+                    "target_modules must name at least one module; received an empty list."
+                    " Leave it out to factor every layer that can be."
+                )
+        object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules or ()))
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name) or {}
+            if not isinstance(pattern, Mapping):
+                raise TypeError(
+                    f"{name} must map patterns of module names to values; received {pattern!r}."
+                    f" Give a dict such as {name}={{'fc1': 8}}."
+                )
+            _patterns(name, list(pattern))
+            for key, value in pattern.items():
+                if name == "rank_pattern":
+                    _check_count(f"{name}[{key!r}]", value, "rank_pattern={'fc1': 8}")
+                else:
+                    _check_positive(f"{name}[{key!r}]", value)
+            object.__setattr__(self, name, dict(pattern))
+        _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
+        _check_choice("init", self.init, get_args(Init))
+        _check_choice("execution", self.execution, get_args(Execution))
+        if self.seed is None:
+            object.__setattr__(self, "seed", int(os.environ.get("PL_GLOBAL_SEED", "0")))
+        elif isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number or None; received {self.seed!r}. Give seed=0, for instance.")
+
+    def local_heads(self, world_size: int) -> int:
+        """Heads per device, n = N / world_size.
+
+        Raises:
+            ValueError: the devices don't divide the heads.
+        """
+        if self.heads % world_size:
+            above = -(-self.heads // world_size) * world_size
+            raise ValueError(
+                f"heads must be a multiple of the number of devices; received heads={self.heads} on {world_size}"
+                f" devices. Give heads={above}, or heads=None for one per device."
+            )
+        return self.heads // world_size
+
+    def rank_of(self, module_name: str) -> int:
+        """The rank r of the factors of a module's weight."""
+        return next((r for p, r in self.rank_pattern.items() if matches(p, module_name)), self.rank)
+
+    def scale_of(self, module_name: str) -> float:
+        """The scale s = alpha / r of a module's weight."""
+        alpha = next((a for p, a in self.alpha_pattern.items() if matches(p, module_name)), self.alpha)
+        return 2.0 if alpha is None else alpha / self.rank_of(module_name)
+
+    def wants(self, module_name: str) -> bool:
+        """Whether the user's targets and exclusions leave this module to be factored."""
+        if any(matches(p, module_name) for p in self.exclude_modules):
+            return False
+        return self.target_modules is None or any(matches(p, module_name) for p in self.target_modules)
+
+
+def matches(pattern: str, module_name: str) -> bool:
+    """Whether a pattern matches a whole module name, or its end from a dot on."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module_name) is not None
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} must hold patterns of module names as strings; received {pattern!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{name} must hold regular expressions; received {pattern!r} ({error})."
+                " Escape special characters with a backslash."
+            ) from error
+    return patterns
+
+
+def _check_count(name: str, value: Any, example: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number; received {value!r}. Give {example}, for instance.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; received {value}. Give {example}, for instance.")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; received {value!r}. Leave it out for a scale of 2.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and above 0; received {value}. Leave it out for a scale of 2.")
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a fraction from 0 to 1; received {value!r}. Give 0 to keep all, 1 for none.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; received {value!r}.")

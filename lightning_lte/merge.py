@@ -1,0 +1,207 @@
+"""The merge: W <- W + mean over all heads of delta, replicas <- their mean, then anchors or a reset."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lte.config import LTEConfig
+from lightning_lte.heads import Factors
+from lightning_lte.injection import Injection
+from lightning_lte.replicas import merge_running_statistics
+from lightning_lte.transport import Transport
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What happened at one merge.
+
+    Attributes:
+        step: optimizer steps done.
+        merges: merges done, this one included.
+        time_s: seconds the merge took on this device.
+        bytes_sent: bytes this device sent for it.
+        restarted: numbers of the heads, over all devices, that were left out because they were not finite.
+        delta_norm: Frobenius norm of what was added to all factored weights, or None if it was not asked for.
+        disagreement: sqrt(mean_h |delta_h|^2 / |mean delta|^2 - 1), the spread of the heads' deltas relative to their
+            mean: 0 if all heads learned the same, sqrt(N - 1) if they learned orthogonal things. None if not asked for
+            or if nothing was learned.
+    """
+
+    step: int
+    merges: int
+    time_s: float
+    bytes_sent: int
+    restarted: tuple[int, ...]
+    delta_norm: float | None
+    disagreement: float | None
+
+
+def merge(
+    injection: Injection,
+    optimizers: Sequence[Optimizer],
+    transport: Transport,
+    config: LTEConfig,
+    *,
+    step: int,
+    merges: int,
+    measure: bool = True,
+) -> MergeRecord:
+    """Merge all heads of all devices into the base weights.
+
+    Args:
+        injection: the module with its heads.
+        optimizers: hold the moments, which a reset or a restart changes.
+        transport: to the other devices.
+        config: the user's choices.
+        step: optimizer steps done.
+        merges: merges done before this one.
+        measure: whether to compute the norm and the disagreement.
+
+    Raises:
+        FloatingPointError: no head is finite. W stays as it was.
+    """
+    start, sent = time.perf_counter(), transport.bytes_sent
+    factors = list(injection.factors.values())
+    device = factors[0].A.device
+    good_all = transport.stack(_finite(injection).to(torch.uint8)).bool()
+    first = factors[0].first
+    good = good_all[first : first + factors[0].count]
+    good_total = int(good_all.sum())
+    if good_total == 0:
+        raise FloatingPointError(
+            f"At the merge after step {step} no head of {len(good_all)} has finite factors, so there is nothing to"
+            " merge; the base weights stay as they were at the merge before. Lower the learning rate or `alpha`, or"
+            " clip gradients, and go on from the last checkpoint."
+        )
+    good = good.to(device)
+    wide = torch.promote_types(factors[0].weight.dtype, torch.float32)
+    squared_mean = torch.zeros((), device=device, dtype=wide)
+    squared_heads = torch.zeros((), device=device, dtype=wide)
+    for group in _groups(factors, transport):
+        if measure:
+            for f in group:
+                squared_heads += f.squared_norms(good).to(wide)
+        deltas = _summed(group, good, good_all, transport)
+        for f, delta in zip(group, deltas, strict=True):
+            delta /= good_total
+            if measure:
+                squared_mean += delta.square().sum().to(wide)
+            f.add(delta)
+    if config.replicas == "merge":
+        injection.replicas.merge(transport, good, good_total)
+    merge_running_statistics(injection.module, transport)
+    restarted = tuple(int(h) for h in (~good_all).nonzero().flatten())
+    _settle(injection, optimizers, config, ~good, any_bad=bool(restarted), merges=merges + 1)
+
+    norm = disagreement = None
+    if measure:
+        transport.sum_([squared_heads])
+        norm = float(squared_mean.sqrt())
+        if norm > 0:
+            disagreement = max(0.0, float(squared_heads / good_total / squared_mean) - 1) ** 0.5
+    return MergeRecord(
+        step, merges + 1, time.perf_counter() - start, transport.bytes_sent - sent, restarted, norm, disagreement
+    )
+
+
+def dense_is_cheaper(factors: Factors, world_size: int) -> bool:
+    """Which payload moves fewer bytes per device in a ring: the dense mean delta or the factors of all heads.
+
+    With anchors a head sends them beside its factors. The dense sum travels in float32 or better.
+    """
+    out_features, in_features = factors.weight.shape
+    wide = torch.promote_types(factors.weight.dtype, torch.float32).itemsize
+    pairs = 1 if factors.anchor_A is None else 2
+    dense = 2 * out_features * in_features * wide // world_size
+    return dense <= factors.count * pairs * factors.rank * (in_features + out_features) * factors.A.itemsize
+
+
+def _finite(injection: Injection) -> Tensor:
+    checks = [f.finite() for f in injection.factors.values()]
+    replicas = injection.replicas.finite()
+    return torch.stack([*checks, *([] if replicas is None else [replicas])]).all(0)
+
+
+# Weights are merged a few at a time, which bounds the memory for their dense deltas.
+_GROUP_BYTES = 64 * 2**20
+
+
+def _groups(factors: list[Factors], transport: Transport) -> list[list[Factors]]:
+    if transport.world_size == 1:
+        return [[f] for f in factors]
+    groups: list[list[Factors]] = [[]]
+    size = 0
+    for f in factors:
+        if groups[-1] and size + f.weight.numel() * 4 > _GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(f)
+        size += f.weight.numel() * 4
+    return groups
+
+
+def _summed(group: list[Factors], good: Tensor, good_all: Tensor, transport: Transport) -> list[Tensor]:
+    """Every weight's delta summed over all good heads of all devices, bit-equal on all devices."""
+    if transport.world_size == 1:
+        return [f.summed_delta(good) for f in group]
+    dense = {id(f): f.summed_delta(good) for f in group if dense_is_cheaper(f, transport.world_size)}
+    transport.sum_(list(dense.values()))
+    return [dense[id(f)] if id(f) in dense else _summed_from_all(f, good_all, transport) for f in group]
+
+
+def _summed_from_all(factors: Factors, good_all: Tensor, transport: Transport) -> Tensor:
+    dtype = torch.promote_types(factors.weight.dtype, torch.float32)
+    A, B = (transport.stack(t.detach())[good_all.to(t.device)].to(dtype) for t in factors.current())
+    return factors.scale * (B.transpose(0, 1).flatten(1) @ A.flatten(0, 1))
+
+
+@torch.no_grad()
+def _settle(
+    injection: Injection,
+    optimizers: Sequence[Optimizer],
+    config: LTEConfig,
+    bad: Tensor,
+    *,
+    any_bad: bool,
+    merges: int,
+) -> None:
+    states: Mapping[nn.Parameter, dict[str, object]] = {p: s for opt in optimizers for p, s in opt.state.items()}
+    for f in injection.factors.values():
+        if any_bad:
+            f.restart(bad, redraw=True, merges=merges)
+            for p in (f.A, f.B):
+                _zero_moments(p, states.get(p, {}), bad)
+        if config.after_merge == "reset":
+            f.restart(~bad, redraw=config.reset_a == "redraw", merges=merges)
+            for p in (f.A, f.B):
+                _prune_moments(p, states.get(p, {}), config.reset_moments)
+        f.settle()
+    if any_bad:
+        for replica in injection.replicas:
+            which = bad if replica.stack is not None else bad.any().expand(1)
+            _zero_moments(replica.trained, states.get(replica.trained, {}), which)
+
+
+def _zero_moments(param: nn.Parameter, state: Mapping[str, object], heads: Tensor) -> None:
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
+            if len(heads) == len(value):
+                value[heads] = 0
+            elif bool(heads):
+                value.zero_()
+
+
+def _prune_moments(param: nn.Parameter, state: Mapping[str, object], fraction: float) -> None:
+    for value in state.values():
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            continue
+        for own in value:
+            count = round(fraction * own.numel())
+            if count:
+                own.view(-1)[own.abs().flatten().topk(count, largest=False).indices] = 0

@@ -1,0 +1,139 @@
+"""Everything trainable that is not factored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lte.transport import Transport
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter sits: module.`key`."""
+
+    module: nn.Module
+    module_name: str
+    key: str
+
+
+class Replica:
+    """A parameter that every worker trains by itself.
+
+    Attributes:
+        name: in the user's module.
+        param: the user's own. With one head per device, or for a parameter that the local heads share, it is trained
+            in place; else it holds the mean as of the last merge.
+        stack: (n, *shape), one for each local head, or None while it is trained in place.
+    """
+
+    def __init__(self, name: str, param: nn.Parameter, owners: list[Owner]) -> None:
+        self.name, self.param, self.owners = name, param, owners
+        self.stack: nn.Parameter | None = None
+
+    def split(self, count: int) -> None:
+        """Give each local head its own, starting from the user's parameter."""
+        copies = self.param.detach().unsqueeze(0).repeat(count, *[1] * self.param.dim())
+        self.stack = nn.Parameter(copies)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What the optimizer holds."""
+        return self.param if self.stack is None else self.stack
+
+    @property
+    def copies(self) -> Tensor:
+        """The local copies, (k, *shape): k = n for a stack, else 1."""
+        return self.param.detach().unsqueeze(0) if self.stack is None else self.stack.detach()
+
+
+class Replicas:
+    """All replicas of a module.
+
+    Args:
+        count: n, local heads.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._replicas: list[Replica] = []
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas)
+
+    def add(self, replica: Replica) -> None:
+        self._replicas.append(replica)
+
+    @contextmanager
+    def of_head(self, head: int) -> Iterator[None]:
+        """Let the module see one head's replicas in place of its own parameters, as torch.func does."""
+        split = [(r, r.stack[head]) for r in self._replicas if r.stack is not None]
+        for replica, own in split:
+            for owner in replica.owners:
+                owner.module._parameters[owner.key] = own  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for replica, _ in split:
+                for owner in replica.owners:
+                    owner.module._parameters[owner.key] = replica.param
+
+    @torch.no_grad()
+    def finite(self) -> Tensor | None:
+        """(n,) bool: whether a local head's replicas are finite; None without replicas."""
+        checks = [r.copies.isfinite().flatten(1).all(1).expand(self.count) for r in self._replicas]
+        return torch.stack(checks).all(0) if checks else None
+
+    @torch.no_grad()
+    def merge(self, transport: Transport, good: Tensor, good_total: int) -> None:
+        """Replace every replica by the mean over the good heads of all devices, accumulated in float32 or better."""
+        sums = []
+        for replica in self._replicas:
+            wide = torch.promote_types(replica.param.dtype, torch.float32)
+            if replica.stack is None:
+                # Local heads share it, so it counts once for each of them.
+                total = replica.param.to(wide, copy=True) * good.sum()
+                if not good.any():
+                    total.zero_()
+            else:
+                total = replica.stack[good].to(wide).sum(0)
+            sums.append(total)
+        transport.sum_(sums)
+        for replica, total in zip(self._replicas, sums, strict=True):
+            replica.param.copy_(total / good_total)
+            if replica.stack is not None:
+                replica.stack.copy_(replica.param.expand_as(replica.stack))
+
+    @torch.no_grad()
+    def average_gradients(self, transport: Transport) -> None:
+        """Average the gradients of replicas over devices, as data-parallel training does (`replicas="step"`)."""
+        if transport.world_size == 1:
+            return
+        for replica in self._replicas:
+            if replica.param.grad is None and replica.param.requires_grad:
+                # Every device must send the same tensors, also for a parameter that took no part on one of them.
+                replica.param.grad = torch.zeros_like(replica.param)
+        gradients = [r.param.grad for r in self._replicas if r.param.grad is not None]
+        transport.sum_(gradients)
+        for gradient in gradients:
+            gradient /= transport.world_size
+
+
+@torch.no_grad()
+def merge_running_statistics(module: nn.Module, transport: Transport) -> None:
+    """Average the running statistics of normalisation layers over devices; without it every device keeps its own."""
+    if transport.world_size == 1:
+        return
+    statistics = [
+        buffer
+        for layer in module.modules()
+        for key in ("running_mean", "running_var")
+        if (buffer := layer._buffers.get(key)) is not None and buffer.is_floating_point()
+    ]
+    transport.sum_(statistics)
+    for buffer in statistics:
+        buffer /= transport.world_size

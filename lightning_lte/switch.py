@@ -1,0 +1,30 @@
+"""Which of the local heads act in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+
+class Switch:
+    """One switch shared by all layers of a model.
+
+    Attributes:
+        count: n, the number of local heads.
+        position: None while no head acts and every layer shows its merged weight; "all" while dimension 0 of every
+            layer's input is n equal slices, one for each head; a number while that head acts alone.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.position: int | Literal["all"] | None = None
+
+    @contextmanager
+    def at(self, position: int | Literal["all"] | None) -> Iterator[None]:
+        """Hold a position inside a `with` block."""
+        before, self.position = self.position, position
+        try:
+            yield
+        finally:
+            self.position = before

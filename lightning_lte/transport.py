@@ -1,0 +1,98 @@
+"""What travels between devices. The only module that talks to `torch.distributed`; the identity in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Tensors are packed into flat buckets, so that many small ones cost one call; the cap bounds the extra memory.
+BUCKET_BYTES = 64 * 2**20
+
+
+class Transport:
+    """Sends merges between the devices of a process group.
+
+    Args:
+        world_size: number of devices; 1 needs no process group.
+        rank: number of this device.
+
+    Attributes:
+        bytes_sent: bytes this device has sent since the start, by the count of a ring: an all-reduce of b bytes sends
+            2 b (w - 1) / w, an all-gather of b bytes per device sends b (w - 1).
+    """
+
+    def __init__(self, world_size: int = 1, rank: int = 0) -> None:
+        self.world_size, self.rank = world_size, rank
+        self.bytes_sent = 0
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over all devices, bit-equal on all of them."""
+        if self.world_size == 1:
+            return
+        for bucket in buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            self.bytes_sent += 2 * flat.nbytes * (self.world_size - 1) // self.world_size
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Concatenate along dimension 0 the tensors of all devices, in the order of ranks; all have one shape."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        self.bytes_sent += tensor.nbytes * (self.world_size - 1)
+        return torch.cat(parts)
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Give every device the values of rank 0."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            contiguous = tensor.contiguous()
+            dist.broadcast(contiguous, src=0)
+            tensor.copy_(contiguous)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Collect a picklable value of each device on rank 0; the others receive None."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered
+
+    def agree(self, value: str, timeout_s: float) -> bool:
+        """Whether all devices arrive here with the same value before the time is out.
+
+        It goes through the store and not through a collective, for it is asked when some devices may be gone.
+        """
+        if self.world_size == 1:
+            return True
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"lte/agree/{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], value)
+        try:
+            store.wait(keys, timedelta(seconds=timeout_s))
+        except (dist.DistStoreError, RuntimeError):
+            return False
+        return all(store.get(key).decode() == value for key in keys)
+
+
+def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Deal tensors into lists of one dtype and device, each of at most `BUCKET_BYTES` unless one tensor alone is larger."""
+    dealt: list[list[Tensor]] = []
+    filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        key = (tensor.dtype, tensor.device)
+        bucket = filling.get(key)
+        if bucket is None or sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            bucket = filling[key] = []
+            dealt.append(bucket)
+        bucket.append(tensor)
+    return dealt
