@@ -71,6 +71,12 @@ class Injection:
     report: Report
     layers: list[nn.Module]
 
+    def split_replicas(self, config: LTEConfig) -> None:
+        """Give each local head its own copy of every replica, which sequential execution allows for all of them."""
+        for replica in self.replicas:
+            if config.replicas == "merge" and replica.stack is None and replica.param.requires_grad:
+                replica.split(self.switch.count)
+
     def eject(self) -> None:
         """Give every layer its own class back."""
         for layer in self.layers:
@@ -146,7 +152,12 @@ def inject(
         elif role == "replica":
             replica = Replica(names[param], param, owners[param])
             replicas.add(replica)
-            known = len(owners[param]) == 1 and headed_class(owner.module) and id(owner.module) not in inside_attention
+            known = (
+                len(owners[param]) == 1
+                and headed_class(owner.module)
+                and id(owner.module) not in inside_attention
+                and not any(matches(p, owner.module_name) for p in config.exclude_modules)
+            )
             per_head = config.replicas == "merge" and count > 1 and param.requires_grad
             if per_head and (known or config.execution == "sequential"):
                 replica.split(count)
@@ -157,12 +168,6 @@ def inject(
         headed = headed_class(layer)
         assert headed is not None
         enter(layer, headed, state)
-    if count > 1 and config.replicas == "merge":
-        for i, entry in enumerate(report.entries):
-            if entry.role == "replica":
-                split = any(r.name == entry.name and r.stack is not None for r in replicas)
-                how = "one for each head" if split else "one for the device"
-                report.entries[i] = Entry(entry.name, entry.shape, entry.role, f"{entry.reason}; {how}")
     return Injection(module, switch, factors, replicas, report, list(states))
 
 

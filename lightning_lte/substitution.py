@@ -46,8 +46,11 @@ class Substitution:
                         params.append(param)
                         new_names.append(names[i] if names else self.names.get(param, ""))
                     else:
-                        optimizer.state.pop(param, None)
+                        had_state = optimizer.state.pop(param, None) is not None
                         params.extend(new.values())
+                        if had_state:
+                            for p in new.values():
+                                _start_state(optimizer, group, p)
                         new_names.extend(new)
                         self.names.update({p: n for n, p in new.items()})
                 group["params"] = params
@@ -84,8 +87,23 @@ class Substitution:
         """Give every group the parameters that the user put there."""
         for optimizer, originals in zip(self.optimizers, self._original, strict=True):
             for group, original in zip(optimizer.param_groups, originals, strict=True):
-                for param in set(group["params"]) - set(original):
-                    optimizer.state.pop(param, None)
+                trained = group["params"]
                 group["params"] = original
+                had_state = [optimizer.state.pop(p, None) is not None for p in trained if p not in set(original)]
+                for param in original:
+                    if any(had_state) and param not in optimizer.state:
+                        _start_state(optimizer, group, param)
                 if "param_names" in group:
                     group["param_names"] = [self.names.get(p, "") for p in original]
+
+
+def _start_state(optimizer: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> None:
+    """Give a parameter the state that some optimizers (Adagrad) make when they are constructed; most make it later."""
+    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    constructor: Any = type(optimizer)
+    try:
+        twin: Optimizer = constructor([{**settings, "params": [param]}], **optimizer.defaults)
+    except Exception:
+        return  # made from other arguments than its settings; torch's own Adagrad is not
+    if param in twin.state:
+        optimizer.state[param] = twin.state[param]

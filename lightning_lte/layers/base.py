@@ -48,7 +48,7 @@ def state_of(layer: nn.Module) -> LayerState:
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the user wrote."""
-    return type(layer).__mro__[2] if isinstance(layer, HeadedLayer) else type(layer)
+    return type(layer).__bases__[1] if isinstance(layer, HeadedLayer) else type(layer)
 
 
 _classes: dict[tuple[type, type], type] = {}

@@ -1,0 +1,72 @@
+"""Gradients of local heads that share a device: their size, and their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lte.transport import Transport
+
+
+def scale_gradient(param: nn.Parameter, factor: int) -> None:
+    """Multiply every gradient that reaches `param` by `factor`.
+
+    n local heads share the mean of their losses, so each head's gradient comes out n times smaller than that of its own
+    loss. It is put right here, before optimizers, clipping or gradient scalers see it.
+    """
+    param.register_hook(lambda gradient: gradient * factor)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    params: Iterable[nn.Parameter],
+    per_head: Collection[nn.Parameter],
+    max_norm: float,
+    count: int,
+    transport: Transport,
+    *,
+    synchronised: bool,
+) -> Tensor:
+    """Clip the gradients of each local head by that head's own norm, as separate workers would.
+
+    Args:
+        params: what an optimizer holds.
+        per_head: those of them whose dimension 0 is the heads; the others are shared by all local heads. A shared
+            parameter counts in every head's norm and is scaled by the mean of the heads' coefficients.
+        max_norm: largest 2-norm of a head's gradient.
+        count: n, local heads.
+        transport: to the other devices.
+        synchronised: whether shared gradients are equal on all devices and have to stay so, which takes the mean of
+            the coefficients over all devices.
+
+    Returns:
+        (n,), each head's norm before.
+    """
+    own: list[Tensor] = []
+    shared: list[Tensor] = []
+    for param in params:
+        if param.grad is not None:
+            (own if param in per_head else shared).append(param.grad)
+    if not own and not shared:
+        return torch.zeros(count)
+    device = (own or shared)[0].device
+    squared = torch.zeros(count, device=device)
+    squared = squared.to(torch.promote_types(squared.dtype, (own or shared)[0].dtype))
+    for gradient in own:
+        squared = squared + torch.linalg.vector_norm(gradient.flatten(1), dim=1).to(squared).square()
+    for gradient in shared:
+        squared = squared + torch.linalg.vector_norm(gradient).to(squared).square()
+    norms = squared.sqrt()
+    # As torch.nn.utils.clip_grad_norm_ does, the small number included.
+    coefficients = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in own:
+        gradient.mul_(coefficients.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
+    mean = coefficients.mean()
+    if synchronised:
+        transport.sum_([mean])
+        mean /= transport.world_size
+    for gradient in shared:
+        gradient.mul_(mean.to(gradient.dtype))
+    return norms
