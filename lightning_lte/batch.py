@@ -53,6 +53,20 @@ def split(batch: Any, count: int) -> list[Any]:
     return [_rows(batch, rows, samples) for rows in order.tensor_split(count)]
 
 
+def is_even(batch: Any, count: int) -> bool:
+    """Whether a batch can be cut into `count` slices of one size. What `size` can't measure is taken to be even."""
+    try:
+        return size(batch) % count == 0
+    except ValueError:
+        return True
+
+
+def filled_up(batch: Any, count: int) -> Any:
+    """Repeat samples from the start of a batch until `count` divides it."""
+    samples = size(batch)
+    return _rows(batch, torch.arange(-(-samples // count) * count) % samples, samples)
+
+
 def overwrite_first(batch: Any, count: int) -> Any:
     """A copy of a batch in which the first of `count` even slices is a copy of the second."""
     samples = size(batch)

@@ -22,9 +22,14 @@ VERSION = 1
 State = dict[str, Any]
 
 
-def gather_state(explorer: Explorer) -> State | None:
-    """Everything of all devices, on rank 0; None on the others. A collective: every device has to call it."""
-    gathered = explorer.transport.gather(_local_state(explorer))
+def gather_state(explorer: Explorer, local: State) -> State | None:
+    """Everything of all devices, on rank 0; None on the others. A collective: every device has to call it.
+
+    Args:
+        explorer: whose state it is.
+        local: this device's `local_state`.
+    """
+    gathered = explorer.transport.gather(local)
     if gathered is None:
         return None
     first = gathered[0]
@@ -134,7 +139,8 @@ def set_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _local_state(explorer: Explorer) -> State:
+def local_state(explorer: Explorer) -> State:
+    """What this device holds."""
     injection, rank = explorer.injection, explorer.transport.rank
     stacked = explorer.per_head
     optimizers = []

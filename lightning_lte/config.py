@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -144,14 +144,20 @@ class LTEConfig:
 
 def matches(pattern: str, module_name: str) -> bool:
     """Whether a pattern matches a whole module name, or its end from a dot on."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", module_name) is not None
+    # The pattern stays a regular expression of its own, so that its flags and back references mean what they say.
+    expression = re.compile(pattern)
+    starts = [0, *(i + 1 for i, character in enumerate(module_name) if character == ".")]
+    return any(expression.fullmatch(module_name, start) for start in starts)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"{name} must hold patterns of module names as strings; received {pattern!r}.")
+            raise TypeError(
+                f"{name} must hold patterns of module names as strings; received {pattern!r}."
+                " Give a name such as 'fc1', or several in a list."
+            )
         try:
             re.compile(pattern)
         except re.error as error:
@@ -183,4 +189,5 @@ def _check_fraction(name: str, value: Any) -> None:
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; received {value!r}.")
+        some = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {some}; received {value!r}. Give {name}={choices[0]!r}, for instance.")

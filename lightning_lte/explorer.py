@@ -71,10 +71,11 @@ class Explorer:
 
         trained = {p for opt in self.optimizers for group in opt.param_groups for p in group["params"]}
         self.injection = inject(module, trained, config, count=self.count, first=self.transport.rank * self.count)
-        names = {p: n for n, p in module.named_parameters(remove_duplicate=False)}
+        names = {p: n for n, p in module.named_parameters()}
+        frozen = {entry.name for entry in self.report.entries if entry.role == "frozen"}
+        self._frozen = [p for p, name in names.items() if name in frozen]
         self.substitution = Substitution(self.optimizers, self._replacements(), names)
-        self._idle = [p for p, name in names.items() if p in trained and name in self._frozen_names()]
-        self.substitution.replace({p: {} for p in self._idle})
+        self._closed: checkpoint.State | None = None
         self._note_optimizers()
         self._scaled: set[nn.Parameter] = set()
         self._scale_gradients()
@@ -108,6 +109,28 @@ class Explorer:
         """Let one local head act alone in forwards inside the block, with its own replicas."""
         with self.injection.switch.at(index), self.injection.replicas.of_head(index):
             yield
+
+    def follow_backward(self, loss: Tensor, index: int) -> None:
+        """Let a local head act while its loss's graph runs backward, where activation checkpointing runs forwards.
+
+        Call it for the losses of all local heads, in the order of their forwards, and run the backward inside
+        `backward`. Autograd works through the youngest graph first, one head's after the other's.
+        """
+
+        def enter(_: Tensor) -> None:
+            self.injection.switch.position = index
+            self.injection.replicas.select(index)
+
+        loss.register_hook(enter)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Put back what `follow_backward` did when the block ends."""
+        try:
+            with self.injection.switch.at(self.injection.switch.position):
+                yield
+        finally:
+            self.injection.replicas.select(None)
 
     def after_backward(self, synchronise: bool = True) -> None:
         """Check the gradients; with `replicas="step"`, average those of replicas over devices.
@@ -155,7 +178,7 @@ class Explorer:
                 # Code that zeroes the gradients of module.parameters() would not reach these.
                 if param in hidden:
                     param.grad = None
-        for param in self._idle:
+        for param in self._frozen:
             param.grad = None
         if not self.clock.tick(self.optimizers.index(optimizer)):
             return None
@@ -190,7 +213,8 @@ class Explorer:
         self.close()
 
     def close(self) -> None:
-        """Give the module and the optimizers back without a merge."""
+        """Give the module and the optimizers back without a merge. `state_dict` stays available."""
+        self._closed = checkpoint.local_state(self)
         self.injection.eject()
         self.substitution.undo()
 
@@ -219,23 +243,21 @@ class Explorer:
 
     def state_dict(self) -> checkpoint.State | None:
         """All that is needed beside the module's and the optimizers' own state; see `checkpoint.gather_state`."""
-        return checkpoint.gather_state(self)
+        local = self._closed or checkpoint.local_state(self)
+        return checkpoint.gather_state(self, local)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
         checkpoint.scatter_state(self, state)
 
     def _replacements(self) -> dict[nn.Parameter, dict[str, nn.Parameter]]:
-        replacements = {}
+        replacements: dict[nn.Parameter, dict[str, nn.Parameter]] = {param: {} for param in self._frozen}
         for param, f in self.injection.factors.items():
             replacements[param] = {f"{f.name}.weight.A": f.A, f"{f.name}.weight.B": f.B}
         for replica in self.injection.replicas:
             if replica.stack is not None:
                 replacements[replica.param] = {replica.name: replica.stack}
         return replacements
-
-    def _frozen_names(self) -> set[str]:
-        return {entry.name for entry in self.report.entries if entry.role == "frozen"}
 
     def _note_optimizers(self) -> None:
         per_head = {p for f in self.injection.factors.values() for p in (f.A, f.B)}

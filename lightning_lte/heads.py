@@ -77,7 +77,14 @@ class Factors:
         in_features = self.weight.shape[1]
         normal = torch.stack(
             [
-                torch.randn(in_features, self.rank, generator=_generator(self.seed, self.name, head, merges))
+                torch.randn(
+                    in_features,
+                    self.rank,
+                    generator=_generator(self.seed, self.name, head, merges),
+                    # The user's default dtype and device must not change what is drawn.
+                    dtype=torch.float32,
+                    device="cpu",
+                )
                 for head in range(self.first, self.first + self.count)
             ]
         )

@@ -68,19 +68,22 @@ class Replicas:
     def add(self, replica: Replica) -> None:
         self._replicas.append(replica)
 
+    def select(self, head: int | None) -> None:
+        """Let the module see one head's replicas in place of its own parameters, as torch.func does; None undoes it."""
+        for replica in self._replicas:
+            if replica.stack is not None:
+                own = replica.param if head is None else replica.stack[head]
+                for owner in replica.owners:
+                    owner.module._parameters[owner.key] = own  # type: ignore[assignment]
+
     @contextmanager
     def of_head(self, head: int) -> Iterator[None]:
-        """Let the module see one head's replicas in place of its own parameters, as torch.func does."""
-        split = [(r, r.stack[head]) for r in self._replicas if r.stack is not None]
-        for replica, own in split:
-            for owner in replica.owners:
-                owner.module._parameters[owner.key] = own  # type: ignore[assignment]
+        """Select a head's replicas inside a `with` block."""
+        self.select(head)
         try:
             yield
         finally:
-            for replica, _ in split:
-                for owner in replica.owners:
-                    owner.module._parameters[owner.key] = replica.param
+            self.select(None)
 
     @torch.no_grad()
     def finite(self) -> Tensor | None:

@@ -38,7 +38,8 @@ class HeadedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = object.__new__(original_class(self))
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _STATE})
-        return plain.__reduce_ex__(protocol)
+        # Protocol 2 and above insist on the class of `self`; the older form names the class it makes.
+        return plain.__reduce_ex__(1)
 
 
 def state_of(layer: nn.Module) -> LayerState:
@@ -58,7 +59,9 @@ def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> Non
     """Change `layer` in place to a subclass of `headed` and of its own class, under its own class's name."""
     own = type(layer)
     if (headed, own) not in _classes:
-        _classes[headed, own] = type(own.__name__, (headed, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+        _classes[headed, own] = type(
+            own.__name__, (headed, own), {"__module__": own.__module__, "__doc__": own.__doc__}
+        )
     layer.__class__ = _classes[headed, own]
     layer.__dict__[_STATE] = state
 

@@ -1,0 +1,83 @@
+"""The Lightning callback: watches merges and tells loggers and the progress bar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_lte.metrics import merge_metrics
+
+if TYPE_CHECKING:
+    from lightning_lte.strategy import LTEStrategy
+
+
+class LTECallback(Callback):
+    """Logs every merge to the user's own loggers and shows the count of merges in the progress bar.
+
+    `LTEStrategy` adds one by itself if the user gave none. The metrics are those of `merge_metrics`, at the step that
+    Lightning's own metrics have. Merging does not depend on this callback.
+
+    Raises:
+        TypeError: on `fit` with another strategy.
+    """
+
+    def __init__(self) -> None:
+        self._logged = 0
+        self._resumes_mid_epoch = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        from lightning_lte.strategy import LTEStrategy
+
+        if not isinstance(trainer.strategy, LTEStrategy):
+            raise TypeError(
+                f"LTECallback watches LTEStrategy; received a Trainer with {type(trainer.strategy).__name__}. Give"
+                " Trainer(strategy=LTEStrategy(...)), or leave the callback out."
+            )
+        # The norms of a merge cost time, and nobody sees them without a logger.
+        trainer.strategy.measure = bool(trainer.loggers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = _strategy(trainer)
+        self._logged = strategy.explorer.clock.merges if strategy.explorer else 0
+        if strategy.resumed:
+            strategy.restore_generators()
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            self._resumes_mid_epoch = progress.current.ready > 0 and not progress.is_last_batch
+            fetcher = trainer.fit_loop._data_fetcher
+            if not self._resumes_mid_epoch and fetcher is not None:
+                # A loader draws from the random stream when its iterator is made. Lightning has made the first one
+                # already; the uninterrupted run made it here.
+                iter(fetcher)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._resumes_mid_epoch:
+            # Once more, after the loader's own draws.
+            self._resumes_mid_epoch = False
+            _strategy(trainer).restore_generators()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        explorer = _strategy(trainer).explorer
+        if explorer is None:
+            return
+        pl_module.log("merges", float(explorer.clock.merges), prog_bar=True, logger=False)
+        self._log_merge(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The strategy puts this callback first, so that the others (weight averaging, checkpoints) see merged weights.
+        _strategy(trainer).final_merge()
+        self._log_merge(trainer)
+
+    def _log_merge(self, trainer: Trainer) -> None:
+        record = _strategy(trainer).last_record
+        if record is None or record.merges <= self._logged:
+            return
+        self._logged = record.merges
+        for logger in trainer.loggers:
+            logger.log_metrics(merge_metrics(record), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _strategy(trainer: Trainer) -> LTEStrategy:
+    return trainer.strategy  # type: ignore[return-value]
