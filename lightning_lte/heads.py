@@ -141,7 +141,7 @@ class Factors:
 
     @torch.no_grad()
     def squared_norms(self, good: Tensor) -> Tensor:
-        """Sum over good local heads of the squared Frobenius norm of each head's delta, through (2r, 2r) Gram matrices."""
+        """Sum over good local heads of the squared Frobenius norm of the delta, through (2r, 2r) Gram matrices."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.current()
         A, B = A[good].to(dtype), B[good].to(dtype)
