@@ -1,0 +1,163 @@
+"""LoRA-the-Explorer, slow and literal: Algorithm 1 and appendix A.2 of the paper with a loop over workers.
+
+Every worker has a whole copy of the model and an optimizer of its own. Nothing here comes from `lightning_lte`: what the
+package computes with batched products and clever bookkeeping, this file computes as the paper writes it, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class LoRALinear(nn.Module):
+    """f(x) = (W - s V) x + s B A x + b, with W and V fixed."""
+
+    def __init__(self, linear: nn.Linear, A: Tensor, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.W = linear.weight.detach().clone()
+        self.bias = linear.bias
+        self.A = nn.Parameter(A.double().clone())
+        self.B = nn.Parameter(torch.zeros(linear.out_features, A.shape[0], dtype=torch.float64))
+        self.V = torch.zeros_like(self.W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ (self.W - self.scale * self.V).T + self.scale * (x @ self.A.T @ self.B.T)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """s (B A - V), what this worker learned since the last merge."""
+        return self.scale * (self.B @ self.A - self.V)
+
+
+class Worker:
+    """One worker: a model of its own in which the factored layers are `LoRALinear`, and an optimizer of its own."""
+
+    def __init__(
+        self, model: nn.Module, first_A: Mapping[str, Tensor], scale: float, optimizer: Callable, freeze: bool
+    ) -> None:
+        self.model = copy.deepcopy(model)
+        self.layers: dict[str, LoRALinear] = {}
+        for name, A in first_A.items():
+            parent, _, child = name.rpartition(".")
+            self.layers[name] = LoRALinear(self.model.get_submodule(name), A, scale)  # type: ignore[arg-type]
+            setattr(self.model.get_submodule(parent), child, self.layers[name])
+        hidden = {id(p) for layer in self.layers.values() for p in (layer.A, layer.B)}
+        self.replicas = {n: p for n, p in self.model.named_parameters() if id(p) not in hidden and p.requires_grad}
+        self.trained = [p for p in self.model.parameters() if id(p) in hidden or (not freeze and p.requires_grad)]
+        self.optimizer: Optimizer = optimizer(self.trained)
+
+
+class Oracle:
+    """All workers.
+
+    Args:
+        model: the plain model; it is copied and stays as it is.
+        factored: name of each factored nn.Linear -> first A of every worker, (N, r, in).
+        scale: s.
+        period: T, optimizer steps between two merges.
+        after_merge: "keep" is appendix A.2, "reset" Algorithm 1 with B <- 0 and A and the moments kept.
+        replicas: "merge" averages all other trainable parameters at merges, "step" averages their gradients at every
+            step, "freeze" doesn't train them.
+        optimizer: makes a worker's optimizer from its parameters.
+        clip: the largest norm of a worker's gradient.
+        accumulate: calls of `step` for one step of the optimizers, each with its share of the loss.
+
+    Attributes:
+        merged: a plain model with W and the replicas as of the last merge.
+        steps: optimizer steps done.
+        merges: merges done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factored: Mapping[str, Tensor],
+        *,
+        scale: float,
+        period: int,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        after_merge: Literal["keep", "reset"] = "keep",
+        replicas: Literal["merge", "step", "freeze"] = "merge",
+        clip: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        self.period, self.after_merge, self.replicas = period, after_merge, replicas
+        self.clip, self.accumulate = clip, accumulate
+        self.merged = copy.deepcopy(model).double()
+        workers = len(next(iter(factored.values())))
+        self.workers = [
+            Worker(self.merged, {name: A[n] for name, A in factored.items()}, scale, optimizer, replicas == "freeze")
+            for n in range(workers)
+        ]
+        self.steps = self.merges = self._calls = self._last_merge = 0
+
+    def step(self, slices: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> None:
+        """Train every worker on its own slice (x, y) with `loss(model(x), y)`, and merge if that is due."""
+        for worker, (x, y) in zip(self.workers, slices, strict=True):
+            (loss(worker.model(x), y) / self.accumulate).backward()
+        self._calls += 1
+        if self._calls % self.accumulate:
+            return
+        if self.replicas == "step":
+            self._average_gradients()
+        if self.clip is not None:
+            for worker in self.workers:
+                torch.nn.utils.clip_grad_norm_(worker.trained, self.clip)
+            if self.replicas == "step":
+                # Each worker clipped its copy of the same gradient by a norm of its own; they have to agree again.
+                self._average_gradients()
+        for worker in self.workers:
+            worker.optimizer.step()
+            worker.optimizer.zero_grad()
+        self.steps += 1
+        if self.steps - self._last_merge >= self.period:
+            self.merge()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- W + 1/N sum_n s (B_n A_n - V_n), then V_n <- B_n A_n, or B_n <- 0."""
+        for name in self.workers[0].layers:
+            layers = [worker.layers[name] for worker in self.workers]
+            W = layers[0].W + sum(layer.delta() for layer in layers) / len(layers)
+            self.merged.get_submodule(name).weight.copy_(W)  # type: ignore[operator, union-attr]
+            for layer in layers:
+                layer.W = W.clone()
+                if self.after_merge == "keep":
+                    layer.V = layer.B @ layer.A
+                else:
+                    layer.B.zero_()
+        for name in self.workers[0].replicas:
+            mean = sum(worker.replicas[name] for worker in self.workers) / len(self.workers)
+            self.merged.get_parameter(name).copy_(mean)
+            for worker in self.workers:
+                worker.replicas[name].copy_(mean)
+        self.merges += 1
+        self._last_merge = self.steps
+
+    def finish(self) -> nn.Module:
+        """Merge what was learned since the last merge; returns the plain model."""
+        if self.steps > self._last_merge:
+            self.merge()
+        return self.merged
+
+    def worker_weight(self, worker: int, name: str) -> Tensor:
+        """The effective weight of a worker's layer, W + s (B A - V)."""
+        layer = self.workers[worker].layers[name]
+        return layer.W + layer.delta()
+
+    def _average_gradients(self) -> None:
+        for name in self.workers[0].replicas:
+            gradients = [worker.replicas[name].grad for worker in self.workers]
+            mean = torch.stack([g for g in gradients if g is not None]).mean(0)
+            for worker in self.workers:
+                worker.replicas[name].grad = mean.clone()
