@@ -30,7 +30,7 @@ class Substitution:
     ) -> None:
         self.optimizers = list(optimizers)
         self.names = dict(names)
-        self._original = [[list(group["params"]) for group in opt.param_groups] for opt in self.optimizers]
+        self._original = [[_content(group) for group in opt.param_groups] for opt in self.optimizers]
         self.replace(replacements)
 
     def replace(self, replacements: Mapping[nn.Parameter, Mapping[str, nn.Parameter]]) -> None:
@@ -65,19 +65,16 @@ class Substitution:
     def plain_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state_dict in terms of the user's own parameters: its settings, and no moments."""
         index, groups = 0, []
-        for group, original in zip(optimizer.param_groups, self._original[self.optimizers.index(optimizer)], strict=True):
-            plain = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            if "param_names" in group:
-                plain["param_names"] = [self.names.get(p, "") for p in original]
-            groups.append({**plain, "params": list(range(index, index + len(original)))})
-            index += len(original)
+        for group, original in zip(optimizer.param_groups, self._user_content(optimizer), strict=True):
+            count = len(original["params"])
+            groups.append({**group, **original, "params": list(range(index, index + count))})
+            index += count
         return {"state": {}, "param_groups": groups}
 
     def load_plain_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
         """Take over the settings of param groups from a state_dict; False if its groups are not shaped like ours."""
-        original = self._original[self.optimizers.index(optimizer)]
         groups = state["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(params) for params in original]:
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self._user_content(optimizer)]:
             return False
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
@@ -85,16 +82,23 @@ class Substitution:
 
     def undo(self) -> None:
         """Give every group the parameters that the user put there."""
-        for optimizer, originals in zip(self.optimizers, self._original, strict=True):
-            for group, original in zip(optimizer.param_groups, originals, strict=True):
-                trained = group["params"]
-                group["params"] = original
-                had_state = [optimizer.state.pop(p, None) is not None for p in trained if p not in set(original)]
-                for param in original:
+        for optimizer in self.optimizers:
+            for group, original in zip(optimizer.param_groups, self._user_content(optimizer), strict=True):
+                trained, params = group["params"], original["params"]
+                group.update(original)
+                had_state = [optimizer.state.pop(p, None) is not None for p in trained if p not in set(params)]
+                for param in params:
                     if any(had_state) and param not in optimizer.state:
                         _start_state(optimizer, group, param)
-                if "param_names" in group:
-                    group["param_names"] = [self.names.get(p, "") for p in original]
+
+    def _user_content(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The content of each param group as the user put it there; of groups added since, as it is."""
+        known = self._original[self.optimizers.index(optimizer)]
+        return known + [_content(group) for group in optimizer.param_groups[len(known) :]]
+
+
+def _content(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(group[key]) for key in ("params", "param_names") if key in group}
 
 
 def _start_state(optimizer: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> None:
