@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 
 # Tensors are packed into flat buckets, so that many small ones cost one call; the cap bounds the extra memory.
 BUCKET_BYTES = 64 * 2**20
+
+# Questions put to `Transport.agree`, numbered alike on all devices: an answer to an earlier one must not count.
+_questions = itertools.count()
 
 
 class Transport:
@@ -75,17 +79,18 @@ class Transport:
         if self.world_size == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
-        keys = [f"lte/agree/{rank}" for rank in range(self.world_size)]
-        store.set(keys[self.rank], value)
+        question = next(_questions)
+        keys = [f"lte/agree/{question}/{rank}" for rank in range(self.world_size)]
         try:
+            store.set(keys[self.rank], value)
             store.wait(keys, timedelta(seconds=timeout_s))
-        except (dist.DistStoreError, RuntimeError):
+            return all(store.get(key).decode() == value for key in keys)
+        except RuntimeError:  # the time is out, or the device that holds the store is gone
             return False
-        return all(store.get(key).decode() == value for key in keys)
 
 
 def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Deal tensors into lists of one dtype and device, each of at most `BUCKET_BYTES` unless one tensor alone is larger."""
+    """Deal tensors into lists of one dtype and device, of at most `BUCKET_BYTES` unless one tensor alone is larger."""
     dealt: list[list[Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
