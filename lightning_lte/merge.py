@@ -118,8 +118,9 @@ def dense_is_cheaper(factors: Factors, world_size: int) -> bool:
     out_features, in_features = factors.weight.shape
     wide = torch.promote_types(factors.weight.dtype, torch.float32).itemsize
     pairs = 1 if factors.anchor_A is None else 2
-    dense = 2 * out_features * in_features * wide // world_size
-    return dense <= factors.count * pairs * factors.rank * (in_features + out_features) * factors.A.itemsize
+    local = factors.count * pairs * factors.rank * (in_features + out_features) * factors.A.itemsize
+    # 2 b (w - 1) / w bytes of an all-reduce against (w - 1) times the local factors, kept in whole numbers.
+    return 2 * out_features * in_features * wide <= world_size * local
 
 
 def _finite(injection: Injection) -> Tensor:
@@ -189,9 +190,10 @@ def _settle(
 
 
 def _zero_moments(param: nn.Parameter, state: Mapping[str, object], heads: Tensor) -> None:
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
-            if len(heads) == len(value):
+    for key, value in state.items():
+        # The step count of a scalar parameter has its shape, too.
+        if isinstance(value, Tensor) and value.shape == param.shape and key != "step":
+            if len(heads) > 1:
                 value[heads] = 0
             elif bool(heads):
                 value.zero_()
