@@ -56,7 +56,9 @@ class Report:
         for e in self.entries:
             shape = "x".join(map(str, e.shape)) or "scalar"
             groups[re.sub(r"\d+", "*", e.name), shape, e.role, e.reason].append(e.name)
-        rows = [(n if len(g) > 1 else g[0], str(len(g)), shape, role, why) for (n, shape, role, why), g in groups.items()]
+        rows = [
+            (n if len(g) > 1 else g[0], str(len(g)), shape, role, why) for (n, shape, role, why), g in groups.items()
+        ]
         return "\n".join([_table([("parameter", "count", "shape", "role", "why"), *rows]), *self.notes])
 
 
@@ -103,7 +105,11 @@ def inject(
     owners: dict[nn.Parameter, list[Owner]] = defaultdict(list)
     names: dict[nn.Parameter, str] = {}
     inside_attention = {
-        id(child) for m in module.modules() if isinstance(m, nn.MultiheadAttention) for child in m.modules() if child is not m
+        id(child)
+        for m in module.modules()
+        if isinstance(m, nn.MultiheadAttention)
+        for child in m.modules()
+        if child is not m
     }
     for module_name, owner in module.named_modules():
         for key, param in owner._parameters.items():
@@ -228,5 +234,3 @@ def _check_patterns(module: nn.Module, config: LTEConfig) -> None:
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
-
-

@@ -19,7 +19,9 @@ class HeadedLayerNorm(HeadedLayer):
         if state.switch.position != "all":
             return super().forward(input)  # type: ignore[misc, no-any-return]
         count = state.switch.count
-        x = functional.layer_norm(input, self.normalized_shape, None, None, self.eps).flatten(-len(self.normalized_shape))
+        x = functional.layer_norm(input, self.normalized_shape, None, None, self.eps).flatten(
+            -len(self.normalized_shape)
+        )
         y = slices(self, x, count)
         for name, combine in (("weight", Tensor.mul), ("bias", Tensor.add)):
             own: Tensor | None = getattr(self, name)
