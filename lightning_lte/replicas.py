@@ -128,7 +128,10 @@ class Replicas:
 
 @torch.no_grad()
 def merge_running_statistics(module: nn.Module, transport: Transport) -> None:
-    """Average the running statistics of normalisation layers over devices; without it every device keeps its own."""
+    """Average the running statistics of normalisation layers over devices; without it every device keeps its own.
+
+    Those of a device whose activations were not finite are left out: they would spoil all others for good.
+    """
     if transport.world_size == 1:
         return
     statistics = [
@@ -137,6 +140,11 @@ def merge_running_statistics(module: nn.Module, transport: Transport) -> None:
         for key in ("running_mean", "running_var")
         if (buffer := layer._buffers.get(key)) is not None and buffer.is_floating_point()
     ]
-    transport.sum_(statistics)
-    for buffer in statistics:
-        buffer /= transport.world_size
+    if not statistics:
+        return
+    finite = torch.stack([buffer.isfinite().all() for buffer in statistics])
+    sums = [torch.where(ok, buffer, 0) for ok, buffer in zip(finite, statistics, strict=True)]
+    counts = finite.to(torch.float32)
+    transport.sum_([*sums, counts])
+    for buffer, total, count in zip(statistics, sums, counts, strict=True):
+        buffer.copy_(torch.where(count > 0, total / count, buffer))

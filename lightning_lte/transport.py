@@ -34,6 +34,7 @@ class Transport:
         self.world_size, self.rank = world_size, rank
         self.bytes_sent = 0
 
+    @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all devices, bit-equal on all of them."""
         if self.world_size == 1:
@@ -54,6 +55,7 @@ class Transport:
         self.bytes_sent += tensor.nbytes * (self.world_size - 1)
         return torch.cat(parts)
 
+    @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Give every device the values of rank 0."""
         if self.world_size == 1:
