@@ -32,11 +32,12 @@ class HeadedLinear(HeadedLayer):
             y = factors.apply(functional.linear(x, factors.weight.detach(), bias), x)
         elif "weight" in state.stacks:
             y = x @ state.stacks["weight"].mT
-            y = y if bias is None else y + bias
+            y = y if bias is None else y + bias.to(y.dtype)
         else:
             y = functional.linear(x, self.weight, bias)  # type: ignore[arg-type]
         if "bias" in state.stacks:
-            y = y + state.stacks["bias"].unsqueeze(1)
+            # Under autocast y has fewer bits than the bias, and must not be widened by it.
+            y = y + state.stacks["bias"].unsqueeze(1).to(y.dtype)
         return y.reshape(*input.shape[:-1], -1)
 
 
