@@ -185,6 +185,9 @@ class LTEStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         trainer = model.trainer
+        if self._world_size == 1:
+            # Lightning takes every subclass of DDPStrategy for distributed and would shuffle loaders that are not shuffled.
+            trainer._accelerator_connector.use_distributed_sampler = False
         if trainer.state.fn == TrainerFn.FITTING:
             # First, so that the callbacks after it see merged weights when training ends.
             own = [c for c in trainer.callbacks if isinstance(c, LTECallback)] or [LTECallback()]  # type: ignore[attr-defined]

@@ -1,0 +1,130 @@
+"""Small networks, LightningModules and data that tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+IN, WIDTH, CLASSES = 10, 16, 3
+
+
+class Net(nn.Module):
+    """Two layers to factor, with bias and without, a norm, and a thin layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(IN, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.second(torch.tanh(self.norm(self.first(x))))))
+
+
+class ScaledNet(Net):
+    """A net with a bare parameter, which one forward over all heads can't deal out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(IN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.gain)
+
+
+FACTORED = ("first", "second")
+RANK = 3
+
+
+def make_net(kind: type[Net] = Net) -> Net:
+    """The same net at every call, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind().double()
+
+
+def make_data(samples: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs (samples, IN) in float64 and labels (samples,)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, IN, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, CLASSES, (samples,), generator=generator)
+
+
+def loader(samples: int = 48, batch_size: int = 16, **kwargs: Any) -> DataLoader:
+    """Batches of `make_data`, in order unless told otherwise."""
+    return DataLoader(TensorDataset(*make_data(samples)), batch_size=batch_size, **kwargs)
+
+
+def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def adamw(params: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+class Module(LightningModule):
+    """A LightningModule that was never written for heads."""
+
+    def __init__(self, net: nn.Module | None = None, optimizer: Callable[..., Optimizer] = adamw) -> None:
+        super().__init__()
+        self.net = make_net() if net is None else net
+        self.make_optimizer = optimizer
+        self.batch_sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.batch_sizes.append(len(batch[0]))
+        loss = cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.parameters())
+
+
+class Recorder(Callback):
+    """Calls a function after each batch and keeps what it returns."""
+
+    def __init__(self, look: Callable[[Trainer, Any], Any]) -> None:
+        self.look = look
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.seen.append(self.look(trainer, pl_module))
+
+
+def trainer(strategy: Any, **kwargs: Any) -> Trainer:
+    """A quiet Trainer on CPUs."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(strategy=strategy, **{**quiet, **kwargs})
+
+
+def clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}

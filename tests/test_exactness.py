@@ -1,0 +1,296 @@
+"""The package against the literal oracle, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from tests.modules import (
+    FACTORED,
+    RANK,
+    Module,
+    Net,
+    Recorder,
+    ScaledNet,
+    adamw,
+    clone,
+    loader,
+    make_data,
+    make_net,
+    sgd,
+    trainer,
+)
+from tests.oracle import Oracle
+from tests.processes import run
+
+HEADS = 4
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def first_A(explorer: Explorer) -> dict[str, Tensor]:
+    return {f.name: f.A.detach().clone() for f in explorer.injection.factors.values()}
+
+
+def assert_same(explorer: Explorer, oracle: Oracle) -> None:
+    """Every head's effective weights and replicas, and the merged model, are the oracle's.
+
+    A replica that the local heads share is trained in place, so the module shows it as it is now.
+    """
+    for f in explorer.injection.factors.values():
+        for head in range(explorer.count):
+            torch.testing.assert_close(f.effective(head), oracle.worker_weight(head, f.name), **TOLERANCE)
+    for replica in explorer.injection.replicas:
+        for head in range(explorer.count):
+            own = replica.copies[head if len(replica.copies) > 1 else 0]
+            torch.testing.assert_close(own, oracle.workers[head].replicas[replica.name].detach(), **TOLERANCE)
+    merged = oracle.merged.state_dict()
+    in_place = {replica.name for replica in explorer.injection.replicas if replica.stack is None}
+    for name, value in explorer.module.state_dict().items():
+        if name not in in_place:
+            torch.testing.assert_close(value, merged[name], **TOLERANCE)
+
+
+def train_both(
+    config: LTEConfig, optimizer: Any, *, kind: type[Net] = Net, steps: int = 23, clip: float | None = None
+) -> None:
+    model = make_net(kind)
+    plain = copy.deepcopy(model)
+    opt = optimizer(model.parameters())
+    explorer = Explorer(model, opt, config)
+    assert set(first_A(explorer)) == set(FACTORED)
+    oracle = Oracle(
+        plain,
+        first_A(explorer),
+        scale=2.0,
+        period=config.merge_every,  # type: ignore[arg-type]
+        after_merge=config.after_merge,
+        replicas=config.replicas,
+        optimizer=optimizer,
+        clip=clip,
+    )
+    x_eval, _ = make_data(5, seed=99)
+    for step in range(steps):
+        x, y = make_data(8 * HEADS, seed=step)
+        slices = list(zip(x.chunk(HEADS), y.chunk(HEADS), strict=True))
+        if config.execution == "sequential":
+            losses = []
+            for head, (own_x, own_y) in enumerate(slices):
+                with explorer.head(head):
+                    losses.append(cross_entropy(model(own_x), own_y))
+            loss = torch.stack(losses).mean()
+        else:
+            with explorer.heads():
+                loss = cross_entropy(model(x), y)
+        loss.backward()
+        explorer.after_backward()
+        if clip is not None:
+            explorer.clip_grad_norm_(clip)
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+        oracle.step(slices, cross_entropy)
+        assert_same(explorer, oracle)
+        if config.replicas != "step":
+            with torch.no_grad():
+                torch.testing.assert_close(model(x_eval), oracle.merged(x_eval), **TOLERANCE)
+    assert explorer.clock.merges == oracle.merges == steps // config.merge_every  # type: ignore[operator]
+    explorer.finish()
+    for name, value in oracle.finish().state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, **TOLERANCE)
+
+
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+@pytest.mark.parametrize("period", [1, 3, 10])
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_training_equals_the_oracle(execution: Any, period: int, after_merge: Any) -> None:
+    config = LTEConfig(HEADS, period, rank=RANK, after_merge=after_merge, execution=execution)
+    train_both(config, adamw)
+
+
+def test_sequential_heads_have_bare_parameters_of_their_own() -> None:
+    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), adamw, kind=ScaledNet)
+
+
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(lambda p: torch.optim.SGD(p, lr=0.1), id="SGD"),
+        pytest.param(sgd, id="SGD-momentum"),
+        pytest.param(
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1), id="SGD-nesterov"
+        ),
+        pytest.param(lambda p: torch.optim.Adam(p, lr=0.01), id="Adam"),
+        pytest.param(lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-2, amsgrad=True), id="Adam-amsgrad-large-eps"),
+        pytest.param(lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True, weight_decay=0.1), id="AdamW-foreach"),
+        pytest.param(lambda p: torch.optim.AdamW(p, lr=0.01, fused=True, weight_decay=0.1), id="AdamW-fused"),
+        pytest.param(lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1), id="Adagrad"),
+        pytest.param(lambda p: torch.optim.RMSprop(p, lr=0.01), id="RMSprop"),
+    ],
+)
+def test_optimizers_equal_the_oracles(optimizer: Any, after_merge: Any) -> None:
+    train_both(LTEConfig(HEADS, 3, rank=RANK, after_merge=after_merge), optimizer, steps=10)
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_each_head_is_clipped_by_its_own_norm(execution: Any) -> None:
+    train_both(LTEConfig(HEADS, 3, rank=RANK, execution=execution), sgd, clip=0.05, steps=10)
+
+
+@pytest.mark.parametrize("replicas", ["freeze", "step"])
+def test_other_treatments_of_replicas_equal_the_oracle(replicas: Any) -> None:
+    train_both(LTEConfig(HEADS, 3, rank=RANK, replicas=replicas), adamw, steps=10)
+
+
+def test_merging_every_step_is_multi_head_lora() -> None:
+    """f(x) = W x + (s/N) sum_n B_n A_n x, trained directly: section 3 of the paper."""
+    model = make_net()
+    for p in (model.norm.weight, model.norm.bias, model.first.bias, model.out.weight, model.out.bias):
+        p.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    explorer = Explorer(model, opt, LTEConfig(HEADS, 1, rank=RANK))
+    A = {n: nn.Parameter(a) for n, a in first_A(explorer).items()}
+    B = {n: nn.Parameter(torch.zeros(HEADS, plain.get_submodule(n).out_features, RANK).double()) for n in A}
+    start = {n: plain.get_submodule(n).weight.detach().clone() for n in A}
+    # A worker steps along its own loss's gradient; here each pair sees 1/N of it.
+    direct = torch.optim.SGD([*A.values(), *B.values()], lr=0.1 * HEADS)
+
+    def weights() -> dict[str, Tensor]:
+        return {f"{n}.weight": start[n] + 2.0 / HEADS * (B[n] @ A[n]).sum(0) for n in A}
+
+    for step in range(12):
+        x, y = make_data(8, seed=step)
+        with explorer.heads():
+            # Every head sees the same data.
+            loss = cross_entropy(model(x.repeat(HEADS, 1)), y.repeat(HEADS))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+        direct.zero_grad()
+        cross_entropy(torch.func.functional_call(plain, weights(), (x,)), y).backward()
+        direct.step()
+        for name, weight in weights().items():
+            torch.testing.assert_close(model.get_parameter(name).detach(), weight.detach(), **TOLERANCE)
+
+
+# ---- through Lightning
+
+
+def lightning_against_oracle(
+    execution: str, *, clip: float | None, accumulate: int, after_merge: str = "keep", replicas: str = "merge"
+) -> None:
+    model = make_net()
+    oracles: list[Oracle] = []
+
+    def follow(t: Any, module: Module) -> int:
+        assert_same(t.strategy.explorer, oracle_steps())
+        return t.strategy.explorer.clock.merges
+
+    batches = list(loader(16 * 12, 16))
+    done = iter(range(len(batches)))
+
+    def oracle_steps() -> Oracle:
+        x, y = batches[next(done)]
+        oracles[0].step(list(zip(x.chunk(HEADS), y.chunk(HEADS), strict=True)), cross_entropy)
+        return oracles[0]
+
+    class WithOracle(Module):
+        def on_train_start(self) -> None:
+            explorer = self.trainer.strategy.explorer
+            oracles.append(
+                Oracle(
+                    Module(), first_A(explorer), scale=2.0, period=3, optimizer=sgd, clip=clip, accumulate=accumulate,
+                    after_merge=after_merge, replicas=replicas,  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
+
+    strategy = LTEStrategy(
+        HEADS,
+        3,
+        rank=RANK,
+        execution=execution,
+        after_merge=after_merge,
+        replicas=replicas,  # type: ignore[arg-type]
+    )
+    recorder = Recorder(follow)
+    t = trainer(
+        strategy, max_epochs=1, callbacks=[recorder], gradient_clip_val=clip, accumulate_grad_batches=accumulate
+    )
+    module = WithOracle(model, sgd)
+    t.fit(module, loader(16 * 12, 16))
+    assert recorder.seen[-1] == 12 // accumulate // 3
+    for name, value in oracles[0].finish().state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, **TOLERANCE)
+
+
+@pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+def test_fit_equals_the_oracle(execution: str, after_merge: str) -> None:
+    lightning_against_oracle(execution, clip=None, accumulate=1, after_merge=after_merge)
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_fit_clips_and_accumulates_as_separate_workers_would(execution: str) -> None:
+    lightning_against_oracle(execution, clip=0.05, accumulate=2)
+
+
+def test_fit_with_gradients_of_replicas_averaged_equals_the_oracle() -> None:
+    lightning_against_oracle("batched", clip=None, accumulate=2, replicas="step")
+
+
+# ---- the same heads on several processes
+
+
+def on_devices(heads: int, after_merge: str, replicas: str, clip: float | None, execution: str) -> dict[str, Tensor]:
+    import torch.distributed as dist
+
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = make_net()
+    opt = adamw(model.parameters())
+    config = LTEConfig(heads, 3, rank=RANK, after_merge=after_merge, replicas=replicas, execution=execution)  # type: ignore[arg-type]
+    explorer = Explorer(model, opt, config, Transport(world, rank))
+    for step in range(10):
+        x, y = (t.chunk(world)[rank] for t in make_data(4 * heads, seed=step))
+        with explorer.heads():
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        explorer.after_backward()
+        if clip:
+            explorer.clip_grad_norm_(clip)
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+    explorer.finish()
+    return clone(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("after_merge", "replicas", "clip"),
+    [("keep", "merge", None), ("reset", "merge", 0.05), ("keep", "step", None)],
+)
+def test_eight_heads_give_the_same_weights_wherever_they_sit(
+    after_merge: str, replicas: str, clip: float | None
+) -> None:
+    args = (8, after_merge, replicas, clip, "batched")
+    alone = on_devices(*args)
+    for world in (2, 4):
+        states = run(on_devices, world, *args)
+        for state in states:
+            for name, value in state.items():
+                assert torch.equal(value, states[0][name]), f"{name} differs between the ranks of {world}"
+                torch.testing.assert_close(value, alone[name], **TOLERANCE)
+
+
+def test_replicas_stay_equal_on_all_devices_where_their_gradients_are_averaged_and_heads_clipped() -> None:
+    states = run(on_devices, 2, 4, "keep", "step", 0.05, "batched")
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
