@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lte.config import LTEConfig
+from lightning_lte.injection import Injection, inject
+from lightning_lte.layers.base import HeadedLayer, state_of
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Model(nn.Module):
+    """A parameter for every role."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.embedding = nn.Embedding(10, 8)
+        self.norm = nn.LayerNorm(8)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)}) for _ in "ab")
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.odd = Doubling(8, 8, bias=False)
+        self.still = nn.Linear(8, 8, bias=False).requires_grad_(False)
+        self.target = nn.Linear(8, 8, bias=False)
+        self.thin = nn.Linear(8, 2)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def parameters(model: Model) -> list[nn.Parameter]:
+    """All but those of `target`, as an optimizer holds them beside a target network."""
+    return [p for name, p in model.named_parameters() if not name.startswith("target")]
+
+
+def injected(model: Model, count: int = 1, heads: int = 4, **choices: Any) -> Injection:
+    return inject(model, parameters(model), LTEConfig(heads=heads, rank=2, **choices), count=count)
+
+
+def roles(injection: Injection) -> dict[str, tuple[str, str]]:
+    return {e.name: (e.role, e.reason) for e in injection.report.entries}
+
+
+ROLES = {
+    "scale": ("replica", "Model is not a layer that can be factored"),
+    "embedding.weight": ("replica", "tied: shared by embedding and head"),
+    "norm.weight": ("replica", "LayerNorm is not a layer that can be factored"),
+    "norm.bias": ("replica", "a bias"),
+    "blocks.0.fc1.weight": ("factored", "rank 2, scale 2"),
+    "blocks.0.fc1.bias": ("replica", "a bias"),
+    "blocks.0.fc2.weight": ("factored", "rank 2, scale 2"),
+    "blocks.0.fc2.bias": ("replica", "a bias"),
+    "blocks.1.fc1.weight": ("factored", "rank 2, scale 2"),
+    "blocks.1.fc1.bias": ("replica", "a bias"),
+    "blocks.1.fc2.weight": ("factored", "rank 2, scale 2"),
+    "blocks.1.fc2.bias": ("replica", "a bias"),
+    "attention.in_proj_weight": ("replica", "MultiheadAttention is not a layer that can be factored"),
+    "attention.in_proj_bias": ("replica", "MultiheadAttention is not a layer that can be factored"),
+    "attention.out_proj.weight": ("replica", "nn.MultiheadAttention uses it without calling the layer"),
+    "attention.out_proj.bias": ("replica", "a bias"),
+    "odd.weight": ("replica", "Doubling computes otherwise than nn.Linear"),
+    "still.weight": ("replica", "requires no gradient now; trained in place if that changes"),
+    "target.weight": ("untouched", "no optimizer holds it"),
+    "thin.weight": ("replica", "thin: factors of rank 2 would be no smaller"),
+    "thin.bias": ("replica", "a bias"),
+}
+
+
+def test_every_parameter_has_a_role_and_a_reason_in_the_modules_order() -> None:
+    model = Model()
+    injection = injected(model)
+    assert roles(injection) == ROLES
+    assert list(roles(injection)) == [name for name, _ in model.named_parameters()]
+    shapes = {e.name: e.shape for e in injection.report.entries}
+    assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_what_is_frozen_by_the_policy_is_named_so() -> None:
+    found = roles(injected(Model(), replicas="freeze"))
+    assert found == {n: ("frozen" if role == "replica" else role, reason) for n, (role, reason) in ROLES.items()}
+
+
+def test_targets_and_exclusions_choose_layers_and_the_reason_tells_which() -> None:
+    model = Model()
+    found = roles(injected(model, target_modules=["fc1", "odd|thin"], exclude_modules=[r"blocks\.1\..*"]))
+    assert {n for n, (role, _) in found.items() if role == "factored"} == {"blocks.0.fc1.weight"}
+    assert found["blocks.0.fc2.weight"] == ("replica", "not named by target_modules")
+    assert found["blocks.1.fc1.weight"] == ("replica", "named by exclude_modules")
+    assert not isinstance(model.blocks[1].fc1, HeadedLayer)
+
+
+def test_patterns_choose_rank_and_scale() -> None:
+    model = Model()
+    injection = injected(model, alpha=6, rank_pattern={"fc2": 1}, alpha_pattern={r"blocks\.0\.fc1": 1})
+    by_name = {f.name: (f.rank, f.scale) for f in injection.factors.values()}
+    assert by_name["blocks.0.fc1"] == (2, 0.5)
+    assert by_name["blocks.1.fc1"] == (2, 3)
+    assert by_name["blocks.0.fc2"] == by_name["blocks.1.fc2"] == (1, 6)
+
+
+def test_the_report_has_a_line_for_each_parameter_and_the_summary_for_each_kind() -> None:
+    report = injected(Model()).report
+    report.notes.append("A note.")
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + len(ROLES) + 1 and lines[-1] == "A note."
+    assert any(re.fullmatch(r"scale +scalar +replica +Model is not .*", line) for line in lines)
+    summary = report.summary().splitlines()
+    assert any(re.fullmatch(r"blocks\.\*\.fc\*\.weight +2 +16x8 +factored +rank 2, scale 2", line) for line in summary)
+    assert any(re.fullmatch(r"odd\.weight +1 +8x8 +replica .*", line) for line in summary)
+
+
+def test_only_layers_with_something_of_their_own_change_class() -> None:
+    model = Model()
+    injection = injected(model)
+    assert {n for n, m in model.named_modules() if isinstance(m, HeadedLayer)} == {
+        f"blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)
+    }
+    assert all(state_of(layer).switch is injection.switch for layer in injection.layers)
+
+
+def test_heads_that_share_a_device_have_their_own_replicas_where_a_layer_can_tell_them_apart() -> None:
+    model = Model()
+    injection = injected(model, count=2)
+    split = {r.name for r in injection.replicas if r.stack is not None}
+    known = {"norm.weight", "norm.bias", "thin.weight", "thin.bias"}
+    assert split == known | {f"blocks.{i}.fc{j}.bias" for i in (0, 1) for j in (1, 2)}
+    assert set(state_of(model.thin).stacks) == {"weight", "bias"}
+    for replica in injection.replicas:
+        if replica.stack is not None:
+            assert torch.equal(replica.stack, torch.stack([replica.param] * 2))
+
+
+@pytest.mark.parametrize("choices", [{"replicas": "step"}, {"replicas": "freeze"}, {"count": 1}], ids=str)
+def test_replicas_are_shared_where_they_stay_equal_anyway(choices: dict[str, Any]) -> None:
+    assert all(r.stack is None for r in injected(Model(), **{"count": 2, **choices}).replicas)
+
+
+def test_in_sequential_execution_every_trained_replica_is_split() -> None:
+    replicas = injected(Model(), count=2, execution="sequential").replicas
+    assert {r.name for r in replicas if r.stack is None} == {"still.weight"}
+
+
+def test_a_head_sees_its_own_replicas_under_every_name_they_are_tied_to() -> None:
+    model = Model()
+    injection = injected(model, count=2, execution="sequential")
+    tied = next(r for r in injection.replicas if r.name == "embedding.weight")
+    assert tied.stack is not None
+    with torch.no_grad():
+        tied.stack[1] += 1
+    with injection.replicas.of_head(1):
+        assert torch.equal(model.embedding.weight, tied.stack[1])
+        assert model.head.weight is model.embedding.weight
+        model.head(torch.ones(1, 8)).sum().backward()
+    assert model.head.weight is model.embedding.weight is tied.param
+    assert tied.stack.grad is not None and tied.stack.grad[1].any() and not tied.stack.grad[0].any()
+    assert tied.param.grad is None
+
+
+def test_factors_are_no_parameters_of_the_module() -> None:
+    model = Model()
+    names, keys, flags = _names(model), list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    injection = injected(model)
+    assert _names(model) == names and list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == flags
+    own = {id(p) for p in model.parameters()}
+    assert not any(id(p) in own for f in injection.factors.values() for p in (f.A, f.B))
+    assert set(injection.factors) == {p for n, p in model.named_parameters() if ROLES[n][0] == "factored"}
+
+
+def _names(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+def _snapshot(model: nn.Module) -> list[Any]:
+    layers = [(name, type(m), {k: id(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
+    return [layers, _names(model), {k: v.clone().tolist() for k, v in model.state_dict().items()}]
+
+
+def test_eject_is_the_inverse_of_inject() -> None:
+    model = Model()
+    before = _snapshot(model)
+    injection = injected(model, count=2)
+    assert _snapshot(model) != before
+    injection.eject()
+    assert _snapshot(model) == before
+    injection.eject()  # again does no harm
+    assert _snapshot(model) == before
+    assert roles(injected(model)) == ROLES
+
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "a target without a match": ({"target_modules": ["fc3"]}, r"target_modules 'fc3' matches no module"),
+    "a target of another kind": (
+        {"target_modules": ["norm", "fc1"]},
+        r"target_modules 'norm' matches only LayerNorm, which can't be factored",
+    ),
+    "an exclusion without a match": ({"exclude_modules": ["gone"]}, r"exclude_modules 'gone' matches no module"),
+    "a rank without a match": ({"rank_pattern": {"fc9": 1}}, r"rank_pattern 'fc9' matches no module"),
+    "an alpha without a match": ({"alpha_pattern": {"blocks": 1}}, r"alpha_pattern 'blocks' matches only ModuleList"),
+    "nothing left to factor": ({"target_modules": ["thin"]}, r"at least one weight .*found none.*Lower `rank`.*thin"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_names_its_cause_and_leaves_the_module_untouched(case: str) -> None:
+    choices, message = ERRORS[case]
+    model = Model()
+    before, random = _snapshot(model), torch.get_rng_state()
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        injected(model, count=2, **choices)
+    assert _snapshot(model) == before and torch.equal(torch.get_rng_state(), random)
+
+
+def test_all_patterns_that_match_nothing_are_named_at_once_and_what_could_match_too() -> None:
+    with pytest.raises(ValueError) as caught:
+        injected(Model(), target_modules=["fc1", "nope"], exclude_modules=["gone"], rank_pattern={"lost": 1})
+    message = str(caught.value)
+    assert all(repr(p) in message for p in ("nope", "gone", "lost")) and "'fc1'" not in message
+    assert "blocks.0.fc1" in message
+
+
+def test_a_module_with_nothing_to_train_is_refused() -> None:
+    model = Model().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"none of the module's parameters requires a gradient.*configure_optimizers"):
+        injected(model)
+    with pytest.raises(ValueError, match="needs parameters to train"):
+        inject(Model(), [], LTEConfig(heads=1, rank=2))
+
+
+def test_a_module_that_is_itself_a_layer_can_be_factored() -> None:
+    layer = nn.Linear(8, 8)
+    injection = inject(layer, set(layer.parameters()), LTEConfig(heads=1, rank=2))
+    assert roles(injection) == {"weight": ("factored", "rank 2, scale 2"), "bias": ("replica", "a bias")}
+    injection.eject()
+    assert type(layer) is nn.Linear
+
+
+def test_a_layer_used_under_two_names_is_one_layer() -> None:
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleDict({"one": layer, "two": layer})
+    assert roles(inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2)))["one.weight"][0] == "factored"
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "rank"), [(8, 8, 4), (8, 8, 9), (4, 12, 3), (1, 50, 1)])
+def test_factors_are_made_only_where_they_are_smaller(in_features: int, out_features: int, rank: int) -> None:
+    model = nn.Sequential(nn.Linear(in_features, out_features), nn.Linear(64, 64))
+    injection = inject(model, set(model.parameters()), LTEConfig(heads=1, rank=rank))
+    role, reason = roles(injection)["0.weight"]
+    assert role == "replica" and reason.startswith("thin")
