@@ -1,0 +1,309 @@
+"""A run that was interrupted ends exactly as one that was not, and its files are plain."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, checkpoint
+from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.processes import run
+
+
+class Noisy(Net):
+    """A net that draws from every random stream in each step, and has a buffer that each device fills by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += x.mean().detach()
+            x = nn.functional.dropout(x, 0.2) * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
+        return super().forward(x)
+
+
+EPOCH = 5  # batches
+EVERYTHING = ("optimizers", "factors", "replicas", "clock", "generators", "buffers", "weights")
+
+
+def train(
+    folder: str,
+    epochs: int,
+    *,
+    resume: str | None = None,
+    execution: str = "batched",
+    heads: int = 4,
+    devices: int = 1,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Fit with a merge every 3 steps and 5 steps an epoch, and return all there is at the end of the last epoch."""
+    seed_everything(7)  # the sampler's; the streams are to come from the checkpoint
+    if resume is not None:
+        for set_seed in (torch.manual_seed, random.seed, np.random.seed):
+            set_seed(1234)
+    strategy = LTEStrategy(heads, 3, rank=RANK, execution=execution, **choices)  # type: ignore[arg-type]
+    keep = ModelCheckpoint(folder, filename=f"{{epoch}}-{epochs}", save_top_k=-1)
+    t = trainer(strategy, devices=devices, max_epochs=epochs, callbacks=[keep], enable_checkpointing=True)
+    module = Module(make_net(Noisy), adamw)
+    data = loader(16 * EPOCH * devices, 16, shuffle=True)
+    t.fit(module, data, ckpt_path=resume)
+    saved = torch.load(keep.best_model_path, weights_only=True)
+    return {"state_dict": saved["state_dict"], "lte": saved["lte"], "after": clone(module.state_dict())}
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (own, other) in enumerate(zip(a, b, strict=True)):
+            assert_equal(own, other, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    ("heads", "execution", "choices"),
+    [
+        (4, "batched", {}),
+        (4, "sequential", {}),
+        (4, "auto", {}),
+        (1, "auto", {}),
+        (4, "batched", {"after_merge": "reset"}),
+        (4, "batched", {"replicas": "freeze"}),
+        (2, "batched", {"replicas": "step"}),
+    ],
+)
+def test_resuming_in_the_middle_of_a_period_equals_not_stopping(
+    tmp_path: Path, heads: int, execution: str, choices: dict[str, Any]
+) -> None:
+    whole = train(str(tmp_path / "whole"), 3, heads=heads, execution=execution, **choices)
+    train(str(tmp_path / "part"), 1, heads=heads, execution=execution, **choices)
+    # After 5 steps with a merge every 3: in the middle of a period.
+    [first] = (tmp_path / "part").glob("epoch=0*")
+    assert torch.load(first, weights_only=True)["lte"]["clock"] == {"steps": [5], "merges": 1, "last_merge": 3}
+    resumed = train(str(tmp_path / "rest"), 3, resume=str(first), heads=heads, execution=execution, **choices)
+    assert_equal(whole, resumed)
+
+
+def _resume_on_two(folder: str, heads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    whole = train(f"{folder}/whole", 3, heads=heads, devices=2)
+    train(f"{folder}/part", 1, heads=heads, devices=2)
+    [first] = Path(folder, "part").glob("epoch=0*")
+    return whole, train(f"{folder}/rest", 3, resume=str(first), heads=heads, devices=2)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_resuming_on_two_processes_equals_not_stopping(tmp_path: Path, heads: int) -> None:
+    results = run(_resume_on_two, 2, str(tmp_path), heads, group=False, timeout_s=120)
+    for whole, resumed in results:
+        assert_equal(whole, resumed)
+    assert_equal(results[0][0], results[1][0])
+    # The devices had random streams and buffers of their own, and both were kept.
+    buffers = results[0][0]["lte"]["buffers"]
+    assert len(buffers) == 2 and not torch.equal(buffers[0]["net.seen"], buffers[1]["net.seen"])
+
+
+def test_a_batch_in_the_middle_of_an_epoch_goes_on_with_the_right_random_streams(tmp_path: Path) -> None:
+    """Lightning starts the loader anew, so all batches are the same here."""
+
+    def fit(steps: int, resume: str | None = None) -> dict[str, Any]:
+        seed_everything(3 if resume is None else 99)
+        keep = ModelCheckpoint(tmp_path, filename=f"{{step}}-of-{steps}", every_n_train_steps=2, save_top_k=-1)
+        t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=steps, callbacks=[keep], enable_checkpointing=True)
+        module = Module(make_net(Noisy), adamw)
+        x, y = (part[:16].repeat(10, *[1] * (part.dim() - 1)) for part in make_data(16))
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16)
+        t.fit(module, data, ckpt_path=resume)
+        return torch.load(keep.best_model_path, weights_only=True)
+
+    whole = fit(8)
+    resumed = fit(8, str(tmp_path / "step=4-of-8.ckpt"))
+    assert_equal({k: whole["lte"][k] for k in EVERYTHING}, {k: resumed["lte"][k] for k in EVERYTHING})
+    assert_equal(whole["state_dict"], resumed["state_dict"])
+
+
+# ---- plain files
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> tuple[Path, Module]:
+    module = Module()
+    path = tmp_path / "last.ckpt"
+
+    def save(t: Any, _: Any) -> None:
+        if t.global_step == 5:
+            t.save_checkpoint(path)
+
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=7, callbacks=[Recorder(save)])
+    t.fit(module, loader(160, 16))
+    return path, module
+
+
+class Loadable(Module):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_the_state_dict_is_the_users_own(fitted: tuple[Path, Module]) -> None:
+    path, _ = fitted
+    saved = torch.load(path, weights_only=True)
+    assert list(saved["state_dict"]) == list(Module().state_dict())
+    loaded = Loadable.load_from_checkpoint(path, strict=True)
+    assert_equal(dict(loaded.state_dict()), dict(saved["state_dict"]))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "lte"])
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_evaluation_reads_the_file_with_the_strategy_and_without(
+    fitted: tuple[Path, Module], verb: str, strategy: str
+) -> None:
+    path, _ = fitted
+    module = Module()
+    result = getattr(trainer(strategy), verb)(module, loader(), ckpt_path=str(path))
+    assert_equal(dict(module.state_dict()), dict(torch.load(path, weights_only=True)["state_dict"]))
+    if verb != "predict":
+        x, y = make_data(48)
+        assert result[0]["val_loss"] == pytest.approx(float(cross_entropy(module.net(x), y)), rel=1e-4)
+
+
+def test_a_plain_trainer_goes_on_from_our_file(fitted: tuple[Path, Module]) -> None:
+    module = Module()
+    trainer("auto", max_steps=8).fit(module, loader(160, 16), ckpt_path=str(fitted[0]))
+
+
+def test_training_goes_on_from_a_file_saved_after_fit(tmp_path: Path) -> None:
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=7)
+    t.fit(Module(), loader(160, 16))
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert saved["lte"]["clock"] == {"steps": [7], "merges": 3, "last_merge": 7}
+    assert saved["lte"]["optimizers"][0]["net.first.weight.A"]["exp_avg"].abs().sum() > 0
+    again = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=10)
+    merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)
+    again.callbacks.append(merges)
+    again.fit(Module(), loader(160, 16), ckpt_path=str(tmp_path / "after.ckpt"))
+    assert merges.seen == [3, 3, 4]
+
+
+def test_heads_start_fresh_from_a_plain_checkpoint_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = trainer("auto", max_steps=4)
+    module = Module()
+    plain.fit(module, loader(160, 16))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    start = Recorder(lambda t, m: None)
+    seen: list[dict[str, Tensor]] = []
+    start.on_train_start = lambda t, m: seen.append(clone(m.state_dict()))  # type: ignore[method-assign]
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=8, callbacks=[start])
+    with caplog.at_level("INFO"):
+        t.fit(Module(), loader(160, 16), ckpt_path=str(tmp_path / "plain.ckpt"))
+    assert_equal(seen[0], clone(module.state_dict()))
+    assert "optimizer state was not kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"heads": 2}, ["heads=4 there", "heads=2 here"]),
+        ({"rank": 2}, ["rank 3 there", "2 here"]),
+        ({"exclude_modules": ["second"]}, ["factored there and not here: net.second"]),
+        ({"alpha": 12.0}, ["scale 2.0 there", "4.0 here"]),
+        ({"after_merge": "reset"}, ["'keep' there", "'reset' here"]),
+    ],
+)
+def test_other_heads_are_refused_with_both_sides_and_the_way_out(
+    fitted: tuple[Path, Module], choices: dict[str, Any], words: list[str]
+) -> None:
+    settings = {"heads": 4, "rank": RANK, **choices}
+    t = trainer(LTEStrategy(merge_every=3, **settings), max_steps=8)
+    with pytest.raises(ValueError) as error:
+        t.fit(Module(), loader(160, 16), ckpt_path=str(fitted[0]))
+    for word in [*words, "load its weights"]:
+        assert word in str(error.value)
+
+
+# ---- the same heads on other devices
+
+
+def _fit_on(folder: str, devices: int, steps: int, resume: str | None) -> dict[str, Tensor]:
+    t = trainer(LTEStrategy(4, 3, rank=RANK), devices=devices, max_steps=steps)
+    module = Module(optimizer=sgd)
+    t.fit(module, loader(160, 16), ckpt_path=resume)
+    t.save_checkpoint(Path(folder, f"{devices}.ckpt"))
+    return clone(module.state_dict())
+
+
+def test_heads_of_two_devices_go_on_on_one(tmp_path: Path) -> None:
+    states = run(_fit_on, 2, str(tmp_path), 2, 4, None, group=False)
+    assert_equal(states[0], states[1])
+    there = torch.load(tmp_path / "2.ckpt", weights_only=True)["lte"]
+    seen: list[Any] = []
+    look = Recorder(lambda t, m: None)
+    look.on_train_start = lambda t, m: seen.append(copy.deepcopy(t.strategy.explorer.state_dict()))  # type: ignore[method-assign]
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=6, callbacks=[look])
+    t.fit(Module(optimizer=sgd), loader(160, 16), ckpt_path=str(tmp_path / "2.ckpt"))
+    for key in ("factors", "replicas", "clock", "optimizers"):
+        assert_equal(seen[0][key], there[key], key)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "world", "rank", "copies", "expected"),
+    [
+        ([0, 1, 2, 3], 4, 2, 1, 2, [2, 3]),  # one for each head, on fewer devices
+        ([0, 1, 2, 3], 4, 1, 0, 4, [0, 1, 2, 3]),
+        ([0, 1, 2, 3], 4, 2, 1, 1, [2.5]),  # a device's heads share one from now on
+        ([0, 1], 4, 1, 0, 4, [0, 0, 1, 1]),  # two devices' heads shared one each
+        ([0, 1], 4, 2, 1, 1, [1]),
+        ([0, 1], 4, 4, 3, 1, [1]),
+    ],
+)
+def test_rows_find_their_device(
+    rows: list[float], heads: int, world: int, rank: int, copies: int, expected: list[float]
+) -> None:
+    got = checkpoint.rows_for(torch.tensor(rows, dtype=torch.float64), heads, world, rank, copies)
+    assert got.tolist() == expected
+
+
+def test_a_plain_loop_goes_on_exactly_too() -> None:
+    def steps(explorer: Explorer, opt: torch.optim.Optimizer, numbers: range) -> None:
+        for step in numbers:
+            x, y = make_data(16, seed=step)
+            with explorer.heads():
+                loss = cross_entropy(explorer.module(x), y)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            explorer.step()
+
+    def start() -> tuple[Explorer, torch.optim.Optimizer]:
+        model = make_net()
+        opt = adamw(model.parameters())
+        return Explorer(model, opt, LTEConfig(4, 3, rank=RANK)), opt
+
+    one, opt = start()
+    steps(one, opt, range(5))
+    weights, state = clone(one.module.state_dict()), copy.deepcopy(one.state_dict())
+    steps(one, opt, range(5, 11))
+    other, opt = start()
+    other.module.load_state_dict(weights)
+    assert state is not None
+    other.load_state_dict(state)
+    steps(other, opt, range(5, 11))
+    assert_equal(clone(one.module.state_dict()), clone(other.module.state_dict()))
+    assert_equal(one.state_dict()["optimizers"], other.state_dict()["optimizers"])  # type: ignore[index]
