@@ -205,7 +205,10 @@ def _check(explorer: Explorer, state: Mapping[str, Any]) -> None:
             f" {state['version']}. Update lightning-lte."
         )
     config = explorer.config
-    here = {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in explorer.injection.factors.values()}
+    here = {
+        f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)}
+        for f in explorer.injection.factors.values()
+    }
     there = state["weights"]
     problems = []
     if state["heads"] != config.heads:

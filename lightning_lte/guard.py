@@ -99,7 +99,9 @@ def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
     """
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"LTE trains with torch optimizers; received {optimizer!r}. Return a torch.optim.Optimizer.")
+            raise TypeError(
+                f"LTE trains with torch optimizers; received {optimizer!r}. Return a torch.optim.Optimizer."
+            )
         name = type(optimizer).__name__
         if isinstance(optimizer, LBFGS) or name == "Muon" or (count > 1 and not acts_per_element(optimizer)):
             raise ValueError(

@@ -21,7 +21,9 @@ from lightning_lte.layers.base import HeadedLayer
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
 
 
-def reason_against_batched(module: nn.Module, step: Callable[[Any], Tensor | None], batch: Any, count: int) -> str | None:
+def reason_against_batched(
+    module: nn.Module, step: Callable[[Any], Tensor | None], batch: Any, count: int
+) -> str | None:
     """Why batched execution would be wrong for this module on this batch; None if it is proved right.
 
     Three things have to hold (design: how n local heads share one device):
@@ -148,7 +150,8 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 
 def _kept_attributes(module: nn.Module) -> dict[str, Callable[[], Any]]:
     return {
-        key: (lambda value=value: value) if key in _REGISTRIES else _kept(value) for key, value in module.__dict__.items()
+        key: (lambda value=value: value) if key in _REGISTRIES else _kept(value)
+        for key, value in module.__dict__.items()
     }
 
 
