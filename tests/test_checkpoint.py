@@ -114,7 +114,8 @@ def test_resuming_on_two_processes_equals_not_stopping(tmp_path: Path, heads: in
     results = run(_resume_on_two, 2, str(tmp_path), heads, group=False, timeout_s=120)
     for whole, resumed in results:
         assert_equal(whole, resumed)
-    assert_equal(results[0][0], results[1][0])
+    for name, value in results[0][0]["after"].items():
+        assert name == "net.seen" or torch.equal(value, results[1][0]["after"][name]), name
     # The devices had random streams and buffers of their own, and both were kept.
     buffers = results[0][0]["lte"]["buffers"]
     assert len(buffers) == 2 and not torch.equal(buffers[0]["net.seen"], buffers[1]["net.seen"])
