@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_lte import transport
+from lightning_lte.transport import Transport, buckets
+from tests.processes import run
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def here() -> Transport:
+    return Transport(dist.get_world_size(), dist.get_rank())
+
+
+def of_sizes(*sizes: int, dtype: torch.dtype = torch.uint8) -> list[Tensor]:
+    return [torch.zeros(size, dtype=dtype) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((6, 6, 6), [[6], [6], [6]]),
+        ((5, 5, 5), [[5, 5], [5]]),
+        ((25,), [[25]]),
+        ((4, 25, 4), [[4], [25], [4]]),
+        ((25, 4, 4), [[25], [4, 4]]),
+        ((10, 1), [[10], [1]]),
+        ((0, 10, 0), [[0, 10, 0]]),
+        ((), []),
+    ],
+)
+def test_buckets_close_before_they_overflow(
+    sizes: tuple[int, ...], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "BUCKET_BYTES", 10)
+    assert [[t.nbytes for t in bucket] for bucket in buckets(of_sizes(*sizes))] == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(DTYPES)), max_size=12))
+def test_every_tensor_is_in_one_bucket_of_its_dtype(wanted: list[tuple[int, torch.dtype]]) -> None:
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in wanted]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "BUCKET_BYTES", 40)
+        dealt = buckets(tensors)
+    assert sorted(id(t) for bucket in dealt for t in bucket) == sorted(map(id, tensors))
+    for bucket in dealt:
+        assert bucket and len({t.dtype for t in bucket}) == 1
+        assert len(bucket) == 1 or sum(t.nbytes for t in bucket) <= 40
+
+
+def test_alone_everything_is_the_identity_and_nothing_is_sent() -> None:
+    alone, tensor = Transport(), torch.arange(3.0)
+    alone.sum_([tensor])
+    alone.broadcast_([tensor])
+    assert tensor.tolist() == [0, 1, 2]
+    assert alone.stack(tensor) is tensor and alone.gather("x") == ["x"]
+    assert alone.agree("x", timeout_s=0) and alone.bytes_sent == 0
+
+
+def uneven() -> list[Tensor]:
+    """Tensors of several dtypes and layouts, different on every device."""
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    shapes: list[tuple[int, ...]] = [(6,), (), (2, 3), (0, 4), (25,), (3, 1, 2)]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for dtype in DTYPES for shape in shapes]
+    tensors.append(torch.randn(4, 5, generator=generator).mT)
+    tensors.append(nn.Parameter(torch.randn(7, generator=generator)))
+    return tensors
+
+
+def sums(cap: int) -> tuple[list[Tensor], list[Tensor]]:
+    transport.BUCKET_BYTES = cap
+    tensors = uneven()
+    before = [t.detach().clone() for t in tensors]
+    here().sum_(tensors)
+    return before, [t.detach() for t in tensors]
+
+
+@pytest.mark.parametrize("cap", [10, 64, 2**20])
+def test_every_tensor_is_summed_and_the_sums_are_bit_equal_on_all_devices(cap: int) -> None:
+    results = run(sums, 3, cap)
+    for i in range(len(results[0][0])):
+        expected = sum(before[i].double() for before, _ in results)
+        for _, after in results:
+            assert torch.equal(after[i], results[0][1][i])
+            assert after[i].dtype == results[0][0][i].dtype
+            torch.testing.assert_close(
+                after[i].double(),
+                expected,
+                rtol=4 * torch.finfo(after[i].dtype).eps,
+                atol=0.02 if after[i].dtype == torch.bfloat16 else 1e-6,
+            )
+
+
+def exchanges() -> dict[str, Any]:
+    t, rank = here(), dist.get_rank()
+    stacked = t.stack(torch.full((2, 3), rank).mT[:2])
+    flags = t.stack(torch.tensor([rank], dtype=torch.uint8))
+    given = [nn.Parameter(torch.full((2,), float(rank))), torch.full((2, 3), rank).mT, torch.tensor(rank)]
+    t.broadcast_(given)
+    return {
+        "stacked": stacked.tolist(),
+        "flags": flags.tolist(),
+        "broadcast": [g.detach().tolist() for g in given],
+        "gathered": t.gather({"rank": rank}),
+    }
+
+
+def test_stack_broadcast_and_gather_follow_the_order_of_ranks() -> None:
+    first, second = run(exchanges, 2)
+    assert first["stacked"] == second["stacked"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert first["flags"] == second["flags"] == [0, 1]
+    assert first["broadcast"] == second["broadcast"] == [[0, 0], [[0, 0]] * 3, 0]
+    assert first["gathered"] == [{"rank": 0}, {"rank": 1}] and second["gathered"] is None
+
+
+def traffic() -> list[int]:
+    t = here()
+    counts = []
+    t.sum_([torch.zeros(6), torch.zeros(6)])
+    counts.append(t.bytes_sent)
+    t.stack(torch.zeros(5))
+    counts.append(t.bytes_sent - counts[0])
+    return counts
+
+
+def test_bytes_are_counted_as_a_ring_sends_them() -> None:
+    for summed, stacked in run(traffic, 3):
+        assert (summed, stacked) == (2 * 48 * 2 // 3, 20 * 2)
+
+
+def questions() -> list[bool]:
+    t, rank = here(), dist.get_rank()
+    same = t.agree("3:30", timeout_s=20)
+    again = t.agree("3:30", timeout_s=20)
+    other = t.agree(f"4:{rank}", timeout_s=20)
+    after = t.agree("5:50", timeout_s=20)
+    return [same, again, other, after]
+
+
+def test_devices_agree_on_equal_values_alone() -> None:
+    assert run(questions, 2) == [[True, True, False, True]] * 2
+
+
+def one_is_gone() -> tuple[bool, bool, float]:
+    t, rank = here(), dist.get_rank()
+    before = t.agree("same", timeout_s=20)
+    start = time.monotonic()
+    after = t.agree("same", timeout_s=0.5) if rank == 0 else False
+    return before, after, time.monotonic() - start
+
+
+def test_a_device_that_does_not_answer_ends_the_wait_and_old_answers_do_not_count() -> None:
+    (before, after, waited), _ = run(one_is_gone, 2)
+    assert before and not after and 0.4 < waited < 10
