@@ -88,7 +88,8 @@ class Replicas:
     @torch.no_grad()
     def finite(self) -> Tensor | None:
         """(n,) bool: whether a local head's replicas are finite; None without replicas."""
-        checks = [r.copies.isfinite().flatten(1).all(1).expand(self.count) for r in self._replicas]
+        # The last dimension added is for parameters that have none.
+        checks = [r.copies.isfinite().unsqueeze(-1).flatten(1).all(1).expand(self.count) for r in self._replicas]
         return torch.stack(checks).all(0) if checks else None
 
     @torch.no_grad()
