@@ -76,7 +76,7 @@ class Guard:
         self.check_uses()
         if not self._seen_backward:
             self._seen_backward = True
-            starved = [f.name for f in self._factors if f.calls and f.A.requires_grad and f.A.grad is None]
+            starved = [f.name for f in self._factors if f.took_part and f.A.requires_grad and f.A.grad is None]
             if starved:
                 warnings.warn(
                     f"The heads of {_listed(starved)} took part in the first step, but got no gradient: they don't learn."

@@ -34,7 +34,7 @@ class Factors:
         B: (n, out, rank), trained, zero at the start, so that the effective weight starts as W.
         anchor_A, anchor_B: shapes as A and B, or None with `reset`.
         remainder: (out, in) float32, what W in a half-precision dtype could not hold of the merges so far; else None.
-        calls: forwards with heads since the last backward check.
+        took_part: whether a forward that records gradients has used the factors.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Factors:
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self.remainder = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if half else None
-        self.calls = 0
+        self.took_part = False
 
     @property
     def count(self) -> int:
@@ -103,15 +103,20 @@ class Factors:
             base: (n, rows, out), W x of the detached W.
             x: (n, rows, in).
         """
-        self.calls += 1
+        self._note()
         A, B = self.current()
         return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
 
     def apply_one(self, base: Tensor, x: Tensor, head: int) -> Tensor:
         """Add one head's product: base (..., out), x (..., in)."""
-        self.calls += 1
+        self._note()
         A, B = self.current(head)
         return base + nn.functional.linear(nn.functional.linear(x, A), B) * self.scale
+
+    def _note(self) -> None:
+        # Only written, never read: torch.compile would guard what forwards read.
+        if torch.is_grad_enabled():
+            self.took_part = True
 
     def current(self, head: int | None = None) -> tuple[Tensor, Tensor]:
         """The pair whose product is B A - B' A': stacked [A; A'] and [B, -B'], of one local head or of all."""

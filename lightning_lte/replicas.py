@@ -68,6 +68,7 @@ class Replicas:
     def add(self, replica: Replica) -> None:
         self._replicas.append(replica)
 
+    @torch.enable_grad()
     def select(self, head: int | None) -> None:
         """Let the module see one head's replicas in place of its own parameters, as torch.func does; None undoes it."""
         for replica in self._replicas:

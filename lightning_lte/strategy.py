@@ -217,11 +217,6 @@ class LTEStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         module = self._module
-        if not self.optimizers:
-            raise ValueError(
-                "LTE needs an optimizer to put heads into; configure_optimizers returned none. Return a torch optimizer"
-                " over self.parameters()."
-            )
         explorer = Explorer(module, self.optimizers, self.config, self._transport)
         self._explorer, self._report = explorer, explorer.report
         self._finished = None

@@ -1,0 +1,603 @@
+"""What users of `Trainer(strategy=LTEStrategy(...))` can count on, on one device."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
+from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+
+
+def strategy(heads: int | None = 4, merge_every: Any = 3, **choices: Any) -> LTEStrategy:
+    return LTEStrategy(heads, merge_every, rank=RANK, **choices)
+
+
+def assert_untouched(module: Module, before: dict[str, Tensor] | None = None) -> None:
+    """Nothing of ours is left in the module: classes, attributes, keys."""
+    for layer in module.modules():
+        assert type(layer).__module__.startswith(("torch.", "tests.", "lightning.")), type(layer)
+        assert "_lte" not in layer.__dict__
+        assert "Headed" not in "".join(c.__name__ for c in type(layer).__mro__)
+    assert list(module.state_dict()) == list(Module().state_dict())
+    for name, value in (before or {}).items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+# ---- the module stays the user's
+
+
+def test_after_fit_nothing_is_left_but_other_weights() -> None:
+    module = Module()
+    before, layers = clone(module.state_dict()), list(module.modules())
+    t = trainer(strategy(), max_epochs=1)
+    t.fit(module, loader())
+    assert_untouched(module)
+    assert list(module.modules()) == layers
+    assert not torch.equal(module.net.first.weight, before["net.first.weight"])
+    held = {p for group in t.optimizers[0].param_groups for p in group["params"]}
+    assert held == set(module.parameters())
+    assert "clip_grad_by_norm" not in t.precision_plugin.__dict__
+    # The same module and trainer go on in an ordinary way.
+    trainer("auto", max_epochs=1).fit(module, loader())
+    trainer(strategy(), max_epochs=1).fit(module, loader())
+
+
+def test_during_fit_the_module_shows_its_own_keys_parameters_and_classes() -> None:
+    seen: list[Any] = []
+
+    def look(_: Trainer, module: Module) -> None:
+        twin = copy.deepcopy(module.net)
+        loaded = pickle.loads(pickle.dumps(module.net))
+        for other in (twin, loaded):
+            assert type(other.first) is nn.Linear and "_lte" not in other.first.__dict__
+            assert list(other.state_dict()) == list(make_net().state_dict())
+        assert isinstance(module.net.first, nn.Linear) and type(module.net.first).__name__ == "Linear"
+        assert [n for n, _ in module.named_parameters()] == [n for n, _ in Module().named_parameters()]
+        assert all(p.requires_grad for p in module.parameters())
+        seen.append(module)
+
+    trainer(strategy(), max_epochs=1, callbacks=[Recorder(look)]).fit(Module(), loader())
+    assert seen
+
+
+def test_heads_act_inside_training_step_alone() -> None:
+    class Sampler(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            x, _ = make_data(5)
+            assert self.training
+            with torch.no_grad():
+                plain = make_net()
+                plain.load_state_dict(self.net.state_dict())
+                torch.testing.assert_close(self.net(x), plain(x), rtol=0, atol=0)
+                acting = self.trainer.strategy.explorer.injection.factors
+                assert any((f.effective(0) - f.weight).abs().max() > 0 for f in acting.values())
+
+    # Five rows, which no four heads divide, and learned deltas that must not show.
+    trainer(strategy(merge_every=100), max_epochs=1).fit(Sampler(), loader())
+
+
+def test_groups_and_schedulers_carry_over() -> None:
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            opt = torch.optim.AdamW(
+                [
+                    {"params": [self.net.first.weight, self.net.first.bias], "lr": 0.1, "weight_decay": 0.3},
+                    {
+                        "params": [
+                            *self.net.norm.parameters(),
+                            *self.net.second.parameters(),
+                            *self.net.out.parameters(),
+                        ]
+                    },
+                ],
+                lr=0.01,
+            )
+            scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+            return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def look(t: Trainer, _: Module) -> list[Any]:
+        groups = t.optimizers[0].param_groups
+        factors = {f.name: f for f in t.strategy.explorer.injection.factors.values()}  # type: ignore[attr-defined]
+        assert groups[0]["params"][0] is factors["net.first"].A
+        assert any(p is factors["net.second"].B for p in groups[1]["params"])
+        return [(g["lr"], g["weight_decay"]) for g in groups]
+
+    recorder = Recorder(look)
+    trainer(strategy(), max_epochs=1, callbacks=[recorder]).fit(Scheduled(), loader())
+    assert recorder.seen == [
+        [(pytest.approx(0.1 * 0.5**k), 0.3), (pytest.approx(0.01 * 0.5**k), 0.01)] for k in (1, 2, 3)
+    ] or recorder.seen == [
+        [(pytest.approx(0.1 * 0.5**k), 0.3), (pytest.approx(0.01 * 0.5**k), 0.01)] for k in (0, 1, 2)
+    ]
+
+
+def test_the_report_gives_every_parameter_a_role_and_a_reason() -> None:
+    s = strategy()
+    with pytest.raises(RuntimeError, match="fit"):
+        s.report()
+    module = Module()
+    trainer(s, max_steps=1).fit(module, loader())
+    entries = {e.name: e for e in s.report().entries}
+    assert list(entries) == [n for n, _ in module.named_parameters()]
+    assert entries["net.first.weight"].role == "factored"
+    assert entries["net.out.weight"].role == "replica" and "thin" in entries["net.out.weight"].reason
+    assert all(e.reason for e in entries.values())
+    assert "batched" in str(s.report())
+
+
+def test_one_device_has_no_process_group_no_launcher_and_no_shuffled_loader() -> None:
+    seen: list[Tensor] = []
+
+    class Watcher(Callback):
+        def on_train_batch_start(self, t: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            assert not dist.is_initialized()
+            seen.append(batch[0])
+
+    s = strategy(None)
+    t = trainer(s, max_epochs=1, callbacks=[Watcher()])
+    assert t.strategy.launcher is None
+    t.fit(Module(), loader())
+    assert torch.equal(torch.cat(seen), make_data(48)[0])
+    assert s.config.heads == 1
+
+
+def test_the_name_lte_is_registered() -> None:
+    t = trainer("lte", max_steps=1)
+    assert isinstance(t.strategy, LTEStrategy)
+    t.fit(
+        Module(nn.Linear(100, 50, dtype=torch.float64)), DataLoader([(torch.randn(100).double(), 1)] * 4, batch_size=2)
+    )
+    assert t.strategy.report().entries[0].role == "factored"
+
+
+# ---- the end of training
+
+
+class Interrupt(Callback):
+    def __init__(self, error: BaseException, step: int) -> None:
+        self.error, self.step = error, step
+
+    def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+        if t.global_step == self.step:
+            raise self.error
+
+
+class Slow(Callback):
+    """Uses up `max_time` at a step."""
+
+    def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+        if t.global_step == 4:
+            for callback in t.callbacks:
+                if hasattr(callback, "_duration"):
+                    callback._duration = 0.0
+
+
+def ends(how: str) -> tuple[dict[str, Any], type[BaseException] | None]:
+    return {
+        "max_steps": ({"max_steps": 4}, None),
+        "max_epochs": ({"max_epochs": 1, "limit_train_batches": 4}, None),
+        "max_time": ({"max_time": datetime.timedelta(hours=1), "callbacks": [Slow()]}, None),
+        "early stopping": (
+            {
+                "max_epochs": 9,
+                "limit_train_batches": 2,
+                "callbacks": [EarlyStopping("loss", patience=1, min_delta=1e9)],
+            },
+            None,
+        ),
+        "KeyboardInterrupt": ({"max_epochs": 1, "callbacks": [Interrupt(KeyboardInterrupt(), 4)]}, SystemExit),
+        "exception": ({"max_epochs": 1, "callbacks": [Interrupt(OSError("disk full"), 4)]}, OSError),
+    }[how]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "how", ["max_steps", "max_epochs", "max_time", "early stopping", "KeyboardInterrupt", "exception"]
+)
+def test_however_training_ends_all_that_was_learned_is_merged(how: str) -> None:
+    arguments, error = ends(how)
+    deltas: list[dict[str, Tensor]] = []
+
+    class Last(Callback):
+        """Keeps what the merge has to add to W, as of the last step."""
+
+        def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+            factors = t.strategy.explorer.injection.factors.values()  # type: ignore[attr-defined]
+            deltas.append({f.name: torch.stack([f.effective(h) for h in range(4)]).mean(0) for f in factors})
+
+    module = Module(optimizer=sgd)
+    t = trainer(strategy(merge_every=100), **{**arguments, "callbacks": [Last(), *arguments.get("callbacks", [])]})
+    if error is None:
+        t.fit(module, loader(160))
+    else:
+        with pytest.raises(error):
+            t.fit(module, loader(160))
+    assert len(deltas) == 4
+    for name, expected in deltas[-1].items():
+        torch.testing.assert_close(module.get_submodule(name).weight.detach(), expected, rtol=1e-10, atol=1e-12)
+    assert_untouched(module)
+
+
+def test_the_last_merge_does_not_need_the_callback() -> None:
+    class Remover(Callback):
+        def on_train_start(self, t: Trainer, module: Any) -> None:
+            t.callbacks[:] = []  # as Lightning's tuners do
+
+    module = Module()
+    before = clone(module.state_dict())
+    trainer(strategy(merge_every=100), max_steps=2, callbacks=[Remover()]).fit(module, loader())
+    assert not torch.equal(module.net.first.weight, before["net.first.weight"])
+
+
+def test_a_schedule_object_decides_when() -> None:
+    class AtPowersOfTwo(MergeSchedule):
+        def due(self, step: int, last_merge: int) -> bool:
+            return step & (step - 1) == 0
+
+    merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)
+    trainer(strategy(merge_every=AtPowersOfTwo()), max_steps=9, callbacks=[merges]).fit(Module(), loader(160))
+    assert merges.seen == [1, 2, 2, 3, 3, 3, 3, 4, 4]
+    merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)
+    trainer(strategy(merge_every=Every(2)), max_steps=5, callbacks=[merges]).fit(Module(), loader(160))
+    assert merges.seen == [0, 1, 1, 2, 2]
+
+
+def test_accumulated_batches_count_as_one_step() -> None:
+    merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)
+    trainer(strategy(merge_every=2), max_epochs=1, accumulate_grad_batches=2, callbacks=[merges]).fit(
+        Module(), loader(160)
+    )
+    assert merges.seen == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_head_that_is_not_finite_is_left_out_and_the_user_is_told() -> None:
+    class Breaker(Callback):
+        def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+            if t.global_step == 2:
+                with torch.no_grad():
+                    next(iter(t.strategy.explorer.injection.factors.values())).A[1, 0, 0] = float("nan")  # type: ignore[attr-defined]
+
+    module = Module()
+    with pytest.warns(UserWarning, match="heads 1 were not finite"):
+        trainer(strategy(), max_steps=5, callbacks=[Breaker()]).fit(module, loader(160))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
+@pytest.mark.parametrize("last", [8, 6, 2])
+def test_the_smaller_last_batch_is_neither_lost_nor_in_the_way(execution: str, last: int) -> None:
+    module = Module()
+    steps = Recorder(lambda t, _: t.global_step)
+    t = trainer(strategy(execution=execution), max_epochs=2, callbacks=[steps], limit_val_batches=0)
+    t.fit(module, loader(32 + last, 16))
+    assert steps.seen == [1, 2, 3, 4, 5, 6]
+    x, _ = make_data(32 + last)
+    sizes = module.batch_sizes[-4:] if last < 8 or execution == "sequential" else module.batch_sizes[-1:]
+    assert sum(sizes) == max(last, 4)
+
+
+def test_a_dataset_smaller_than_a_batch_trains() -> None:
+    trainer(strategy(), max_epochs=2).fit(Module(), loader(10, 16))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: loader(48, 6), lambda: DataLoader(loader(48, 6).dataset, batch_sampler=[[0, 1, 2, 3, 4, 5]])]
+)
+def test_a_batch_that_the_heads_do_not_divide_is_refused(make: Callable[[], DataLoader]) -> None:
+    module = Module()
+    before = clone(module.state_dict())
+    with pytest.raises(
+        ValueError, match=r"4 heads; received a batch size of 6\. Give a multiple of 4, such as batch_size=8"
+    ):
+        trainer(strategy(), max_epochs=1).fit(module, make())
+    assert_untouched(module, before)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("choices", "error", "words"),
+    [
+        ({"heads": 0}, ValueError, ["heads must be at least 1", "received 0"]),
+        ({"heads": 2.5}, TypeError, ["heads must be a whole number", "2.5"]),
+        ({"merge_every": 0}, ValueError, ["merge_every must be at least 1", "received 0"]),
+        ({"merge_every": "10"}, TypeError, ["merge_every", "'10'"]),
+        ({"rank": 0}, ValueError, ["rank must be at least 1", "received 0"]),
+        ({"rank": True}, TypeError, ["rank must be a whole number", "True"]),
+        ({"after_merge": "forget"}, ValueError, ["after_merge", "'keep', 'reset'", "'forget'"]),
+        ({"replicas": "none"}, ValueError, ["replicas", "'none'"]),
+        ({"target_modules": ["("]}, ValueError, ["target_modules", "'('"]),
+        ({"alpha": -1}, ValueError, ["alpha", "-1"]),
+    ],
+)
+def test_values_that_cannot_be_are_refused_at_once(
+    choices: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as raised:
+        LTEStrategy(**choices)
+    for word in words:
+        assert word in str(raised.value)
+
+
+class Blind(Module):
+    def configure_optimizers(self) -> Any:
+        return sgd(make_net().parameters())
+
+
+class Frozen(Module):
+    def configure_optimizers(self) -> Any:
+        opt = sgd(self.parameters())
+        self.requires_grad_(False)
+        return opt
+
+
+class Without(Module):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class NewtonLike(Module):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class RowWise(Module):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "choices", "words"),
+    [
+        (Module, {"target_modules": ["nothing", "first", "norm"]}, ["'nothing' matches no module", "'norm' matches only LayerNorm"]),
+        (Module, {"exclude_modules": ["typo"]}, ["exclude_modules 'typo' matches no module"]),
+        (Module, {"rank_pattern": {"typo": 4}}, ["rank_pattern 'typo' matches no module"]),
+        (Module, {"target_modules": ["out"]}, ["at least one weight that can be factored", "net.out.weight: thin"]),
+        (Blind, {}, ["held by an optimizer"]),
+        (Frozen, {}, ["requires a gradient"]),
+        (Without, {}, ["held by an optimizer"]),
+        (NewtonLike, {}, ["received LBFGS"]),
+        (RowWise, {}, ["received Adafactor"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_the_module_is_touched(
+    module: type[Module], choices: dict[str, Any], words: list[str]
+) -> None:
+    own = module()
+    before = clone(own.state_dict())
+    with pytest.raises(ValueError) as raised:
+        trainer(strategy(**choices), max_epochs=1).fit(own, loader())
+    for word in words:
+        assert word in str(raised.value)
+    assert_untouched(own, before)
+
+
+def test_mps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(strategy(), max_epochs=1)
+    t.strategy.parallel_devices = [torch.device("mps")]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="MPS"):
+        t.fit(Module(), loader())
+
+
+def test_a_trainer_of_the_other_package_is_told_what_is_wrong() -> None:
+    other = pytest.importorskip("pytorch_lightning")
+    with pytest.raises(Exception, match=r"made for `lightning\.pytorch`"):
+        other.Trainer(strategy=strategy(), accelerator="cpu", devices=1)
+
+
+def test_arguments_of_the_ddp_wrapper_are_said_to_be_without_effect() -> None:
+    with pytest.warns(UserWarning, match="find_unused_parameters"):
+        LTEStrategy(4, find_unused_parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("execution", "words"), [("auto", "execution='batched'"), ("sequential", "one head per device")]
+)
+def test_manual_optimization_with_several_heads_asks_for_a_word(execution: str, words: str) -> None:
+    module = Manual()
+    before = clone(module.state_dict())
+    with pytest.raises(ValueError, match=words):
+        trainer(strategy(execution=execution), max_epochs=1).fit(module, loader())
+    assert_untouched(module, before)
+
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
+        opt.step()
+
+
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched")])
+def test_manual_optimization_trains(heads: int, execution: str) -> None:
+    merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)
+    module = Manual()
+    trainer(strategy(heads, execution=execution), max_epochs=1, callbacks=[merges]).fit(module, loader(16 * 4 + 6, 16))
+    assert merges.seen == [0, 0, 1, 1, 1]
+    automatic = Module()
+    if heads == 1:
+        trainer(strategy(1), max_epochs=1).fit(automatic, loader(16 * 4 + 6, 16))
+        torch.testing.assert_close(clone(module.state_dict()), clone(automatic.state_dict()), rtol=0, atol=0)
+
+
+# ---- silent wrong answers
+
+
+class Tied(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Linear(16, 16, bias=False)
+        self.third.weight = self.second.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.third(torch.tanh(self.second(torch.tanh(self.norm(self.first(x)))))))
+
+
+class Functional(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x @ self.first.weight.T).mean()
+
+
+class Masked(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.weight.mul_(0.9)
+        return super().forward(x)
+
+
+def test_tied_weights_are_replicas() -> None:
+    s = strategy()
+    trainer(s, max_steps=4).fit(Module(Tied().double()), loader(160))
+    entry = next(e for e in s.report().entries if e.name == "net.second.weight")
+    assert entry.role == "replica" and "tied" in entry.reason
+
+
+def test_a_weight_that_is_used_outside_its_layer_is_named_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match=r"exclude_modules=\['net.first'\]"):
+        trainer(strategy(), max_steps=4).fit(Module(Functional().double()), loader(160))
+    s = strategy(exclude_modules=["net.first"])
+    trainer(s, max_steps=4).fit(Module(Functional().double()), loader(160))
+
+
+def test_a_weight_that_others_write_is_named_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match=r"exclude_modules=\['net.first'\]"):
+        trainer(strategy(1), max_steps=4).fit(Module(Masked().double()), loader(160))
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same(execution: str, reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            y = checkpoint(lambda t: torch.tanh(self.second(torch.tanh(self.norm(t)))), x, use_reentrant=reentrant)
+            return self.out(y)
+
+    class Same(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.second(torch.tanh(self.norm(self.first(x))))))
+
+    states = []
+    for kind in (Checkpointed, Same):
+        module = Module(make_net(kind), sgd)
+        trainer(strategy(execution=execution), max_steps=7).fit(module, loader(160))
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-10, atol=1e-12)
+
+
+# ---- other parts of Lightning
+
+
+def test_weight_averaging_sees_merged_weights() -> None:
+    callback = WeightAveraging()
+    module = Module()
+    trainer(strategy(), max_epochs=2, callbacks=[callback], num_sanity_val_steps=0).fit(module, loader(160), loader())
+    assert_untouched(module)
+
+
+def test_the_learning_rate_finder_runs_and_puts_everything_back(tmp_path: Path) -> None:
+    class Tunable(Module):
+        lr = 0.01
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    module = Tunable()
+    before = clone(module.state_dict())
+    t = trainer(strategy(), max_steps=20, default_root_dir=tmp_path, logger=False)
+    found = Tuner(t).lr_find(module, loader(160), num_training=8)
+    assert found is not None and len(found.results["lr"]) == 8
+    for name, value in before.items():
+        assert torch.equal(module.state_dict()[name], value), name
+    t.fit(module, loader(160))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true", "16-true"])
+def test_precisions_train(precision: Any) -> None:
+    class Cast(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return cross_entropy(self.net(x.to(self.net.out.weight.dtype)).float(), y)
+
+    module = Cast(Net(), sgd)
+    before = clone(module.state_dict())
+    t = trainer(strategy(merge_every=2), max_steps=4, precision=precision)
+    t.fit(module, loader(160))
+    assert not torch.equal(before["net.first.weight"], module.net.first.weight.to(before["net.first.weight"].dtype))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_step_that_returns_nothing_is_skipped() -> None:
+    class Sometimes(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    for execution in ("batched", "sequential"):
+        trainer(strategy(execution=execution), max_epochs=1).fit(Sometimes(), loader(160))
+
+
+def test_an_output_of_several_heads_is_one() -> None:
+    class Outputs(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self.net(batch[0])
+            return {"loss": cross_entropy(logits, batch[1]), "logits": logits.detach(), "mean": logits.mean().detach()}
+
+    seen: list[Any] = []
+
+    class Watcher(Callback):
+        def on_train_batch_end(self, t: Any, m: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(outputs)
+
+    trainer(strategy(execution="sequential"), max_steps=1, callbacks=[Watcher()]).fit(Outputs(), loader())
+    assert seen[0]["logits"].shape == (16, 3) and seen[0]["mean"].shape == (4,) and seen[0]["loss"].dim() == 0
+
+
+def test_compiled_modules_keep_their_graphs_over_merges() -> None:
+    model = make_net().float()
+    from lightning_lte import Explorer, LTEConfig
+
+    opt = adamw(model.parameters())
+    explorer = Explorer(model, opt, LTEConfig(4, 2, rank=RANK))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for step in range(6):
+        x, y = make_data(16, seed=step)
+        with explorer.heads():
+            loss = cross_entropy(compiled(x.float()), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_importing_the_package_is_enough_in_a_fresh_process() -> None:
+    code = "import lightning_lte; from lightning.pytorch import Trainer; print(type(Trainer(strategy='lte', accelerator='cpu', devices=1, logger=False).strategy).__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("LTEStrategy")
