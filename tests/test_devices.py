@@ -1,0 +1,211 @@
+"""Several devices: real processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_lte import LTEStrategy, Transport
+from tests.modules import RANK, Module, Recorder, clone, loader, sgd, trainer
+from tests.processes import run
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list",
+    "reduce", "reduce_scatter", "reduce_scatter_tensor", "gather", "gather_object", "scatter", "all_to_all", "barrier",
+    "send", "recv",
+)  # fmt: skip
+
+
+def count_collectives(replicas: str) -> list[tuple[int, int, Counter[str]]]:
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # Lightning asks in every batch whether any process received SIGTERM; that is not ours.
+            if sys._getframe(1).f_code.co_name != "_broadcast_sigterm_tensor":
+                counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counted(name, getattr(dist, name)))
+
+    def look(t: Trainer, _: Any) -> tuple[int, int, Counter[str]]:
+        return t.global_step, t.strategy.explorer.clock.merges, Counter(counts)  # type: ignore[attr-defined]
+
+    recorder = Recorder(look)
+    s = LTEStrategy(4, 3, rank=RANK, replicas=replicas)  # type: ignore[arg-type]
+    t = trainer(s, devices=2, max_epochs=1, callbacks=[recorder], gradient_clip_val=0.1)
+    t.fit(Module(), loader(16 * 2 * 7, 16))
+    return recorder.seen
+
+
+@pytest.mark.parametrize("replicas", ["merge", "freeze"])
+def test_between_merges_no_collective_runs(replicas: str) -> None:
+    for seen in run(count_collectives, 2, replicas, group=False):
+        assert [merges for _, merges, _ in seen] == [0, 0, 1, 1, 1, 2, 2]
+        totals = [sum(counts.values()) for _, _, counts in seen]
+        steps = [after - before for before, after in zip(totals, totals[1:], strict=False)]
+        assert steps[0] == steps[2] == steps[3] == steps[5] == 0, seen
+        assert steps[1] > 0 and steps[4] > 0
+
+
+def test_averaging_gradients_at_every_step_is_asked_for_explicitly() -> None:
+    for seen in run(count_collectives, 2, "step", group=False):
+        totals = [sum(counts.values()) for _, _, counts in seen]
+        assert all(after > before for before, after in zip(totals, totals[1:], strict=False))
+
+
+def weights_after_merges(heads: int, execution: str) -> list[dict[str, Tensor]]:
+    recorder = Recorder(lambda t, m: clone(m.state_dict()) if t.global_step % 3 == 0 else None)
+    s = LTEStrategy(heads, 3, rank=RANK, execution=execution)  # type: ignore[arg-type]
+    module = Module(optimizer=sgd)
+    if dist.is_initialized() and dist.get_rank() == 1:
+        torch.nn.init.zeros_(module.net.first.weight)  # rank 0's weights count
+    t = trainer(s, devices=2, max_epochs=1, callbacks=[recorder])
+    t.fit(module, loader(16 * 2 * 7, 16, shuffle=True))
+    return [*(seen for seen in recorder.seen if seen is not None), clone(module.state_dict())]
+
+
+@pytest.mark.parametrize(("heads", "execution"), [(2, "auto"), (4, "auto"), (4, "sequential")])
+def test_weights_are_bit_equal_on_all_devices_after_every_merge(heads: int, execution: str) -> None:
+    first, second = run(weights_after_merges, 2, heads, execution, group=False)
+    assert len(first) == 3
+    for own, other in zip(first, second, strict=True):
+        for name, value in own.items():
+            assert torch.equal(value, other[name]), name
+    assert not torch.equal(first[0]["net.first.weight"], first[1]["net.first.weight"])
+
+
+class Fail(Callback):
+    def __init__(self, error: BaseException, only: int | None) -> None:
+        self.error, self.only = error, only
+
+    def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+        if t.global_step == 4 and self.only in (None, t.global_rank):
+            raise self.error
+
+
+def interrupted(only: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    import warnings
+
+    import lightning_lte.strategy as module_under_test
+
+    module_under_test._AGREE_TIMEOUT_S = 2.0
+    at_merge: dict[str, Tensor] = {}
+
+    def look(t: Trainer, m: Any) -> None:
+        if t.global_step == 3:
+            at_merge.update(clone(m.state_dict()))
+
+    module = Module(optimizer=sgd)
+    t = trainer(
+        LTEStrategy(2, 3, rank=RANK), devices=2, max_epochs=1, callbacks=[Recorder(look), Fail(OSError(), only)]
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            t.fit(module, loader(16 * 2 * 7, 16))
+        except BaseException as error:
+            said = [type(error).__name__]
+    return at_merge, clone(module.state_dict()), said + [str(w.message) for w in caught]
+
+
+def test_devices_that_are_interrupted_together_merge() -> None:
+    first, second = run(interrupted, 2, None, group=False)
+    for name, value in first[1].items():
+        assert torch.equal(value, second[1][name]), name
+    assert not torch.equal(first[0]["net.first.weight"], first[1]["net.first.weight"])
+
+
+def test_a_device_that_is_left_alone_keeps_the_last_merge_and_says_so() -> None:
+    """Rank 1 fails; rank 0 then finds the others gone at its next collective, and nobody waits for ever."""
+    first, second = run(interrupted, 2, 1, group=False, timeout_s=100)
+    for at_merge, after, said in (first, second):
+        assert torch.equal(at_merge["net.first.weight"], after["net.first.weight"])
+        assert any("could not meet for a last merge" in words for words in said), said
+
+
+def test_a_head_count_that_the_devices_do_not_divide_is_refused() -> None:
+    run(_refused, 2, group=False)
+
+
+def _refused() -> None:
+    module = Module()
+    before = clone(module.state_dict())
+    with pytest.raises(ValueError, match="received heads=3 on 2 devices. Give heads=4, or heads=None"):
+        trainer(LTEStrategy(3, rank=RANK), devices=2, max_epochs=1).fit(module, loader())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+SCRIPT = """
+    import sys
+    import torch
+    from lightning_lte import LTEStrategy
+    from tests.modules import RANK, Module, clone, loader, sgd, trainer
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        out, start = sys.argv[1:]
+        choices = {} if start == "torchrun" else {"start_method": start}
+        t = trainer(LTEStrategy(4, 3, rank=RANK, **choices), devices=2, max_epochs=1)
+        module = Module(optimizer=sgd)
+        t.fit(module, loader(16 * 2 * 7, 16))
+        if t.global_rank == 0:
+            torch.save(clone(module.state_dict()), f"{out}/{start}.pt")
+"""
+
+
+@pytest.mark.parametrize("start", ["popen", "spawn", "fork", "torchrun"])
+def test_every_launcher_gives_the_same_weights(tmp_path: Path, start: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    root = Path(__file__).parents[1]
+    command = [sys.executable]
+    if start == "torchrun":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), start], env=env, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = run(_expected, 2, group=False)[0]
+    for name, value in torch.load(tmp_path / f"{start}.pt", weights_only=True).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def _expected() -> dict[str, Tensor]:
+    module = Module(optimizer=sgd)
+    trainer(LTEStrategy(4, 3, rank=RANK), devices=2, max_epochs=1).fit(module, loader(16 * 2 * 7, 16))
+    return clone(module.state_dict())
+
+
+def test_evaluation_runs_on_two_devices() -> None:
+    results = run(_evaluate, 2, group=False)
+    assert results[0] == results[1]
+
+
+def _evaluate() -> float:
+    return float(trainer(LTEStrategy(4, rank=RANK), devices=2).validate(Module(), loader())[0]["val_loss"])
+
+
+def test_one_device_sends_nothing() -> None:
+    transport = Transport()
+    tensor = torch.ones(3)
+    transport.sum_([tensor])
+    assert transport.bytes_sent == 0 and torch.equal(tensor, torch.ones(3))
