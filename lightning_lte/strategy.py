@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_lte import batch as batches
 from lightning_lte import checkpoint as checkpoints
@@ -276,12 +277,13 @@ class LTEStrategy(DDPStrategy):
             return
         assert self._explorer is not None
         count, samples = self._explorer.count, batches.size(batch)
-        regular = getattr(self._module.trainer.train_dataloader, "batch_size", None)
-        batch_size = regular if isinstance(regular, int) else samples
-        if samples > batch_size:
+        data = self._module.trainer.train_dataloader
+        regular = data.batch_size if isinstance(data, DataLoader) else None
+        batch_size = samples if regular is None else regular
+        if samples > batch_size or (samples < batch_size and _length(data) > samples):
             raise ValueError(
-                f"The samples of a batch must lie along dimension 0 of its tensors; received a batch of {samples} from a"
-                f" loader with batch_size={batch_size}. Use one head per device."
+                "The samples of a batch must lie along dimension 0 of its tensors; received a first batch with"
+                f" {samples} along it from a loader with batch_size={batch_size}. Use one head per device."
             )
         self._checked_batch = True
         if batch_size % count:
@@ -475,6 +477,14 @@ class LTEStrategy(DDPStrategy):
                 " takes no strategies of it]"
             )
         return text
+
+
+def _length(loader: DataLoader) -> int:
+    """Samples in an epoch of a loader; 0 where it can't tell."""
+    try:
+        return len(loader.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
 
 
 def _bare(optimizer: Optimizer) -> Optimizer:

@@ -1,0 +1,114 @@
+"""What the callback tells loggers and the progress bar."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_lte import LTECallback, LTEStrategy
+from tests.modules import RANK, Module, clone, loader, sgd, trainer
+from tests.processes import run
+
+NAMES = {
+    "lte/merges",
+    "lte/delta_norm",
+    "lte/head_disagreement",
+    "lte/merge_time_s",
+    "lte/bytes_sent",
+    "lte/heads_restarted",
+}
+
+
+def fit(folder: Path, heads: int = 4, devices: int = 1, **kwargs: Any) -> tuple[list[dict[str, str]], Trainer]:
+    logger = CSVLogger(str(folder), name="", version="")
+    t = trainer(
+        LTEStrategy(heads, 3, rank=RANK), devices=devices, max_steps=7, logger=logger, log_every_n_steps=1, **kwargs
+    )
+    t.fit(Module(optimizer=sgd), loader(160 * devices, 16))
+    if t.global_rank != 0:
+        return [], t
+    with open(folder / "metrics.csv") as file:
+        return [row for row in csv.DictReader(file) if row.get("lte/merges")], t
+
+
+def test_every_merge_reaches_the_users_logger(tmp_path: Path) -> None:
+    rows, _ = fit(tmp_path)
+    assert [float(row["lte/merges"]) for row in rows] == [1, 2, 3]  # the last one at the end of training
+    for row in rows:
+        assert row.keys() >= NAMES
+        assert float(row["lte/delta_norm"]) > 0
+        assert 0 <= float(row["lte/head_disagreement"])
+        assert float(row["lte/bytes_sent"]) == 0
+        assert float(row["lte/merge_time_s"]) > 0
+
+
+def test_the_steps_are_those_of_lightnings_own_metrics(tmp_path: Path) -> None:
+    fit(tmp_path)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    by_step: dict[str, set[str]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], set()).update(key for key, value in row.items() if value)
+    assert {"loss", "lte/merges"} <= by_step["2"] and {"loss", "lte/merges"} <= by_step["5"]
+
+
+def test_the_norm_is_that_of_what_was_added(tmp_path: Path) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_start(self, t: Trainer, m: Any) -> None:
+            states.append(clone(m.state_dict()))
+
+        def on_train_batch_end(self, t: Trainer, m: Any, *args: Any) -> None:
+            if t.global_step == 3:
+                states.append(clone(m.state_dict()))
+
+    rows, _ = fit(tmp_path, callbacks=[Keep()])
+    added = [states[1][f"net.{n}.weight"] - states[0][f"net.{n}.weight"] for n in ("first", "second")]
+    assert float(rows[0]["lte/delta_norm"]) == pytest.approx(math.sqrt(sum(float(a.square().sum()) for a in added)))
+
+
+def test_the_progress_bar_shows_the_count_of_merges() -> None:
+    seen: list[Any] = []
+
+    class Bar(Callback):
+        def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+            seen.append(t.progress_bar_metrics.get("merges"))
+
+    trainer(LTEStrategy(4, 3, rank=RANK), max_steps=7, callbacks=[Bar()]).fit(Module(), loader(160, 16))
+    assert seen == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_one_comes_by_itself_and_a_users_own_is_kept() -> None:
+    t = trainer(LTEStrategy(4, rank=RANK), max_steps=1)
+    t.fit(Module(), loader())
+    t.fit(Module(), loader())
+    assert sum(isinstance(c, LTECallback) for c in t.callbacks) == 1 and isinstance(t.callbacks[0], LTECallback)
+    own = LTECallback()
+    t = trainer(LTEStrategy(4, rank=RANK), max_steps=1, callbacks=[own])
+    t.fit(Module(), loader())
+    assert [c for c in t.callbacks if isinstance(c, LTECallback)] == [own]
+
+
+def test_without_the_strategy_it_says_what_is_missing() -> None:
+    with pytest.raises(TypeError, match="LTECallback watches LTEStrategy"):
+        trainer("auto", max_steps=1, callbacks=[LTECallback()]).fit(Module(), loader())
+
+
+def _fit_on_two(folder: str) -> tuple[list[dict[str, str]], dict[str, float]]:
+    rows, t = fit(Path(folder), devices=2)
+    return rows, {"bytes": 0.0}
+
+
+def test_bytes_are_counted_on_two_devices(tmp_path: Path) -> None:
+    rows, _ = run(_fit_on_two, 2, str(tmp_path), group=False)[0]
+    assert len(rows) == 3
+    alone, _ = fit(tmp_path / "alone")
+    assert all(float(row["lte/bytes_sent"]) > 0 for row in rows)

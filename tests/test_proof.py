@@ -1,0 +1,229 @@
+"""Batched execution is taken where it is right, and nowhere else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lte import LTEStrategy
+from lightning_lte.proof import untouched
+from tests.modules import RANK, Module, clone, loader, make_net, trainer
+
+WIDTH = 16
+
+
+def verdict(net: nn.Module, batch: tuple[Tensor, Tensor], step: Callable[..., Any] | None = None) -> tuple[str, str]:
+    """What `auto` decides for a net on 4 heads, and the sentence in the report."""
+
+    class Own(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if step is not None:
+                return step(self.net, batch)
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    decided: list[str] = []
+
+    class Watched(Own):
+        def on_train_batch_end(self, *args: Any) -> None:
+            decided.append(self.trainer.strategy.explorer.execution)
+
+    data = TensorDataset(*(part.repeat(2, *[1] * (part.dim() - 1)) for part in batch))
+    trainer(strategy, max_steps=2).fit(Watched(net), DataLoader(data, len(batch[0])))
+    return decided[-1], strategy.report().notes[-1]
+
+
+def images(samples: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(samples, 8, WIDTH, generator=generator), torch.randint(0, 3, (samples,), generator=generator)
+
+
+class Pooled(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.out = body, nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x).mean(1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class Windows(nn.Module):
+    """Folds tokens into dimension 0, samples outermost, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.reshape(-1, 2, WIDTH)).reshape(x.shape)
+
+
+class TimeFirst(nn.Module):
+    """Dimension 0 is time; both lengths are 8, so that shapes tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Mixing(nn.Module):
+    """A sample sees its neighbour in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + x.roll(1, 0))
+
+
+class Flat(nn.Module):
+    """Drops the batch dimension where it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x.mean((0, 1)))
+
+
+def test_transformers_are_batched() -> None:
+    assert verdict(Pooled(nn.Sequential(Attention(), nn.LayerNorm(WIDTH), Attention())), images())[0] == "batched"
+    assert verdict(Pooled(nn.TransformerEncoderLayer(WIDTH, 2, 64, batch_first=True)), images())[0] == "batched"
+
+
+def test_windows_with_samples_outermost_are_batched() -> None:
+    assert verdict(Pooled(Windows()), images())[0] == "batched"
+
+
+def test_time_outermost_is_sequential_though_shapes_agree() -> None:
+    execution, why = verdict(Pooled(TimeFirst()), images())
+    assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
+
+
+@pytest.mark.parametrize("body", [Mixing, Flat])
+def test_samples_that_meet_are_sequential(body: type[nn.Module]) -> None:
+    assert verdict(Pooled(body()), images())[0] == "sequential"
+
+
+def test_batch_norm_is_sequential() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.inner(x))
+
+    execution, why = verdict(Pooled(Normed()), images())
+    assert execution == "sequential" and "net.body.norm (BatchNorm1d)" in why
+
+
+def test_losses_over_pairs_of_samples_are_sequential() -> None:
+    def contrastive(net: nn.Module, batch: Any) -> Tensor:
+        features = nn.functional.normalize(net(batch[0]), dim=-1)
+        return cross_entropy(features @ features.T * 10, torch.arange(len(features)))
+
+    execution, why = verdict(Pooled(Windows()), images(), contrastive)
+    assert execution == "sequential" and "is not the mean of the losses" in why
+
+
+def test_losses_that_are_sums_are_sequential() -> None:
+    def summed(net: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(net(batch[0]), batch[1], reduction="sum")
+
+    assert verdict(Pooled(Windows()), images(), summed)[0] == "sequential"
+
+
+def test_batches_of_unknown_structure_are_refused_with_the_remedy() -> None:
+    class Pictures(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.stack([self.net(x.double()).mean() for x in batch[0]]).mean()
+
+    pictures = [(torch.randn(3 + i, 10), i) for i in range(8)]
+    data = DataLoader(pictures, 8, collate_fn=lambda rows: ([x for x, _ in rows], torch.arange(8)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one head per device"):
+        trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(Pictures(), data)
+    alike = DataLoader([(torch.randn(3, 10), i) for i in range(8)], 8, collate_fn=lambda rows: [x for x, _ in rows])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="3 along it from a loader with batch_size=8. Use one head per device"):
+        trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(Pictures(), alike)
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    """Metrics, counters, buffers, random streams and logged values are as if it had not been."""
+
+    class Traced(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("queue", torch.zeros(3))
+            self.history: list[float] = []
+            self.totals = {"n": 0, "sum": torch.zeros(1)}
+            self.draws: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.queue += 1
+            self.totals["n"] += 1
+            self.totals["sum"] += 1  # type: ignore[assignment]
+            loss = super().training_step(batch, batch_idx)
+            self.history.append(float(loss))
+            self.new_attribute = 1
+            self.draws += [torch.rand(1).item(), random.random(), float(np.random.rand())]
+            return loss
+
+    module = Traced()
+    history = module.history
+    for set_seed in (torch.manual_seed, random.seed, np.random.seed):
+        set_seed(5)
+    expected = [torch.rand(1).item(), random.random(), float(np.random.rand())]
+    for set_seed in (torch.manual_seed, random.seed, np.random.seed):
+        set_seed(5)
+    trainer(LTEStrategy(4, rank=RANK), max_steps=1, limit_val_batches=0).fit(module, loader(16))
+    assert module.history is history and len(history) == 1
+    assert module.queue.tolist() == [1, 1, 1]
+    assert module.totals["n"] == 1 and module.totals["sum"].item() == 1  # type: ignore[union-attr]
+    assert module.training
+    # A loader draws one number when its iterator is made; the step's draws follow.
+    torch.manual_seed(5)
+    torch.empty((), dtype=torch.int64).random_()
+    expected[0] = torch.rand(1).item()
+    assert module.draws == expected
+
+
+def test_untouched_puts_back_what_a_block_changes() -> None:
+    net = make_net()
+    net.notes = [1, [2], {"a": torch.ones(2)}]  # type: ignore[assignment]
+    before = clone(net.state_dict())
+    notes = net.notes
+    with untouched(net) as again:
+        for _ in range(2):
+            net.notes[1].append(3)  # type: ignore[index, union-attr]
+            net.notes[2]["a"] += 1  # type: ignore[index, call-overload]
+            net.extra = 5  # type: ignore[assignment]
+            again()
+            assert notes[1] == [2] and not hasattr(net, "extra")  # type: ignore[index]
+    assert net.notes is notes and torch.equal(notes[2]["a"], torch.ones(2))  # type: ignore[index, call-overload]
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
