@@ -1,0 +1,109 @@
+"""The command line and the YAML files, as users run them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_lte
+from lightning_lte.cli import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BRIEF = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=3",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.strategy.merge_every=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set first, so that what Lightning's CLI writes there is taken back after the test.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    # Lightning's CLI warns if it has both.
+    monkeypatch.setattr("sys.argv", ["lightning-lte"])
+
+
+def brief(config: str, tmp_path: Path) -> list[str]:
+    return ["fit", f"--config={EXAMPLES / config}", *BRIEF, f"--trainer.logger.save_dir={tmp_path}"]
+
+
+def metrics(folder: Path) -> dict[str, list[str]]:
+    [path] = folder.rglob("metrics.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
+
+
+def test_digits_yaml_with_overrides(tmp_path: Path) -> None:
+    cli = main([*brief("digits.yaml", tmp_path), "--trainer.strategy.heads=16"])
+
+    assert isinstance(cli.trainer.strategy, lightning_lte.LTEStrategy)
+    assert cli.trainer.global_step == 3
+    # One merge after two steps, and one at the end for the third.
+    assert [float(v) for v in metrics(tmp_path)["lte/merges"]] == [1, 2]
+    assert [path.name for path in tmp_path.rglob("curves.png")] == ["curves.png"]
+    assert type(cli.model.net.blocks[0].mlp.fc1) is torch.nn.Linear
+
+
+def test_heads_of_an_override_reach_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="heads must be at least 1; received 0"):
+        main([*brief("digits.yaml", tmp_path), "--trainer.strategy.heads=0"])
+
+
+def test_the_same_yaml_in_a_cli_of_ones_own(tmp_path: Path) -> None:
+    cli = LightningCLI(args=brief("digits.yaml", tmp_path))
+
+    assert isinstance(cli.trainer.strategy, lightning_lte.LTEStrategy)
+    assert float(metrics(tmp_path)["lte/merges"][-1]) == 2
+
+
+def test_the_strategy_is_preset(tmp_path: Path) -> None:
+    config = tmp_path / "short.yaml"
+    config.write_text("model: examples.vit.ViTClassifier\ndata: examples.data.DigitsDataModule\n")
+
+    cli = main(["fit", f"--config={config}", *BRIEF, f"--trainer.default_root_dir={tmp_path}"])
+
+    assert isinstance(cli.trainer.strategy, lightning_lte.LTEStrategy)
+
+
+@pytest.mark.parametrize("command", [main, lambda args: LightningCLI(args=args)])
+def test_an_unknown_key_is_named(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES / "digits.yaml").read_text()
+    config = tmp_path / "misspelt.yaml"
+    config.write_text(text.replace("merge_every: 10", "merge_evry: 10"))
+
+    with pytest.raises(SystemExit) as exit_:
+        command(["fit", f"--config={config}"])
+
+    assert exit_.value.code == 2
+    assert "merge_evry" in capsys.readouterr().err
+
+
+def test_fashion_mnist_yaml_with_a_root_of_ones_own(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    random = np.random.default_rng(0)
+    for split, count in (("train", 5000 + 3 * 32), ("t10k", 32)):
+        write_idx(root / f"{split}-images-idx3-ubyte", random.integers(256, size=(count, 28, 28)))
+        write_idx(root / f"{split}-labels-idx1-ubyte", random.integers(10, size=count))
+
+    main([*brief("fashion_mnist.yaml", tmp_path), f"--data.root={root}", "--data.batch_size=32"])
+
+    assert float(metrics(tmp_path)["lte/merges"][-1]) == 2
+    assert len(list(tmp_path.rglob("curves.png"))) == 1
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """Write unsigned bytes in the format of MNIST's files."""
+    header = np.array([0x0800 + values.ndim, *values.shape], dtype=">i4")
+    path.write_bytes(header.tobytes() + values.astype(np.uint8).tobytes())
