@@ -1,7 +1,7 @@
 """LoRA-the-Explorer, slow and literal: Algorithm 1 and appendix A.2 of the paper with a loop over workers.
 
 Every worker has a whole copy of the model and an optimizer of its own. Nothing here comes from `lightning_lte`: what
-the package computes with batched products and clever bookkeeping, this file computes as the paper writes it, in float64.
+the package computes with batched products and bookkeeping, this file computes as the paper writes it, in float64.
 """
 
 from __future__ import annotations
