@@ -37,8 +37,8 @@ def size(batch: Any) -> int:
         if unknown:
             found += f" and objects of kind {', '.join(sorted(unknown))}"
         raise ValueError(
-            "Local heads share a device by splitting the batch along dimension 0, which must be the same for all tensors"
-            f" in it; received a batch with {found}. Use one head per device."
+            "Local heads share a device by splitting the batch along dimension 0, which must be the same for all"
+            f" tensors in it; received a batch with {found}. Use one head per device."
         )
     return sizes.pop()
 

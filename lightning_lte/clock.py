@@ -9,8 +9,8 @@ from typing import Any
 class Clock:
     """Counts steps and merges. All devices count alike, so that they merge together without asking each other.
 
-    A step is a call of an optimizer's step. It counts even where AMP's gradient scaler skips the update, since one device
-    may skip where another does not. With several optimizers the one that stepped most often is the clock.
+    A step is a call of an optimizer's step. It counts even where AMP's gradient scaler skips the update, since one
+    device may skip where another does not. With several optimizers the one that stepped most often is the clock.
 
     Args:
         optimizers: how many optimizers there are.

@@ -46,6 +46,7 @@ class Explorer:
     Attributes:
         count: n, local heads.
         clock: steps and merges done.
+        merging: whether a merge has begun and not ended.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
 
@@ -82,6 +83,7 @@ class Explorer:
         self.guard = self._new_guard()
         self.clock = Clock(len(self.optimizers))
         self.last_record: MergeRecord | None = None
+        self.merging = False
 
     @property
     def report(self) -> Report:
@@ -193,6 +195,7 @@ class Explorer:
             RuntimeError, FloatingPointError: see `step`.
         """
         self.guard.check_writes()
+        self.merging = True
         self.last_record = merge.merge(
             self.injection,
             self.optimizers,
@@ -203,6 +206,7 @@ class Explorer:
             measure=measure,
         )
         self.clock.merged()
+        self.merging = False
         self.guard.accept_writes()
         return self.last_record
 

@@ -48,8 +48,8 @@ class Guard:
         if written:
             raise RuntimeError(
                 f"Only merges may write to factored weights, and something else wrote to {_listed(written)} (masks,"
-                " normalisation, copies from another network, re-initialisation and loading weights do so). Train it as a"
-                f" replica: exclude_modules={written!r}."
+                " normalisation, copies from another network, re-initialisation and loading weights do so). Train it"
+                f" as a replica: exclude_modules={written!r}."
             )
 
     def check_uses(self) -> None:
@@ -63,8 +63,9 @@ class Guard:
         if used:
             used = sorted(set(used))
             raise RuntimeError(
-                "Heads act where a layer is called, and these weights got a gradient from a use elsewhere (tied to another"
-                f" layer, or used as a tensor): {_listed(used)}. Train them as replicas: exclude_modules={used!r}."
+                "Heads act where a layer is called, and these weights got a gradient from a use elsewhere (tied to"
+                f" another layer, or used as a tensor): {_listed(used)}. Train them as replicas:"
+                f" exclude_modules={used!r}."
             )
 
     def after_backward(self) -> None:
@@ -79,8 +80,8 @@ class Guard:
             starved = [f.name for f in self._factors if f.took_part and f.A.requires_grad and f.A.grad is None]
             if starved:
                 warnings.warn(
-                    f"The heads of {_listed(starved)} took part in the first step, but got no gradient: they don't learn."
-                    " If that is not meant, a custom autograd function may differentiate with respect to"
+                    f"The heads of {_listed(starved)} took part in the first step, but got no gradient: they don't"
+                    " learn. If that is not meant, a custom autograd function may differentiate with respect to"
                     f" self.parameters() alone, which heads are not part of; then exclude_modules={starved!r}.",
                     stacklevel=2,
                 )

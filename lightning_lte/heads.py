@@ -53,9 +53,8 @@ class Factors:
         out_features, in_features = weight.shape
         self.name, self.weight, self.rank, self.scale = name, weight, rank, scale
         self.first, self.seed, self.init = first, seed, init
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.A = nn.Parameter(torch.empty(count, rank, in_features, **like))
-        self.B = nn.Parameter(torch.zeros(count, out_features, rank, **like))
+        self.A = nn.Parameter(weight.detach().new_empty(count, rank, in_features))
+        self.B = nn.Parameter(weight.detach().new_zeros(count, out_features, rank))
         with torch.no_grad():
             self.A.copy_(self.draw())
         self.anchor_A = self.A.detach().clone() if keep else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ def merge(
     wide = torch.promote_types(factors[0].weight.dtype, torch.float32)
     squared_mean = torch.zeros((), device=device, dtype=wide)
     squared_heads = torch.zeros((), device=device, dtype=wide)
+    bad, restarted = ~good, tuple(int(h) for h in (~good_all).nonzero().flatten())
+    states = {p: s for opt in optimizers for p, s in opt.state.items()}
     for group in _groups(factors, transport):
         if measure:
             for f in group:
@@ -92,12 +95,14 @@ def merge(
             delta /= good_total
             if measure:
                 squared_mean += delta.square().sum().to(wide)
+            # Settled at once, so that a merge that was interrupted can be run again: this weight's delta is zero then.
             f.add(delta)
+            _settle(f, states, config, bad if restarted else None, merges + 1)
     if config.replicas == "merge":
         injection.replicas.merge(transport, good, good_total)
+        if restarted:
+            _restart_replicas(injection, states, bad)
     merge_running_statistics(injection.module, transport)
-    restarted = tuple(int(h) for h in (~good_all).nonzero().flatten())
-    _settle(injection, optimizers, config, ~good, any_bad=bool(restarted), merges=merges + 1)
 
     norm = disagreement = None
     if measure:
@@ -162,34 +167,30 @@ def _summed_from_all(factors: Factors, good_all: Tensor, transport: Transport) -
     return factors.scale * (B.transpose(0, 1).flatten(1) @ A.flatten(0, 1))
 
 
-@torch.no_grad()
-def _settle(
-    injection: Injection,
-    optimizers: Sequence[Optimizer],
-    config: LTEConfig,
-    bad: Tensor,
-    *,
-    any_bad: bool,
-    merges: int,
-) -> None:
-    states: Mapping[nn.Parameter, dict[str, object]] = {p: s for opt in optimizers for p, s in opt.state.items()}
-    for f in injection.factors.values():
-        if any_bad:
-            f.restart(bad, redraw=True, merges=merges)
-            for p in (f.A, f.B):
-                _zero_moments(p, states.get(p, {}), bad)
-        if config.after_merge == "reset":
-            f.restart(~bad, redraw=config.reset_a == "redraw", merges=merges)
-            for p in (f.A, f.B):
-                _prune_moments(p, states.get(p, {}), config.reset_moments)
-        f.settle()
-    if any_bad:
-        for replica in injection.replicas:
-            which = bad if replica.stack is not None else bad.any().expand(1)
-            _zero_moments(replica.trained, states.get(replica.trained, {}), which)
+_States = Mapping[Tensor, Mapping[str, Any]]
 
 
-def _zero_moments(param: nn.Parameter, state: Mapping[str, object], heads: Tensor) -> None:
+def _settle(f: Factors, states: _States, config: LTEConfig, bad: Tensor | None, merges: int) -> None:
+    """Let heads go on from the merged weight: new anchors, or a reset; `bad` heads, (n,) bool, start anew."""
+    if bad is not None:
+        f.restart(bad, redraw=True, merges=merges)
+        for p in (f.A, f.B):
+            _zero_moments(p, states.get(p, {}), bad)
+    if config.after_merge == "reset":
+        others = torch.ones(f.count, dtype=torch.bool, device=f.A.device) if bad is None else ~bad
+        f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
+        for p in (f.A, f.B):
+            _prune_moments(p, states.get(p, {}), config.reset_moments)
+    f.settle()
+
+
+def _restart_replicas(injection: Injection, states: _States, bad: Tensor) -> None:
+    for replica in injection.replicas:
+        which = bad if replica.stack is not None else bad.any().expand(1)
+        _zero_moments(replica.trained, states.get(replica.trained, {}), which)
+
+
+def _zero_moments(param: nn.Parameter, state: Mapping[str, Any], heads: Tensor) -> None:
     for key, value in state.items():
         # The step count of a scalar parameter has its shape, too.
         if isinstance(value, Tensor) and value.shape == param.shape and key != "step":
@@ -199,7 +200,7 @@ def _zero_moments(param: nn.Parameter, state: Mapping[str, object], heads: Tenso
                 value.zero_()
 
 
-def _prune_moments(param: nn.Parameter, state: Mapping[str, object], fraction: float) -> None:
+def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:
     for value in state.values():
         if not isinstance(value, Tensor) or value.shape != param.shape:
             continue

@@ -69,7 +69,10 @@ def reason_against_batched(
         return "the step returned no loss on the first batch"
     mean = torch.stack([own.detach().float() for own in losses if own is not None]).mean()
     if not torch.isclose(loss.detach().float(), mean, rtol=tolerance, atol=1e-6):
-        return f"the loss of the batch ({float(loss):.6g}) is not the mean of the losses of the heads' slices ({float(mean):.6g})"
+        return (
+            f"the loss of the batch ({float(loss):.6g}) is not the mean of the losses of the heads' slices"
+            f" ({float(mean):.6g})"
+        )
     return None
 
 
@@ -150,9 +153,12 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 
 def _kept_attributes(module: nn.Module) -> dict[str, Callable[[], Any]]:
     return {
-        key: (lambda value=value: value) if key in _REGISTRIES else _kept(value)
-        for key, value in module.__dict__.items()
+        key: partial(_same, value) if key in _REGISTRIES else _kept(value) for key, value in module.__dict__.items()
     }
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _kept(value: Any) -> Callable[[], Any]:
@@ -160,7 +166,7 @@ def _kept(value: Any) -> Callable[[], Any]:
     holds them sees it too. Objects of other kinds are taken to be constant."""
     if isinstance(value, Tensor):
         if isinstance(value, nn.Parameter) or value.is_inference():
-            return lambda: value
+            return partial(_same, value)
         saved, version = value.detach().clone(), value._version
         return lambda: value if value._version == version else value.copy_(saved)
     if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict):
@@ -169,7 +175,7 @@ def _kept(value: Any) -> Callable[[], Any]:
         return partial(_refill_list, value, [_kept(v) for v in value])
     if type(value) is set:
         return partial(_refill_set, value, set(value))
-    return lambda: value
+    return partial(_same, value)
 
 
 def _refill_dict(value: dict[Any, Any], items: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:

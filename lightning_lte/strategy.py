@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
@@ -22,12 +21,12 @@ from torch.utils.data import DataLoader
 
 from lightning_lte import batch as batches
 from lightning_lte import checkpoint as checkpoints
+from lightning_lte import execution
 from lightning_lte.callback import LTECallback
 from lightning_lte.config import AfterMerge, Execution, Init, LTEConfig, ReplicaPolicy
 from lightning_lte.explorer import Explorer
 from lightning_lte.injection import Report
 from lightning_lte.merge import MergeRecord
-from lightning_lte.proof import reason_against_batched
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport
 
@@ -175,10 +174,9 @@ class LTEStrategy(DDPStrategy):
         if self._world_size > 1:
             super().setup_environment()
             return
-        # What DDPStrategy does, less the process group.
+        # What DDPStrategy does, less the process group and the seed that is set again for other processes.
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
-        reset_seed()
         self.set_world_ranks()
 
     # ---- setting up
@@ -187,7 +185,7 @@ class LTEStrategy(DDPStrategy):
         super().connect(model)
         trainer = model.trainer
         if self._world_size == 1:
-            # Lightning takes every subclass of DDPStrategy for distributed and would shuffle loaders that are not shuffled.
+            # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
         if trainer.state.fn == TrainerFn.FITTING:
             # First, so that the callbacks after it see merged weights when training ends.
@@ -218,31 +216,23 @@ class LTEStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         module = self._module
-        explorer = Explorer(module, self.optimizers, self.config, self._transport)
-        self._explorer, self._report = explorer, explorer.report
-        self._finished = None
+        config = self.config
+        if not module.automatic_optimization:
+            _check_manual_optimization(config.local_heads(self.world_size), config.execution)
+        explorer = Explorer(module, self.optimizers, config, self._transport)
+        self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._checked_batch, self._resume_state = True, False, None
-        if explorer.execution == "auto" and not module.automatic_optimization:
-            self._close()
-            raise ValueError(
-                f"{explorer.count} heads share a device, and with manual optimization it can't be tried whether one forward"
-                " may serve them all. Give execution='batched' if every layer sees the batch outermost in dimension 0 and"
-                " the loss is a mean over samples, or one head per device."
-            )
-        if explorer.execution == "sequential" and not module.automatic_optimization:
-            self._close()
-            raise ValueError(
-                "Sequential execution runs training_step once for each head, and with manual optimization a step"
-                f" steps optimizers by itself; received {explorer.count} heads per device. Use one head per device."
-            )
-        if explorer.count > 1 and self.config.execution != "auto":
+        if explorer.count > 1 and config.execution != "auto":
             how = explorer.go_batched if explorer.execution == "batched" else explorer.go_sequential
-            how(f"execution={self.config.execution!r} was given")
-        if explorer.count > 1 or self.config.replicas == "step":
+            how(f"execution={config.execution!r} was given")
+        if explorer.count > 1 or config.replicas == "step":
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         if explorer.execution != "auto":
-            rank_zero_info(f"LTE trains through {self.config.heads} heads:\n{explorer.report.summary()}")
+            self._announce()
+
+    def _announce(self) -> None:
+        rank_zero_info(f"LTE trains through {self.config.heads} heads:\n{self.report().summary()}")
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         assert self._explorer is not None
@@ -259,8 +249,14 @@ class LTEStrategy(DDPStrategy):
                 return step(*args, **kwargs)
         batch, *rest = args
         self._check_batch(batch)
+
+        def own_step(part: Any) -> STEP_OUTPUT:
+            return step(part, *rest, **kwargs)
+
         if explorer.execution == "auto":
-            self._decide_execution(batch, rest, kwargs)
+            with _silenced(self._module):
+                execution.decide(explorer, own_step, batch)
+            self._announce()
         if explorer.execution == "batched":
             even = batches.is_even(batch, explorer.count)
             if not even and not self._module.automatic_optimization:
@@ -268,8 +264,8 @@ class LTEStrategy(DDPStrategy):
                 batch, even = batches.filled_up(batch, explorer.count), True
             if even:
                 with explorer.heads():
-                    return step(batch, *rest, **kwargs)
-        return self._sequential_step(batches.split(batch, explorer.count), lambda part: step(part, *rest, **kwargs))
+                    return own_step(batch)
+        return execution.run_in_turn(explorer, own_step, batch)
 
     def _check_batch(self, batch: Any) -> None:
         """Raise on the first batch if the local heads don't divide the batch of a device."""
@@ -277,10 +273,11 @@ class LTEStrategy(DDPStrategy):
             return
         assert self._explorer is not None
         count, samples = self._explorer.count, batches.size(batch)
-        data = self._module.trainer.train_dataloader
-        regular = data.batch_size if isinstance(data, DataLoader) else None
-        batch_size = samples if regular is None else regular
-        if samples > batch_size or (samples < batch_size and _length(data) > samples):
+        loader = self._module.trainer.train_dataloader
+        batch_size = samples
+        if isinstance(loader, DataLoader) and loader.batch_size is not None:
+            batch_size = loader.batch_size
+        if samples > batch_size or (samples < batch_size and _length(loader) > samples):
             raise ValueError(
                 "The samples of a batch must lie along dimension 0 of its tensors; received a first batch with"
                 f" {samples} along it from a loader with batch_size={batch_size}. Use one head per device."
@@ -292,38 +289,6 @@ class LTEStrategy(DDPStrategy):
                 f"The batch of a device is split evenly over its {count} heads; received a batch size of {batch_size}."
                 f" Give a multiple of {count}, such as batch_size={above}. (A smaller last batch of an epoch is fine.)"
             )
-
-    def _decide_execution(self, batch: Any, rest: list[Any], kwargs: dict[str, Any]) -> None:
-        """Prove on the first batch that one forward may serve all local heads, or have them take turns."""
-        explorer = self._explorer
-        assert explorer is not None
-        module = self._module
-        step = super().training_step
-
-        def loss_of(part: Any) -> Tensor | None:
-            output = step(part, *rest, **kwargs)
-            return output["loss"] if isinstance(output, Mapping) else output
-
-        with _silenced(module):
-            reason = reason_against_batched(module, loss_of, batch, explorer.count)
-        if reason is None:
-            explorer.go_batched("proved on the first batch")
-        else:
-            explorer.go_sequential(reason)
-        rank_zero_info(f"LTE trains through {self.config.heads} heads:\n{explorer.report.summary()}")
-
-    def _sequential_step(self, parts: list[Any], step: Callable[[Any], STEP_OUTPUT]) -> STEP_OUTPUT:
-        explorer = self._explorer
-        assert explorer is not None
-        outputs = []
-        for head, part in enumerate(parts):
-            with explorer.head(head):
-                output = step(part)
-            loss = output["loss"] if isinstance(output, Mapping) else output
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                explorer.follow_backward(loss, head)
-            outputs.append(output)
-        return _combined(outputs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer
@@ -390,10 +355,14 @@ class LTEStrategy(DDPStrategy):
         explorer = self._explorer
         if explorer is None or not explorer.unmerged:
             return
-        if not explorer.transport.agree(f"{explorer.clock.merges}:{explorer.clock.step}", _AGREE_TIMEOUT_S):
+        where = f"merge {explorer.clock.merges}, step {explorer.clock.step}"
+        if explorer.merging:
+            # Devices that were in the midst of different exchanges can't start another.
+            where += f", in a merge on rank {explorer.transport.rank}"
+        if not explorer.transport.agree(where, _AGREE_TIMEOUT_S):
             warnings.warn(
-                "Training was interrupted and the devices could not meet for a last merge: the weights are those of the"
-                f" merge at step {explorer.clock.last_merge}, {explorer.clock.step - explorer.clock.last_merge} steps before.",
+                f"Training was interrupted at step {explorer.clock.step} and the devices could not meet for a last"
+                f" merge: the weights are those of the merge at step {explorer.clock.last_merge}.",
                 stacklevel=2,
             )
             return
@@ -401,8 +370,8 @@ class LTEStrategy(DDPStrategy):
             self.merge()
         except Exception as error:
             warnings.warn(
-                f"The last merge after {type(exception).__name__} failed, and the weights are those of the merge at step"
-                f" {explorer.clock.last_merge}: {error}",
+                f"The last merge after {type(exception).__name__} failed, and the weights are those of the merge at"
+                f" step {explorer.clock.last_merge}: {error}",
                 stacklevel=2,
             )
 
@@ -439,8 +408,8 @@ class LTEStrategy(DDPStrategy):
         for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
             if not explorer.substitution.load_plain_state(optimizer, saved):
                 rank_zero_warn(
-                    f"The param groups of {type(optimizer).__name__} in the checkpoint are not shaped like those of this run,"
-                    " so their settings (learning rate and the like) were not taken over."
+                    f"The param groups of {type(optimizer).__name__} in the checkpoint are not shaped like those of"
+                    " this run, so their settings (learning rate and the like) were not taken over."
                 )
         state = checkpoint.get("lte")
         if state is None:
@@ -473,17 +442,27 @@ class LTEStrategy(DDPStrategy):
         if "pytorch_lightning" in sys.modules:
             # Its Trainer knows no strategy of `lightning.pytorch` and prints this in its message about a wrong one.
             text += (
-                " [made for `lightning.pytorch`: import Trainer from there, a Trainer of the package `pytorch_lightning`"
-                " takes no strategies of it]"
+                " [made for `lightning.pytorch`: import Trainer from there, a Trainer of the package"
+                " `pytorch_lightning` takes no strategies of it]"
             )
         return text
 
 
-def _length(loader: DataLoader) -> int:
+def _check_manual_optimization(count: int, execution: Execution) -> None:
+    if count > 1 and execution != "batched":
+        raise ValueError(
+            "With manual optimization training_step steps optimizers by itself, so heads on one device can't take turns"
+            f" in it, and it can't be tried whether one forward may serve them all; received {count} heads per device"
+            f" and execution={execution!r}. Use one head per device, or give execution='batched' if every layer sees"
+            " the batch outermost in dimension 0 and the loss is a mean over samples."
+        )
+
+
+def _length(loader: Any) -> int:
     """Samples in an epoch of a loader; 0 where it can't tell."""
     try:
-        return len(loader.sampler)  # type: ignore[arg-type]
-    except TypeError:
+        return len(loader.sampler)
+    except (AttributeError, TypeError):
         return 0
 
 
@@ -502,27 +481,3 @@ def _silenced(module: LightningModule) -> Iterator[None]:
     finally:
         for name in names:
             module.__dict__.pop(name, None)
-
-
-def _combined(outputs: Sequence[STEP_OUTPUT]) -> STEP_OUTPUT:
-    """One output from those of all heads: the mean loss; other tensors are concatenated, or stacked if they are scalars."""
-    if all(output is None for output in outputs):
-        return None
-    losses = [output.get("loss") if isinstance(output, Mapping) else output for output in outputs]
-    if any(loss is None for loss in losses):
-        raise RuntimeError(
-            "training_step returned None for some of the heads of a device and a loss for others. Return a loss for every"
-            " head, or use one head per device."
-        )
-    loss = torch.stack([torch.as_tensor(own) for own in losses]).mean()
-    first = outputs[0]
-    if not isinstance(first, Mapping):
-        return loss
-    combined: dict[str, Any] = {}
-    for key in first:
-        values = [output[key] for output in outputs]  # type: ignore[index, call-overload]
-        if all(isinstance(v, Tensor) for v in values):
-            combined[key] = torch.cat(values) if values[0].dim() else torch.stack(values)
-        else:
-            combined[key] = values
-    return {**combined, "loss": loss}

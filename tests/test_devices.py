@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_between_merges_no_collective_runs(replicas: str) -> None:
     for seen in run(count_collectives, 2, replicas, group=False):
         assert [merges for _, merges, _ in seen] == [0, 0, 1, 1, 1, 2, 2]
         totals = [sum(counts.values()) for _, _, counts in seen]
-        steps = [after - before for before, after in zip(totals, totals[1:], strict=False)]
+        steps = [after - before for before, after in pairwise(totals)]
         assert steps[0] == steps[2] == steps[3] == steps[5] == 0, seen
         assert steps[1] > 0 and steps[4] > 0
 
@@ -66,7 +67,7 @@ def test_between_merges_no_collective_runs(replicas: str) -> None:
 def test_averaging_gradients_at_every_step_is_asked_for_explicitly() -> None:
     for seen in run(count_collectives, 2, "step", group=False):
         totals = [sum(counts.values()) for _, _, counts in seen]
-        assert all(after > before for before, after in zip(totals, totals[1:], strict=False))
+        assert all(after > before for before, after in pairwise(totals))
 
 
 def weights_after_merges(heads: int, execution: str) -> list[dict[str, Tensor]]:
@@ -146,7 +147,7 @@ def test_a_head_count_that_the_devices_do_not_divide_is_refused() -> None:
 def _refused() -> None:
     module = Module()
     before = clone(module.state_dict())
-    with pytest.raises(ValueError, match="received heads=3 on 2 devices. Give heads=4, or heads=None"):
+    with pytest.raises(ValueError, match=r"received heads=3 on 2 devices\. Give heads=4, or heads=None"):
         trainer(LTEStrategy(3, rank=RANK), devices=2, max_epochs=1).fit(module, loader())
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])

@@ -168,7 +168,7 @@ def test_batches_of_unknown_structure_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="one head per device"):
         trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(Pictures(), data)
     alike = DataLoader([(torch.randn(3, 10), i) for i in range(8)], 8, collate_fn=lambda rows: [x for x, _ in rows])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="3 along it from a loader with batch_size=8. Use one head per device"):
+    with pytest.raises(ValueError, match=r"3 along it from a loader with batch_size=8\. Use one head per device"):
         trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(Pictures(), alike)
 
 

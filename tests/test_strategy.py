@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
+from lightning_lte import Every, LTEStrategy, MergeSchedule
 from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
 
 
@@ -291,7 +291,6 @@ def test_the_smaller_last_batch_is_neither_lost_nor_in_the_way(execution: str, l
     t = trainer(strategy(execution=execution), max_epochs=2, callbacks=[steps], limit_val_batches=0)
     t.fit(module, loader(32 + last, 16))
     assert steps.seen == [1, 2, 3, 4, 5, 6]
-    x, _ = make_data(32 + last)
     sizes = module.batch_sizes[-4:] if last < 8 or execution == "sequential" else module.batch_sizes[-1:]
     assert sum(sizes) == max(last, 4)
 
@@ -598,6 +597,9 @@ def test_compiled_modules_keep_their_graphs_over_merges() -> None:
 
 
 def test_importing_the_package_is_enough_in_a_fresh_process() -> None:
-    code = "import lightning_lte; from lightning.pytorch import Trainer; print(type(Trainer(strategy='lte', accelerator='cpu', devices=1, logger=False).strategy).__name__)"
+    code = (
+        "import lightning_lte; from lightning.pytorch import Trainer;"
+        "print(type(Trainer(strategy='lte', accelerator='cpu', devices=1, logger=False).strategy).__name__)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("LTEStrategy")

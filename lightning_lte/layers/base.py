@@ -44,7 +44,8 @@ class HeadedLayer(nn.Module):
 
 def state_of(layer: nn.Module) -> LayerState:
     """The state that `enter` gave to a layer."""
-    return layer.__dict__[_STATE]  # type: ignore[no-any-return]
+    state: LayerState = layer.__dict__[_STATE]
+    return state
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:

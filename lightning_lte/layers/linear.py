@@ -19,7 +19,7 @@ class HeadedLinear(HeadedLayer):
         state = state_of(self)
         switch, factors = state.switch, state.factors
         if switch.position is None or (factors is None and switch.position != "all"):
-            return super().forward(input)  # type: ignore[misc, no-any-return]
+            return super().forward(input)
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         if switch.position != "all":
             assert factors is not None

@@ -17,7 +17,7 @@ class HeadedLayerNorm(HeadedLayer):
     def forward(self, input: Tensor) -> Tensor:
         state = state_of(self)
         if state.switch.position != "all":
-            return super().forward(input)  # type: ignore[misc, no-any-return]
+            return super().forward(input)
         count = state.switch.count
         x = functional.layer_norm(input, self.normalized_shape, None, None, self.eps).flatten(
             -len(self.normalized_shape)

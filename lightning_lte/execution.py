@@ -1,0 +1,74 @@
+"""How local heads share a device: all in one forward, or in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lte import batch as batches
+from lightning_lte.explorer import Explorer
+from lightning_lte.proof import reason_against_batched
+
+
+def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
+    """Prove on a first batch that one forward may serve all local heads, or have them take turns from now on.
+
+    Args:
+        explorer: with several local heads.
+        step: the user's: takes a batch and returns the loss, or a mapping that has it under "loss".
+        batch: a real one, on the device.
+    """
+    reason = reason_against_batched(explorer.module, lambda part: _loss(step(part)), batch, explorer.count)
+    if reason is None:
+        explorer.go_batched("proved on the first batch")
+    else:
+        explorer.go_sequential(reason)
+
+
+def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:
+    """Run the user's step once for each local head, on its slice of the batch; see `combined` for the result."""
+    outputs = []
+    for head, part in enumerate(batches.split(batch, explorer.count)):
+        with explorer.head(head):
+            output = step(part)
+        loss = _loss(output)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            explorer.follow_backward(loss, head)
+        outputs.append(output)
+    return combined(outputs)
+
+
+def combined(outputs: Sequence[Any]) -> Any:
+    """One output from those of all local heads.
+
+    The loss is their mean. Other tensors of a mapping are concatenated along dimension 0, or stacked if they are
+    scalars; what else there is comes as a list.
+
+    Raises:
+        RuntimeError: some heads have a loss and some have none.
+    """
+    losses = [_loss(output) for output in outputs]
+    if all(loss is None for loss in losses):
+        return None
+    if any(loss is None for loss in losses):
+        raise RuntimeError(
+            "training_step must return a loss for every head of a device or for none; received None for heads"
+            f" {[head for head, loss in enumerate(losses) if loss is None]} of {len(losses)}. Return a loss of zero for"
+            " slices to be skipped, or use one head per device."
+        )
+    loss = torch.stack([torch.as_tensor(own) for own in losses]).mean()
+    if not isinstance(outputs[0], Mapping):
+        return loss
+    together: dict[str, Any] = {}
+    for key in outputs[0]:
+        together[key] = values = [output[key] for output in outputs]
+        if all(isinstance(value, Tensor) for value in values):
+            together[key] = torch.cat(values) if values[0].dim() else torch.stack(values)
+    return {**together, "loss": loss}
+
+
+def _loss(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else output
