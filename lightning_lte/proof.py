@@ -49,7 +49,7 @@ def reason_against_batched(
         samples = batches.size(batch)
         if samples % count:
             return f"a batch of {samples} can't be split evenly over {count} heads"
-        with untouched(module) as again, torch.no_grad():
+        with untouched(module) as again, torch.no_grad(), _no_fast_path():
             module.eval()
             seen, loss = _watch(module, lambda: step(batch))
             again()
@@ -108,6 +108,17 @@ def _compare_inputs(seen: _Seen, overwritten: _Seen, count: int, tolerance: floa
         if not (_close(after[0], after[1], tolerance) and _close(after[1:], before[1:], tolerance)):
             return f"{name} does not see the batch outermost in dimension 0, or samples mix before it"
     return None
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """In eval mode nn.TransformerEncoder has a path that uses its layers' weights without calling the layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +14,10 @@ torch.set_num_threads(1)
 
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def no_global_seed() -> Iterator[None]:
+    """`seed_everything` leaves its seed in the environment, where the next test would find it."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)

@@ -92,6 +92,7 @@ def _work(
         TORCHELASTIC_RESTART_COUNT="0",
         TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's; rank 0 must not open another
     )
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of the test that started the server
     torch.set_num_threads(1)
     try:
         if group:

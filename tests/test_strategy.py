@@ -369,7 +369,7 @@ class RowWise(Module):
 @pytest.mark.parametrize(
     ("module", "choices", "words"),
     [
-        (Module, {"target_modules": ["nothing", "first", "norm"]}, ["'nothing' matches no module", "'norm' matches only LayerNorm"]),
+        (Module, {"target_modules": ["nope", "first", "norm"]}, ["'nope' matches no", "'norm' matches only LayerNorm"]),
         (Module, {"exclude_modules": ["typo"]}, ["exclude_modules 'typo' matches no module"]),
         (Module, {"rank_pattern": {"typo": 4}}, ["rank_pattern 'typo' matches no module"]),
         (Module, {"target_modules": ["out"]}, ["at least one weight that can be factored", "net.out.weight: thin"]),
