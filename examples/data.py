@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 Split = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 
@@ -44,6 +45,18 @@ def cut(images: Tensor, labels: Tensor, sizes: list[int], seed: int = 0) -> list
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = order.split([*sizes, len(labels) - sum(sizes)])
     return [(images[part], labels[part]) for part in parts]
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read unsigned bytes in the format of MNIST's files, gzipped or not; torchvision reads them unzipped alone."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    # Two zero bytes, the type (8 for unsigned bytes), the number of dimensions, then each as a big-endian integer.
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4).tolist()
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    return torch.from_numpy(values.copy()).view(shape)
 
 
 class DigitsDataModule(ImagesInMemory):
@@ -89,10 +102,9 @@ class FashionMNISTDataModule(ImagesInMemory):
 
     def _read(self, split: str) -> Split:
         if self._has_files():
-            # torchvision's readers open gzipped files too.
-            [image_file] = self.root.glob(f"{split}-images-idx3-ubyte*")
-            [label_file] = self.root.glob(f"{split}-labels-idx1-ubyte*")
-            images, labels = read_image_file(str(image_file)), read_label_file(str(label_file))
+            # Where a file lies there both gzipped and not, either will do.
+            images = read_idx(next(self.root.glob(f"{split}-images-idx3-ubyte*")))
+            labels = read_idx(next(self.root.glob(f"{split}-labels-idx1-ubyte*"))).long()
         else:
             dataset = FashionMNIST(self.root, train=split == "train")
             images, labels = dataset.data, dataset.targets

@@ -16,8 +16,8 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 STRATEGY = {"class_path": "lightning_lte.LTEStrategy"}
 
 
-def main(args: ArgsType = None) -> LightningCLI:
-    """Run the command line.
+def run(args: ArgsType = None) -> LightningCLI:
+    """Run the command line and return what it made.
 
     Args:
         args: what to parse in place of `sys.argv[1:]`.
@@ -32,6 +32,11 @@ def main(args: ArgsType = None) -> LightningCLI:
         trainer_defaults={"strategy": STRATEGY},
         args=args,
     )
+
+
+def main() -> None:
+    """The console script. It returns nothing, for that becomes the exit status."""
+    run()
 
 
 if __name__ == "__main__":

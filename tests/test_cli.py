@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_lte
-from lightning_lte.cli import main
+from lightning_lte import cli
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BRIEF = [
@@ -45,25 +46,33 @@ def metrics(folder: Path) -> dict[str, list[str]]:
 
 
 def test_digits_yaml_with_overrides(tmp_path: Path) -> None:
-    cli = main([*brief("digits.yaml", tmp_path), "--trainer.strategy.heads=16"])
+    made = cli.run([*brief("digits.yaml", tmp_path), "--trainer.strategy.heads=16"])
 
-    assert isinstance(cli.trainer.strategy, lightning_lte.LTEStrategy)
-    assert cli.trainer.global_step == 3
+    assert isinstance(made.trainer.strategy, lightning_lte.LTEStrategy)
+    assert made.trainer.global_step == 3
     # One merge after two steps, and one at the end for the third.
     assert [float(v) for v in metrics(tmp_path)["lte/merges"]] == [1, 2]
     assert [path.name for path in tmp_path.rglob("curves.png")] == ["curves.png"]
-    assert type(cli.model.net.blocks[0].mlp.fc1) is torch.nn.Linear
+    assert type(made.model.net.blocks[0].mlp.fc1) is torch.nn.Linear
+
+
+def test_the_console_script_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-lte", *brief("digits.yaml", tmp_path)])
+
+    # pip's script is sys.exit(main()), where anything but None or 0 is a failure.
+    assert cli.main() is None
+    assert len(list(tmp_path.rglob("curves.png"))) == 1
 
 
 def test_heads_of_an_override_reach_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="heads must be at least 1; received 0"):
-        main([*brief("digits.yaml", tmp_path), "--trainer.strategy.heads=0"])
+        cli.run([*brief("digits.yaml", tmp_path), "--trainer.strategy.heads=0"])
 
 
 def test_the_same_yaml_in_a_cli_of_ones_own(tmp_path: Path) -> None:
-    cli = LightningCLI(args=brief("digits.yaml", tmp_path))
+    made = LightningCLI(args=brief("digits.yaml", tmp_path))
 
-    assert isinstance(cli.trainer.strategy, lightning_lte.LTEStrategy)
+    assert isinstance(made.trainer.strategy, lightning_lte.LTEStrategy)
     assert float(metrics(tmp_path)["lte/merges"][-1]) == 2
 
 
@@ -71,39 +80,41 @@ def test_the_strategy_is_preset(tmp_path: Path) -> None:
     config = tmp_path / "short.yaml"
     config.write_text("model: examples.vit.ViTClassifier\ndata: examples.data.DigitsDataModule\n")
 
-    cli = main(["fit", f"--config={config}", *BRIEF, f"--trainer.default_root_dir={tmp_path}"])
+    made = cli.run(["fit", f"--config={config}", *BRIEF, f"--trainer.default_root_dir={tmp_path}"])
 
-    assert isinstance(cli.trainer.strategy, lightning_lte.LTEStrategy)
+    assert isinstance(made.trainer.strategy, lightning_lte.LTEStrategy)
 
 
-@pytest.mark.parametrize("command", [main, lambda args: LightningCLI(args=args)])
-def test_an_unknown_key_is_named(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command_line", [cli.run, lambda args: LightningCLI(args=args)])
+def test_an_unknown_key_is_named(command_line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (EXAMPLES / "digits.yaml").read_text()
     config = tmp_path / "misspelt.yaml"
     config.write_text(text.replace("merge_every: 10", "merge_evry: 10"))
 
     with pytest.raises(SystemExit) as exit_:
-        command(["fit", f"--config={config}"])
+        command_line(["fit", f"--config={config}"])
 
     assert exit_.value.code == 2
     assert "merge_evry" in capsys.readouterr().err
 
 
-def test_fashion_mnist_yaml_with_a_root_of_ones_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_fashion_mnist_yaml_with_a_root_of_ones_own(ending: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     random = np.random.default_rng(0)
     for split, count in (("train", 5000 + 3 * 32), ("t10k", 32)):
-        write_idx(root / f"{split}-images-idx3-ubyte", random.integers(256, size=(count, 28, 28)))
-        write_idx(root / f"{split}-labels-idx1-ubyte", random.integers(10, size=count))
+        write_idx(root / f"{split}-images-idx3-ubyte{ending}", random.integers(256, size=(count, 28, 28)))
+        write_idx(root / f"{split}-labels-idx1-ubyte{ending}", random.integers(10, size=count))
 
-    main([*brief("fashion_mnist.yaml", tmp_path), f"--data.root={root}", "--data.batch_size=32"])
+    cli.run([*brief("fashion_mnist.yaml", tmp_path), f"--data.root={root}", "--data.batch_size=32"])
 
     assert float(metrics(tmp_path)["lte/merges"][-1]) == 2
     assert len(list(tmp_path.rglob("curves.png"))) == 1
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    """Write unsigned bytes in the format of MNIST's files."""
+    """Write unsigned bytes in the format of MNIST's files, gzipped if the name says so."""
     header = np.array([0x0800 + values.ndim, *values.shape], dtype=">i4")
-    path.write_bytes(header.tobytes() + values.astype(np.uint8).tobytes())
+    content = header.tobytes() + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
