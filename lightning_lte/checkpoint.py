@@ -38,7 +38,8 @@ def gather_state(explorer: Explorer, local: State) -> State | None:
         "heads": explorer.config.heads,
         "devices": explorer.transport.world_size,
         "after_merge": explorer.config.after_merge,
-        "execution": explorer.execution,
+        # One head on its own proves nothing for several.
+        "execution": explorer.execution if explorer.count > 1 else "auto",
         "clock": first["clock"],
         "weights": first["weights"],
         "remainders": first["remainders"],
@@ -57,9 +58,9 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
         ValueError: the state is of other heads, ranks, targets or a newer version.
     """
     _check(explorer, state)
-    if state["execution"] == "sequential":
-        explorer.go_sequential("as in the checkpoint")
-    explorer.execution = state["execution"]
+    if explorer.execution == "auto" and state["execution"] != "auto":
+        go = explorer.go_sequential if state["execution"] == "sequential" else explorer.go_batched
+        go("as in the checkpoint")
     explorer.clock.load_state_dict(state["clock"])
     heads, transport = explorer.config.heads, explorer.transport
 

@@ -12,9 +12,14 @@ from lightning_lte import batch as batches
 from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
 
+# Seconds that devices wait for each other's first batch.
+_FIRST_BATCH_TIMEOUT_S = 1800.0
+
 
 def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
     """Prove on a first batch that one forward may serve all local heads, or have them take turns from now on.
+
+    Devices see different batches; where the proof fails on one of them, heads take turns on all.
 
     Args:
         explorer: with several local heads.
@@ -22,10 +27,12 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
         batch: a real one, on the device.
     """
     reason = reason_against_batched(explorer.module, lambda part: _loss(step(part)), batch, explorer.count)
-    if reason is None:
+    verdict = "batched" if reason is None else "sequential"
+    agreed = explorer.transport.agree(verdict, _FIRST_BATCH_TIMEOUT_S)
+    if reason is None and agreed:
         explorer.go_batched("proved on the first batch")
     else:
-        explorer.go_sequential(reason)
+        explorer.go_sequential(reason or "the proof on the first batch failed on another device")
 
 
 def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:

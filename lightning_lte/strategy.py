@@ -418,8 +418,11 @@ class LTEStrategy(DDPStrategy):
                 " optimizer state was not kept, for it belongs to the weights and not to heads."
             )
             return
+        undecided = explorer.execution == "auto"
         explorer.load_state_dict(state)
         self._resume_state = state
+        if undecided and explorer.execution != "auto":
+            self._announce()
 
     @property
     def resumed(self) -> bool:

@@ -263,6 +263,36 @@ def test_heads_of_two_devices_go_on_on_one(tmp_path: Path) -> None:
         assert_equal(seen[0][key], there[key], key)
 
 
+@pytest.mark.parametrize(("saved", "then"), [("sequential", "batched"), ("batched", "sequential")])
+def test_heads_go_on_in_the_other_execution(tmp_path: Path, saved: str, then: str) -> None:
+    """Both do the same here, so the rest of the run is the same, too."""
+
+    def fit(execution: str, name: str, resume: str | None = None) -> dict[str, Tensor]:
+        keep = ModelCheckpoint(tmp_path, filename=name, every_n_train_steps=5, save_top_k=-1)
+        strategy = LTEStrategy(4, 3, rank=RANK, execution=execution)  # type: ignore[arg-type]
+        t = trainer(strategy, max_epochs=2, callbacks=[keep], enable_checkpointing=True)
+        module = Module(optimizer=sgd)
+        t.fit(module, loader(80, 16), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    whole = fit(saved, "whole-{step}")
+    resumed = fit(then, "rest-{step}", resume=str(tmp_path / "whole-step=5.ckpt"))
+    torch.testing.assert_close(whole, resumed, rtol=1e-9, atol=1e-11)
+
+
+def test_the_decision_is_kept_and_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=2)
+    t.fit(Module(), loader(160, 16))
+    t.save_checkpoint(tmp_path / "decided.ckpt")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4).fit(
+            Module(), loader(160, 16), ckpt_path=tmp_path / "decided.ckpt"
+        )
+    assert caplog.text.count("LTE trains through 4 heads") == 1
+    assert "(batched): as in the checkpoint" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("rows", "heads", "world", "rank", "copies", "expected"),
     [

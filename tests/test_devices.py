@@ -205,6 +205,27 @@ def _evaluate() -> float:
     return float(trainer(LTEStrategy(4, rank=RANK), devices=2).validate(Module(), loader())[0]["val_loss"])
 
 
+class Odd(Module):
+    """On one device the loss of the first batch is no mean over samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * len(batch[0]) if self.trainer.global_rank == 1 else loss
+
+
+def _decide() -> tuple[str, str]:
+    s = LTEStrategy(4, 3, rank=RANK)
+    seen = Recorder(lambda t, _: t.strategy.explorer.execution)
+    trainer(s, devices=2, max_steps=4, callbacks=[seen]).fit(Odd(), loader(160, 16))
+    return seen.seen[0], s.report().notes[-1]
+
+
+def test_devices_agree_on_the_execution_though_their_batches_differ() -> None:
+    (first, why_first), (second, why_second) = run(_decide, 2, group=False)
+    assert first == second == "sequential"
+    assert "failed on another device" in why_first and "is not the mean" in why_second
+
+
 def test_one_device_sends_nothing() -> None:
     transport = Transport()
     tensor = torch.ones(3)
