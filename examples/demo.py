@@ -56,20 +56,11 @@ class Outcome:
 
 
 class Watch(Callback):
-    """Gives both runs the same batches, and keeps their order and the size of what the optimizers hold.
+    """Keeps the order of the data, and the size of what the optimizers hold while they train."""
 
-    Args:
-        seed: of the random stream that shuffles the data.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self) -> None:
         self.order = hashlib.sha256()
         self.trained = self.moments = 0
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning seeds anew at the start of strategies for several processes, LTE among them, and of no other.
-        torch.manual_seed(self.seed)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.order.update(batch[1].cpu().numpy().tobytes())
@@ -117,16 +108,15 @@ def main(args: Sequence[str] | None = None) -> dict[str, Outcome]:
 
 def train(options: argparse.Namespace, strategy: str | LTEStrategy, lr: float, name: str) -> Outcome:
     """Train and test one model."""
-    # Both runs start from the same weights.
+    # Both runs start from the same weights and see the same batches: LTE leaves the random stream alone.
     seed_everything(options.seed, verbose=False)
-    model, data, watch = ViTClassifier(lr=lr), DigitsDataModule(options.batch_size), Watch(options.seed)
+    model, data, watch = ViTClassifier(lr=lr), DigitsDataModule(options.batch_size), Watch()
     logger = CSVLogger(options.folder, name)
     trainer = Trainer(
         strategy=strategy,
         # LTE knows CPUs and CUDA devices; "auto" would find others too.
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=1,
-        use_distributed_sampler=False,  # it would shuffle from another stream, and come with LTE alone
         max_epochs=options.epochs,
         logger=logger,
         callbacks=[watch],
