@@ -16,7 +16,11 @@ def scale_gradient(param: nn.Parameter, factor: int) -> None:
     n local heads share the mean of their losses, so each head's gradient comes out n times smaller than that of its own
     loss. It is put right here, before optimizers, clipping or gradient scalers see it.
     """
-    param.register_hook(lambda gradient: gradient * factor)
+
+    def scaled(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient * factor  # None from functions that stop gradients
+
+    param.register_hook(scaled)
 
 
 @torch.no_grad()

@@ -170,6 +170,21 @@ def test_the_state_dict_is_the_users_own(fitted: tuple[Path, Module]) -> None:
     assert_equal(dict(loaded.state_dict()), dict(saved["state_dict"]))
 
 
+class WithHparams(Module):
+    def __init__(self, net: nn.Module, width: int = 3) -> None:
+        super().__init__(net)
+        self.save_hyperparameters()
+
+
+def test_modules_in_hparams_are_saved_without_heads(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4, callbacks=[keep], enable_checkpointing=True)
+    t.fit(WithHparams(make_net()), loader(160, 16))
+    saved = torch.load(keep.best_model_path, weights_only=False)["hyper_parameters"]["net"]
+    assert type(saved.first) is nn.Linear and "_lte" not in saved.first.__dict__
+    WithHparams.load_from_checkpoint(keep.best_model_path, weights_only=False)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "lte"])
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_evaluation_reads_the_file_with_the_strategy_and_without(

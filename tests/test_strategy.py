@@ -159,6 +159,14 @@ def test_one_device_has_no_process_group_no_launcher_and_no_shuffled_loader() ->
     assert s.config.heads == 1
 
 
+def test_notebooks_are_ordinary_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = "lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE"
+    monkeypatch.setattr(connector, True)
+    trainer(strategy(), max_steps=1).fit(Module(), loader())
+    with pytest.raises(Exception, match="interactive"):
+        trainer(strategy(), devices=2)
+
+
 def test_the_name_lte_is_registered() -> None:
     t = trainer("lte", max_steps=1)
     assert isinstance(t.strategy, LTEStrategy)

@@ -1,0 +1,161 @@
+"""Wrong answers are found before they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.guard import acts_per_element, check_optimizers
+from tests.modules import RANK, Net, adamw, make_data, make_net, sgd
+
+
+def params() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(4, 4))]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.SGD(params(), lr=0.1, momentum=0.9),
+        torch.optim.Adam(params(), amsgrad=True),
+        torch.optim.AdamW(params(), fused=True),
+        torch.optim.Adagrad(params()),
+        torch.optim.RMSprop(params()),
+        torch.optim.Adadelta(params()),
+        torch.optim.Rprop(params()),
+        torch.optim.NAdam(params()),
+    ],
+    ids=lambda o: type(o).__name__,
+)
+def test_updates_per_element_are_allowed(optimizer: torch.optim.Optimizer) -> None:
+    assert acts_per_element(optimizer)
+    check_optimizers([optimizer], 4)
+
+
+class Normalised(torch.optim.Optimizer):
+    """Steps along the gradient over its norm, as LARS and LAMB do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data -= group["lr"] * p.grad / p.grad.norm()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, Normalised])
+def test_updates_that_mix_elements_are_refused_for_several_heads_only(make: Any) -> None:
+    optimizer = make(params())
+    assert not acts_per_element(optimizer)
+    check_optimizers([optimizer], 1)
+    with pytest.raises(ValueError, match=f"received {make.__name__}.*one head per device"):
+        check_optimizers([optimizer], 4)
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(TypeError, match="torch optimizers; received 'sgd'"):
+        check_optimizers(["sgd"], 1)  # type: ignore[list-item]
+
+
+def explorer_over(net: nn.Module, heads: int = 4, **choices: Any) -> tuple[Explorer, torch.optim.Optimizer]:
+    opt = sgd([p for p in net.parameters() if p.requires_grad])
+    return Explorer(net, opt, LTEConfig(heads, 3, rank=RANK, **choices)), opt
+
+
+class Starving(torch.autograd.Function):
+    """Hands no gradient on to what made its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+def test_heads_that_get_no_gradient_are_named() -> None:
+    class Starved(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.second(Starving.apply(self.norm(self.first(x))))))
+
+    net = Starved().double()
+    explorer, _ = explorer_over(net)
+    x, y = make_data(16)
+    with explorer.heads():
+        loss = cross_entropy(net(x), y)
+    loss.backward()
+    with pytest.warns(UserWarning, match=r"heads of first took part .* exclude_modules=\['first'\]"):
+        explorer.after_backward()
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_that_take_no_part_are_not_named() -> None:
+    class Idle(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.idle(self.first(x))
+            return super().forward(x)
+
+    net = Idle().double()
+    explorer, opt = explorer_over(net)
+    for step in range(4):
+        x, y = make_data(16, seed=step)
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        opt.step()
+        explorer.step()
+
+
+def test_gradients_of_heads_do_not_pile_up_where_users_zero_the_modules_own() -> None:
+    """`module.zero_grad()` can't reach the factors."""
+    states = []
+    for zero in (lambda net, opt: net.zero_grad(), lambda net, opt: opt.zero_grad()):
+        net = make_net()
+        explorer, opt = explorer_over(net)
+        for step in range(5):
+            x, y = make_data(16, seed=step)
+            zero(net, opt)
+            with explorer.heads():
+                loss = cross_entropy(net(x), y)
+            loss.backward()
+            opt.step()
+            explorer.step()
+        explorer.finish()
+        states.append(net.state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_gradients_from_before_are_not_taken_for_a_use_outside_the_layer() -> None:
+    net = make_net()
+    x, y = make_data(16)
+    cross_entropy(net(x), y).backward()
+    explorer, _ = explorer_over(net)
+    with explorer.heads():
+        loss = cross_entropy(net(x), y)
+    loss.backward()
+    explorer.after_backward()
+
+
+def test_what_goes_wrong_while_it_is_set_up_leaves_everything_as_it_was() -> None:
+    net = make_net()
+    opt = adamw(net.parameters())
+    groups = [list(g["params"]) for g in opt.param_groups]
+    with pytest.raises(ValueError, match="matches no module"):
+        Explorer(net, opt, LTEConfig(4, rank=RANK, target_modules=["nothing"]))
+    assert type(net.first) is nn.Linear
+    for group, before in zip(opt.param_groups, groups, strict=True):
+        assert all(a is b for a, b in zip(group["params"], before, strict=True))
