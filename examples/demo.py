@@ -155,6 +155,7 @@ def table(options: argparse.Namespace, full: Outcome, heads: Outcome) -> str:
         ("", "full rank", f"{n} heads"),
         ("test accuracy", f"{full.test['test/accuracy']:.3f}", f"{heads.test['test/accuracy']:.3f}"),
         ("test loss", f"{full.test['test/loss']:.3f}", f"{heads.test['test/loss']:.3f}"),
+        ("epochs until validation accuracy is 0.9", _epochs_until(full, 0.9), _epochs_until(heads, 0.9)),
         ("learning rate", f"{FULL_RANK_LR:g}", f"{HEADS_LR:g}"),
         ("time of fit", f"{full.fit_s:.0f} s", f"{heads.fit_s:.0f} s"),
         ("trained parameters, this one device", f"{full.trained:,}", f"{heads.trained:,}"),
@@ -225,6 +226,11 @@ def hardware() -> str:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _epochs_until(outcome: Outcome, accuracy: float) -> str:
+    _, values = outcome.curves["val/accuracy"]
+    return next((str(epoch) for epoch, value in enumerate(values, 1) if value >= accuracy), "not reached")
 
 
 def _bytes(count: float) -> str:
