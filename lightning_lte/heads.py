@@ -118,12 +118,17 @@ class Factors:
             self.took_part = True
 
     def current(self, head: int | None = None) -> tuple[Tensor, Tensor]:
-        """The pair whose product is B A - B' A': stacked [A; A'] and [B, -B'], of one local head or of all."""
+        """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of all.
+
+        Differences are taken before products: straight after a merge the product is exactly zero, and small deltas
+        don't drown in the rounding of B A.
+        """
         which = slice(None) if head is None else head
         A, B = self.A[which], self.B[which]
         if self.anchor_A is None or self.anchor_B is None:
             return A, B
-        return torch.cat([A, self.anchor_A[which]], dim=-2), torch.cat([B, -self.anchor_B[which]], dim=-1)
+        anchor_A, anchor_B = self.anchor_A[which], self.anchor_B[which]
+        return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
 
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:

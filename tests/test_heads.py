@@ -151,7 +151,7 @@ def test_anchors_follow_factors_and_take_the_delta_to_zero() -> None:
     learn(f)
     f.settle()
     for head in range(f.count):
-        torch.testing.assert_close(f.effective(head), f.weight.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(f.effective(head), f.weight.detach(), rtol=0, atol=0)
     learned = f.A.detach().clone()
     with torch.no_grad():
         f.A += 1
@@ -197,3 +197,21 @@ def test_the_sum_is_accumulated_in_float32_where_factors_are_in_half_precision()
     summed = f.summed_delta(torch.ones(f.count, dtype=torch.bool))
     assert summed.dtype == torch.float32
     torch.testing.assert_close(summed, wide)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_small_deltas_do_not_drown_in_rounding(size: float) -> None:
+    f = factors(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        f.B.copy_(torch.randn(f.B.shape, generator=generator))
+        f.settle()
+        for p in (f.A, f.B):
+            p += size * torch.randn(p.shape, generator=generator)
+    assert f.anchor_A is not None and f.anchor_B is not None
+    A, B, anchor_A, anchor_B = (t.detach().double() for t in (f.A, f.B, f.anchor_A, f.anchor_B))
+    exact = f.scale * (B @ A - anchor_B @ anchor_A)
+    good = torch.ones(f.count, dtype=torch.bool)
+    error = (f.summed_delta(good).double() - exact.sum(0)).norm() / exact.sum(0).norm()
+    assert error < 1e-5
+    assert float(f.squared_norms(good)) == pytest.approx(float(exact.square().sum()), rel=1e-4)

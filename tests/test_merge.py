@@ -99,7 +99,7 @@ def test_merges_add_the_mean_delta_and_bring_every_head_back_to_the_base_weight(
         torch.testing.assert_close(weights(injection), expected)
         for f in injection.factors.values():
             for head in range(HEADS):
-                torch.testing.assert_close(f.effective(head), f.weight.detach(), rtol=0, atol=1e-12)
+                torch.testing.assert_close(f.effective(head), f.weight.detach(), rtol=0, atol=0)
             assert torch.equal(f.A, before[f.name]) == (chosen.reset_a == "keep")
             assert f.B.any() == (chosen.after_merge == "keep")
             if chosen.reset_a == "redraw":
