@@ -28,7 +28,7 @@ from lightning_lte.explorer import Explorer
 from lightning_lte.injection import Report
 from lightning_lte.merge import MergeRecord
 from lightning_lte.schedule import MergeSchedule
-from lightning_lte.transport import Transport
+from lightning_lte.transport import Transport, destroy_at_exit
 
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
@@ -173,6 +173,7 @@ class LTEStrategy(DDPStrategy):
         self.config.local_heads(self._world_size)
         if self._world_size > 1:
             super().setup_environment()
+            destroy_at_exit()
             return
         # What DDPStrategy does, less the process group and the seed that is set again for other processes.
         assert self.accelerator is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -89,6 +90,21 @@ class Transport:
             return all(store.get(key).decode() == value for key in keys)
         except RuntimeError:  # the time is out, or the device that holds the store is gone
             return False
+
+
+def destroy_at_exit() -> None:
+    """Have the process group destroyed when Python ends, while all that its threads need is still there.
+
+    Lightning does so for NCCL alone. A gloo group that is still alive when the interpreter goes down can abort the
+    process ("terminate called without an active exception", pytorch/pytorch#190489), and with it a run that is done.
+    """
+    atexit.unregister(_destroy)
+    atexit.register(_destroy)
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

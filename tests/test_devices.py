@@ -154,13 +154,16 @@ def _refused() -> None:
 
 
 SCRIPT = """
+    import atexit
     import sys
     import torch
+    import torch.distributed as dist
     from lightning_lte import LTEStrategy
     from tests.modules import RANK, Module, clone, loader, sgd, trainer
 
     if __name__ == "__main__":
         torch.set_num_threads(1)
+        atexit.register(lambda: print("at exit the process group is", "alive" if dist.is_initialized() else "gone"))
         out, start = sys.argv[1:]
         choices = {} if start == "torchrun" else {"start_method": start}
         t = trainer(LTEStrategy(4, 3, rank=RANK, **choices), devices=2, max_epochs=1)
@@ -185,6 +188,8 @@ def test_every_launcher_gives_the_same_weights(tmp_path: Path, start: str) -> No
         [*command, str(script), str(tmp_path), start], env=env, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    # One that outlives Python can abort the process.
+    assert "group is gone" in done.stdout and "group is alive" not in done.stdout
     expected = run(_expected, 2, group=False)[0]
     for name, value in torch.load(tmp_path / f"{start}.pt", weights_only=True).items():
         assert torch.equal(value, expected[name]), name
