@@ -67,15 +67,6 @@ def filled_up(batch: Any, count: int) -> Any:
     return _rows(batch, torch.arange(-(-samples // count) * count) % samples, samples)
 
 
-def overwrite_first(batch: Any, count: int) -> Any:
-    """A copy of a batch in which the first of `count` even slices is a copy of the second."""
-    samples = size(batch)
-    each = samples // count
-    order = torch.arange(samples)
-    order[:each] = order[each : 2 * each]
-    return _rows(batch, order, samples)
-
-
 def _rows(batch: Any, rows: Tensor, samples: int) -> Any:
     index = rows.tolist()
     contiguous = index == list(range(index[0], index[0] + len(index)))

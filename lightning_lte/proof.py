@@ -26,15 +26,14 @@ def reason_against_batched(
 ) -> str | None:
     """Why batched execution would be wrong for this module on this batch; None if it is proved right.
 
-    Three things have to hold (design: how n local heads share one device):
+    Three things have to hold:
     1. No batch norm takes statistics over the slices of several heads.
-    2. Where slice 0 of the batch is overwritten by slice 1, the inputs of every layer with heads show the same:
-       slices 0 and 1 are equal, and the others are as they were. So the layer sees samples outermost in dimension 0
-       and no sample reaches another head's slice.
+    2. What a layer with heads receives on the whole batch is, along dimension 0, what it receives on the slices one
+       after the other. So the layer sees samples outermost and no sample reaches another head's slice.
     3. The loss of the batch is the mean of the losses of its slices.
 
-    The module runs in eval mode without gradients. Its parameters, buffers and plain attributes, and the random
-    streams, are put back.
+    The module runs in eval mode without gradients, once on the batch and once on each slice, which costs two forward
+    passes over the batch. Its parameters, buffers and plain attributes, and the random streams, are put back.
 
     Args:
         module: with heads.
@@ -51,18 +50,18 @@ def reason_against_batched(
             return f"a batch of {samples} can't be split evenly over {count} heads"
         with untouched(module) as again, torch.no_grad(), _no_fast_path():
             module.eval()
-            seen, loss = _watch(module, lambda: step(batch))
-            again()
-            seen_overwritten, _ = _watch(module, lambda: step(batches.overwrite_first(batch, count)))
+            seen, loss = _watch(module, partial(step, batch))
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)
             tolerance = _HALF_TOLERANCE if half else _TOLERANCE
-            reason = _compare_inputs(seen, seen_overwritten, count, tolerance)
-            if reason is not None:
-                return reason
-            losses = []
+            seen_alone, losses = [], []
             for part in batches.split(batch, count):
                 again()
-                losses.append(step(part))
+                seen_part, loss_part = _watch(module, partial(step, part))
+                seen_alone.append(seen_part)
+                losses.append(loss_part)
+            reason = _compare_inputs(seen, seen_alone, tolerance)
+            if reason is not None:
+                return reason
     except Exception as error:
         return f"it could not be tried: {type(error).__name__}: {error}"
     if loss is None or any(own is None for own in losses):
@@ -98,15 +97,17 @@ def _watch(module: nn.Module, run: Callable[[], Any]) -> tuple[_Seen, Any]:
             handle.remove()
 
 
-def _compare_inputs(seen: _Seen, overwritten: _Seen, count: int, tolerance: float) -> str | None:
-    if [name for name, _ in seen] != [name for name, _ in overwritten]:
+def _compare_inputs(together: _Seen, alone: list[_Seen], tolerance: float) -> str | None:
+    if any([name for name, _ in own] != [name for name, _ in together] for own in alone):
         return "the layers that are called depend on the data"
-    for (name, before), (_, after) in zip(seen, overwritten, strict=True):
-        if before.shape != after.shape or before.dim() < 2 or before.shape[0] % count:
-            return f"{name} receives shape {tuple(before.shape)}, whose dimension 0 is not the batch"
-        before, after = before.reshape(count, -1), after.reshape(count, -1)
-        if not (_close(after[0], after[1], tolerance) and _close(after[1:], before[1:], tolerance)):
-            return f"{name} does not see the batch outermost in dimension 0, or samples mix before it"
+    for (name, x), *own in zip(together, *alone, strict=True):
+        parts = [part for _, part in own]
+        fits = x.dim() > 1 and all(part.shape == (x.shape[0] // len(parts), *x.shape[1:]) for part in parts)
+        if not (fits and x.shape[0] % len(parts) == 0 and _close(torch.cat(parts), x, tolerance)):
+            return (
+                f"{name} does not see the batch outermost in dimension 0 (its input has shape {tuple(x.shape)}), or"
+                " samples mix before it"
+            )
     return None
 
 

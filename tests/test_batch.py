@@ -74,9 +74,3 @@ def test_filling_up_repeats_from_the_start(samples: int, count: int) -> None:
 def test_strings_are_dealt_out_with_their_samples() -> None:
     first, second = batches.split({"x": numbers(4), "text": ["a", "b", "c", "d"]}, 2)
     assert first["text"] == ["a", "b"] and second["text"] == ["c", "d"]
-
-
-def test_the_first_slice_is_overwritten_by_the_second_in_a_copy() -> None:
-    batch = (numbers(6),)
-    assert batches.overwrite_first(batch, 3)[0].tolist() == [2, 3, 2, 3, 4, 5]
-    assert batch[0].tolist() == list(range(6))

@@ -227,3 +227,45 @@ def test_untouched_puts_back_what_a_block_changes() -> None:
     assert net.notes is notes and torch.equal(notes[2]["a"], torch.ones(2))  # type: ignore[index, call-overload]
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class TwoViews(nn.Module):
+    """Two views of the batch one after the other in dimension 0, which is 2 B long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.inner(torch.cat([x, -x])).chunk(2)
+        return first + second
+
+
+class Shared(nn.Module):
+    """A layer whose input has nothing to do with the batch, though its length is one that heads divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("positions", torch.randn(8, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.positions)
+
+
+@pytest.mark.parametrize("body", [TwoViews, Shared])
+def test_dimension_0_that_is_not_the_batch_is_sequential(body: type[nn.Module]) -> None:
+    execution, why = verdict(Pooled(body()), images())
+    assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
+
+
+def test_the_proof_costs_two_forward_passes() -> None:
+    rows: list[int] = []
+
+    def counted(net: nn.Module, batch: Any) -> Tensor:
+        rows.append(len(batch[0]))
+        return cross_entropy(net(batch[0]), batch[1])
+
+    assert verdict(Pooled(Windows()), images(), counted)[0] == "batched"
+    proof, steps = rows[:-2], rows[-2:]
+    assert sum(proof) == 2 * 8 and steps == [8, 8]
