@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.report import listed
+
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
 
@@ -220,16 +222,16 @@ def _check(explorer: Explorer, state: Mapping[str, Any]) -> None:
         problems.append(f"{len(state['optimizers'])} optimizers there, {len(explorer.optimizers)} here")
     only_there, only_here = [n for n in there if n not in here], [n for n in here if n not in there]
     if only_there:
-        problems.append(f"factored there and not here: {_listed(only_there)}")
+        problems.append(f"factored there and not here: {listed(only_there)}")
     if only_here:
-        problems.append(f"factored here and not there: {_listed(only_here)}")
+        problems.append(f"factored here and not there: {listed(only_here)}")
     for key in ("rank", "scale", "shape"):
         differ = [n for n in here if n in there and there[n][key] != here[n][key]]
         if differ:
-            problems.append(f"{key} {there[differ[0]][key]} there, {here[differ[0]][key]} here, for {_listed(differ)}")
+            problems.append(f"{key} {there[differ[0]][key]} there, {here[differ[0]][key]} here, for {listed(differ)}")
     replicas = {replica.name for replica in explorer.injection.replicas}
     if not problems and replicas != set(state["replicas"]):
-        problems.append(f"replicas {_listed(sorted(set(state['replicas']) ^ replicas))} on one side only")
+        problems.append(f"replicas {listed(sorted(set(state['replicas']) ^ replicas))} on one side only")
     if problems:
         raise ValueError(
             "A checkpoint's heads go on only in a run with the same heads. The checkpoint (there) and this run (here)"
@@ -238,7 +240,3 @@ def _check(explorer: Explorer, state: Mapping[str, Any]) -> None:
             + "\nResume with the checkpoint's settings, or load its weights and start fresh heads:"
             ' model.load_state_dict(torch.load(path)["state_dict"]), then fit without ckpt_path.'
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -36,6 +36,8 @@ class LTEConfig:
         exclude_modules: patterns of module names that are never factored.
         rank_pattern: pattern of module names -> rank.
         alpha_pattern: pattern of module names -> alpha.
+        split: pattern of module names -> number of parts. A weight that several projections share (a fused qkv) is
+            split along its outputs, and each part has factors of its own, as in the paper; by default it is one matrix.
         replicas: what becomes of trainable parameters that are not factored: "merge" averages them at merges,
             "step" averages their gradients at every step, "freeze" leaves them as they are.
         init: how A starts: "orthogonal" (semi-orthogonal, scaled by sqrt(in / r) as the released code does),
@@ -45,8 +47,9 @@ class LTEConfig:
         execution: how several local heads share a device: "batched", "sequential", or "auto", which takes batched
             where it is proved right on the first batch.
 
-    A pattern is a regular expression that must match the whole module name or its end from a dot on: "fc1" matches
-    "blocks.0.mlp.fc1", and "blocks\\.[01]\\..*" matches all in the first two blocks.
+    A pattern is a regular expression that must match a name as a whole or its end from a dot on: "fc1" matches
+    "blocks.0.mlp.fc1". Names are those of modules, and of parameters where one module has several weights
+    ("attention.in_proj_weight"). "fc1|fc2" matches both, and "blocks\\.[01]\\..*" matches all in the first two blocks.
 
     Raises:
         TypeError, ValueError: a value that can't be, with the rule, the value and the remedy.
@@ -63,6 +66,7 @@ class LTEConfig:
     exclude_modules: Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    split: Mapping[str, int] = field(default_factory=dict)
     replicas: ReplicaPolicy = "merge"
     init: Init = "orthogonal"
     seed: int | None = None
@@ -90,7 +94,7 @@ class LTEConfig:
                     " Leave it out to factor every layer that can be."
                 )
         object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules or ()))
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "split"):
             pattern = getattr(self, name) or {}
             if not isinstance(pattern, Mapping):
                 raise TypeError(
@@ -99,8 +103,9 @@ class LTEConfig:
                 )
             _patterns(name, list(pattern))
             for key, value in pattern.items():
-                if name == "rank_pattern":
-                    _check_count(f"{name}[{key!r}]", value, "rank_pattern={'fc1': 8}")
+                if name != "alpha_pattern":
+                    example = "rank_pattern={'fc1': 8}" if name == "rank_pattern" else "split={'qkv': 3}"
+                    _check_count(f"{name}[{key!r}]", value, example)
                 else:
                     _check_positive(f"{name}[{key!r}]", value)
             object.__setattr__(self, name, dict(pattern))
@@ -126,28 +131,37 @@ class LTEConfig:
             )
         return self.heads // world_size
 
-    def rank_of(self, module_name: str) -> int:
-        """The rank r of the factors of a module's weight."""
-        return next((r for p, r in self.rank_pattern.items() if matches(p, module_name)), self.rank)
+    def rank_of(self, *names: str) -> int:
+        """The rank r of the factors of a weight, by the names of its module and its own."""
+        return next((r for p, r in self.rank_pattern.items() if matches(p, *names)), self.rank)
 
-    def scale_of(self, module_name: str) -> float:
-        """The scale s = alpha / r of a module's weight."""
-        alpha = next((a for p, a in self.alpha_pattern.items() if matches(p, module_name)), self.alpha)
-        return 2.0 if alpha is None else alpha / self.rank_of(module_name)
+    def scale_of(self, *names: str) -> float:
+        """The scale s = alpha / r of a weight."""
+        alpha = next((a for p, a in self.alpha_pattern.items() if matches(p, *names)), self.alpha)
+        return 2.0 if alpha is None else alpha / self.rank_of(*names)
 
-    def wants(self, module_name: str) -> bool:
-        """Whether the user's targets and exclusions leave this module to be factored."""
-        if any(matches(p, module_name) for p in self.exclude_modules):
-            return False
-        return self.target_modules is None or any(matches(p, module_name) for p in self.target_modules)
+    def parts_of(self, *names: str) -> int:
+        """Into how many parts a weight is split."""
+        return next((n for p, n in self.split.items() if matches(p, *names)), 1)
+
+    def excludes(self, *names: str) -> bool:
+        """Whether the user takes a weight out."""
+        return any(matches(p, *names) for p in self.exclude_modules)
+
+    def targets(self, *names: str) -> bool:
+        """Whether the user's targets name a weight; they name all if there are none."""
+        return self.target_modules is None or any(matches(p, *names) for p in self.target_modules)
 
 
-def matches(pattern: str, module_name: str) -> bool:
-    """Whether a pattern matches a whole module name, or its end from a dot on."""
+def matches(pattern: str, *names: str) -> bool:
+    """Whether a pattern matches one of the names as a whole, or its end from a dot on."""
     # The pattern stays a regular expression of its own, so that its flags and back references mean what they say.
     expression = re.compile(pattern)
-    starts = [0, *(i + 1 for i, character in enumerate(module_name) if character == ".")]
-    return any(expression.fullmatch(module_name, start) for start in starts)
+    return any(
+        expression.fullmatch(name, start)
+        for name in names
+        for start in (0, *(i + 1 for i, character in enumerate(name) if character == "."))
+    )
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

@@ -26,7 +26,18 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
         step: the user's: takes a batch and returns the loss, or a mapping that has it under "loss".
         batch: a real one, on the device.
     """
-    reason = reason_against_batched(explorer.module, lambda part: _loss(step(part)), batch, explorer.count)
+    samples = batches.size(batch)
+    if samples % explorer.count:
+        reason: str | None = f"a batch of {samples} can't be split evenly over {explorer.count} heads"
+    else:
+        reason = reason_against_batched(
+            explorer.module,
+            lambda part: _loss(step(part)),
+            batch,
+            batches.split(batch, explorer.count),
+            explorer.heads,
+            explorer.head,
+        )
     verdict = "batched" if reason is None else "sequential"
     agreed = explorer.transport.agree(verdict, _FIRST_BATCH_TIMEOUT_S)
     if reason is None and agreed:

@@ -15,8 +15,9 @@ from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
 from lightning_lte.gradients import clip_grad_norm_, scale_gradient
 from lightning_lte.guard import Guard, check_optimizers
-from lightning_lte.injection import Report, inject
+from lightning_lte.injection import inject
 from lightning_lte.merge import MergeRecord
+from lightning_lte.report import Report
 from lightning_lte.schedule import as_schedule
 from lightning_lte.substitution import Substitution
 from lightning_lte.transport import Transport
@@ -72,10 +73,10 @@ class Explorer:
 
         trained = {p for opt in self.optimizers for group in opt.param_groups for p in group["params"]}
         self.injection = inject(module, trained, config, count=self.count, first=self.transport.rank * self.count)
-        names = {p: n for n, p in module.named_parameters()}
+        self._names = {p: n for n, p in module.named_parameters()}
         frozen = {entry.name for entry in self.report.entries if entry.role == "frozen"}
-        self._frozen = [p for p, name in names.items() if name in frozen]
-        self.substitution = Substitution(self.optimizers, self._replacements(), names)
+        self._frozen = [p for p, name in self._names.items() if name in frozen]
+        self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
         self._closed: checkpoint.State | None = None
         self._note_optimizers()
         self._scaled: set[nn.Parameter] = set()
@@ -257,7 +258,7 @@ class Explorer:
     def _replacements(self) -> dict[nn.Parameter, dict[str, nn.Parameter]]:
         replacements: dict[nn.Parameter, dict[str, nn.Parameter]] = {param: {} for param in self._frozen}
         for param, f in self.injection.factors.items():
-            replacements[param] = {f"{f.name}.weight.A": f.A, f"{f.name}.weight.B": f.B}
+            replacements[param] = {f"{self._names[param]}.A": f.A, f"{self._names[param]}.B": f.B}
         for replica in self.injection.replicas:
             if replica.stack is not None:
                 replacements[replica.param] = {replica.name: replica.stack}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lte.heads import Factors
+from lightning_lte.report import listed
 
 
 class Guard:
@@ -47,7 +48,7 @@ class Guard:
         written = [f.name for f, v in zip(self._factors, self._versions, strict=True) if f.weight._version != v]
         if written:
             raise RuntimeError(
-                f"Only merges may write to factored weights, and something else wrote to {_listed(written)} (masks,"
+                f"Only merges may write to factored weights, and something else wrote to {listed(written)} (masks,"
                 " normalisation, copies from another network, re-initialisation and loading weights do so). Train it"
                 f" as a replica: exclude_modules={written!r}."
             )
@@ -64,7 +65,7 @@ class Guard:
             used = sorted(set(used))
             raise RuntimeError(
                 "Heads act where a layer is called, and these weights got a gradient from a use elsewhere (tied to"
-                f" another layer, or used as a tensor): {_listed(used)}. Train them as replicas:"
+                f" another layer, or used as a tensor): {listed(used)}. Train them as replicas:"
                 f" exclude_modules={used!r}."
             )
 
@@ -80,7 +81,7 @@ class Guard:
             starved = [f.name for f in self._factors if f.took_part and f.A.requires_grad and f.A.grad is None]
             if starved:
                 warnings.warn(
-                    f"The heads of {_listed(starved)} took part in the first step, but got no gradient: they don't"
+                    f"The heads of {listed(starved)} took part in the first step, but got no gradient: they don't"
                     " learn. If that is not meant, a custom autograd function may differentiate with respect to"
                     f" self.parameters() alone, which heads are not part of; then exclude_modules={starved!r}.",
                     stacklevel=2,
@@ -139,7 +140,3 @@ def _trained(like: Optimizer, starts: list[Any], gradients: list[list[Any]]) -> 
             param.grad = gradient.clone()
         twin.step()
     return [p.detach() for p in params]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,63 @@ from torch import Tensor, nn
 from lightning_lte.config import Init
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """How a weight is seen as one matrix (out, in), or as several side by side with factors of their own.
+
+    Attributes:
+        out_features: rows of each matrix.
+        in_features: columns of each matrix.
+        lead: () for one matrix, (g,) for g of them: groups of a convolution, parts of a fused projection.
+        transposed: whether the weight is laid out as (in, out).
+    """
+
+    out_features: int
+    in_features: int
+    lead: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, parts: int = 1) -> Matrices:
+        """A weight (out, in, *rest) as a matrix (out, in * rest), or as `parts` equal ones below each other.
+
+        Raises:
+            ValueError: the parts don't divide the rows.
+        """
+        if weight.shape[0] % parts:
+            raise ValueError(
+                f"split must divide the rows of a weight into equal parts; received {parts} parts for a weight of shape"
+                f" {tuple(weight.shape)}. Give a divisor of {weight.shape[0]}."
+            )
+        rows = weight.shape[0] // parts
+        return cls(rows, weight[0].numel(), () if parts == 1 else (parts,))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return math.prod(self.lead)
+
+    def thin(self, rank: int) -> bool:
+        """Whether factors of this rank would be no smaller than the weight."""
+        return rank * (self.in_features + self.out_features) >= self.in_features * self.out_features
+
+    def as_weight(self, matrices: Tensor, shape: torch.Size) -> Tensor:
+        """Matrices (*lead, out, in) in the weight's own shape."""
+        return (matrices.mT if self.transposed else matrices).reshape(shape)
+
+
 class Factors:
-    """The factors of one weight W (out, in) for n local heads.
+    """The factors of one weight W for n local heads.
 
     While it trains, head h sees the effective weight W + s * (B_h A_h - B'_h A'_h), where the anchors A', B' are
     the factors as they were at the last merge (design: `keep`, paper appendix A.2). With `reset` the anchor product is
     zero at all times (Algorithm 1), so no anchors are stored.
 
+    W is one matrix (out, in), or it is seen as several, and `lead` is () or how many: see `Matrices`.
+
     Args:
         name: name of the layer that owns W; heads are drawn from it.
-        weight: W, (out, in). It enters the forward detached and is written by merges alone.
+        weight: W. It enters the forward detached and is written by merges alone.
         rank: r.
         scale: s.
         count: n, local heads.
@@ -28,12 +76,13 @@ class Factors:
         seed: see `LTEConfig.seed`.
         init: see `LTEConfig.init`.
         keep: whether anchors are needed.
+        matrices: how W is seen; None for a W that is a matrix (out, in).
 
     Attributes:
-        A: (n, rank, in), trained.
-        B: (n, out, rank), trained, zero at the start, so that the effective weight starts as W.
+        A: (n, *lead, rank, in), trained.
+        B: (n, *lead, out, rank), trained, zero at the start, so that the effective weight starts as W.
         anchor_A, anchor_B: shapes as A and B, or None with `reset`.
-        remainder: (out, in) float32, what W in a half-precision dtype could not hold of the merges so far; else None.
+        remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
         took_part: whether a forward that records gradients has used the factors.
     """
 
@@ -49,12 +98,13 @@ class Factors:
         seed: int,
         init: Init,
         keep: bool,
+        matrices: Matrices | None = None,
     ) -> None:
-        out_features, in_features = weight.shape
+        self.matrices = m = matrices or Matrices.of(weight)
         self.name, self.weight, self.rank, self.scale = name, weight, rank, scale
         self.first, self.seed, self.init = first, seed, init
-        self.A = nn.Parameter(weight.detach().new_empty(count, rank, in_features))
-        self.B = nn.Parameter(weight.detach().new_zeros(count, out_features, rank))
+        self.A = nn.Parameter(weight.detach().new_empty(count, *m.lead, rank, m.in_features))
+        self.B = nn.Parameter(weight.detach().new_zeros(count, *m.lead, m.out_features, rank))
         with torch.no_grad():
             self.A.copy_(self.draw())
         self.anchor_A = self.A.detach().clone() if keep else None
@@ -69,15 +119,16 @@ class Factors:
         return self.A.shape[0]
 
     def draw(self, merges: int = 0) -> Tensor:
-        """A fresh A for every local head, (n, rank, in), on the CPU.
+        """A fresh A for every local head, (n, *lead, rank, in), on the CPU.
 
         It depends on (seed, layer name, head number, merges) alone, and the user's random stream is left untouched.
         """
-        in_features = self.weight.shape[1]
-        normal = torch.stack(
+        m = self.matrices
+        drawn = torch.stack(
             [
                 torch.randn(
-                    in_features,
+                    *m.lead,
+                    m.in_features,
                     self.rank,
                     generator=_generator(self.seed, self.name, head, merges),
                     # The user's default dtype and device must not change what is drawn.
@@ -88,65 +139,75 @@ class Factors:
             ]
         )
         if self.init == "orthogonal":
-            drawn = torch.linalg.qr(normal).Q * math.sqrt(in_features / self.rank)
+            drawn = torch.linalg.qr(drawn).Q * math.sqrt(m.in_features / self.rank)
         elif self.init == "kaiming":
-            drawn = normal * math.sqrt(2 / in_features)
+            drawn = drawn * math.sqrt(2 / m.in_features)
         else:
-            drawn = normal * math.sqrt(2 / (in_features + self.rank))
+            drawn = drawn * math.sqrt(2 / (m.in_features + self.rank))
         return drawn.mT
 
-    def apply(self, base: Tensor, x: Tensor) -> Tensor:
+    def apply(self, base: Tensor, x: Tensor, head: int | None = None, part: int | None = None) -> Tensor:
         """Add every head's product to the base product, slice by slice.
 
         Args:
-            base: (n, rows, out), W x of the detached W.
+            base: (n, rows, out), W x of the detached W; with several matrices their outputs lie side by side in it.
             x: (n, rows, in).
+            head: the local head that acts alone, with n = 1; None for all of them.
+            part: which of several matrices alone is meant; None for all of them.
         """
-        self._note()
-        A, B = self.current()
-        return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
+        A, B = self.acting(head, part)
+        if A.dim() == 3:
+            return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
+        inner = torch.bmm(x, A.flatten(1, 2).mT).unflatten(-1, A.shape[1:3])  # (n, rows, lead, rank)
+        y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
+        return torch.add(base, y.flatten(-2), alpha=self.scale)
 
-    def apply_one(self, base: Tensor, x: Tensor, head: int) -> Tensor:
-        """Add one head's product: base (..., out), x (..., in)."""
-        self._note()
-        A, B = self.current(head)
-        return base + nn.functional.linear(nn.functional.linear(x, A), B) * self.scale
-
-    def _note(self) -> None:
+    def acting(self, head: int | None = None, part: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pair of `current` with the heads that act as dimension 0, for use in a forward."""
         # Only written, never read: torch.compile would guard what forwards read.
         if torch.is_grad_enabled():
             self.took_part = True
+        heads = slice(None) if head is None else slice(head, head + 1)
+        return self.current(heads if part is None else (heads, part))
 
-    def current(self, head: int | None = None) -> tuple[Tensor, Tensor]:
-        """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of all.
+    def current(self, heads: int | slice | tuple[slice, int] = slice(None)) -> tuple[Tensor, Tensor]:
+        """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of several.
 
         Differences are taken before products: straight after a merge the product is exactly zero, and small deltas
         don't drown in the rounding of B A.
+
+        Args:
+            heads: index of a local head, or of several, with that of one of the matrices or without.
         """
-        which = slice(None) if head is None else head
-        A, B = self.A[which], self.B[which]
+        A, B = self.A[heads], self.B[heads]
         if self.anchor_A is None or self.anchor_B is None:
             return A, B
-        anchor_A, anchor_B = self.anchor_A[which], self.anchor_B[which]
+        anchor_A, anchor_B = self.anchor_A[heads], self.anchor_B[heads]
         return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
 
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:
-        """W + s * (B A - B' A') of a local head, (out, in)."""
+        """W + s * (B A - B' A') of a local head, in W's shape."""
         A, B = self.current(head)
-        return self.weight + self.scale * (B @ A)
+        return self.weight + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
 
     @torch.no_grad()
     def summed_delta(self, good: Tensor) -> Tensor:
-        """s * sum over good local heads of (B A - B' A'), (out, in), accumulated in float32 or better.
+        """s * sum over good local heads of (B A - B' A'), in W's shape, accumulated in float32 or better.
 
         Products are summed, never factors. `good` is (n,) bool.
         """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.current()
-        A, B = A[good].to(dtype), B[good].to(dtype)
+        return self.sum_of_products(A[good], B[good])
+
+    @torch.no_grad()
+    def sum_of_products(self, A: Tensor, B: Tensor) -> Tensor:
+        """s * sum over heads of B A in W's shape, for A (heads, *lead, ., in) and B (heads, *lead, out, .)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         # One matrix product whose inner dimension runs over heads and ranks: sum_h B_h A_h.
-        return self.scale * (B.transpose(0, 1).flatten(1) @ A.flatten(0, 1))
+        A = A.to(dtype).movedim(0, -3).flatten(-3, -2)
+        B = B.to(dtype).movedim(0, -2).flatten(-2)
+        return self.matrices.as_weight(self.scale * (B @ A), self.weight.shape)
 
     @torch.no_grad()
     def squared_norms(self, good: Tensor) -> Tensor:
@@ -169,7 +230,7 @@ class Factors:
     @torch.no_grad()
     def finite(self) -> Tensor:
         """(n,) bool: whether a local head's factors are finite."""
-        return self.A.isfinite().all(-1).all(-1) & self.B.isfinite().all(-1).all(-1)
+        return self.A.isfinite().flatten(1).all(1) & self.B.isfinite().flatten(1).all(1)
 
     @torch.no_grad()
     def settle(self) -> None:

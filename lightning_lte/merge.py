@@ -120,12 +120,11 @@ def dense_is_cheaper(factors: Factors, world_size: int) -> bool:
 
     With anchors a head sends them beside its factors. The dense sum travels in float32 or better.
     """
-    out_features, in_features = factors.weight.shape
     wide = torch.promote_types(factors.weight.dtype, torch.float32).itemsize
     pairs = 1 if factors.anchor_A is None else 2
-    local = factors.count * pairs * factors.rank * (in_features + out_features) * factors.A.itemsize
+    local = pairs * (factors.A.nbytes + factors.B.nbytes)
     # 2 b (w - 1) / w bytes of an all-reduce against (w - 1) times the local factors, kept in whole numbers.
-    return 2 * out_features * in_features * wide <= world_size * local
+    return 2 * factors.weight.numel() * wide <= world_size * local
 
 
 def _finite(injection: Injection) -> Tensor:
@@ -162,9 +161,8 @@ def _summed(group: list[Factors], good: Tensor, good_all: Tensor, transport: Tra
 
 
 def _summed_from_all(factors: Factors, good_all: Tensor, transport: Transport) -> Tensor:
-    dtype = torch.promote_types(factors.weight.dtype, torch.float32)
-    A, B = (transport.stack(t.detach())[good_all.to(t.device)].to(dtype) for t in factors.current())
-    return factors.scale * (B.transpose(0, 1).flatten(1) @ A.flatten(0, 1))
+    A, B = (transport.stack(t.detach())[good_all.to(t.device)] for t in factors.current())
+    return factors.sum_of_products(A, B)
 
 
 _States = Mapping[Tensor, Mapping[str, Any]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lte import batch as batches
 from lightning_lte.layers.base import HeadedLayer
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
@@ -22,14 +21,20 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
 
 
 def reason_against_batched(
-    module: nn.Module, step: Callable[[Any], Tensor | None], batch: Any, count: int
+    module: nn.Module,
+    step: Callable[[Any], Tensor | None],
+    batch: Any,
+    parts: Sequence[Any],
+    heads: Callable[[], AbstractContextManager[None]],
+    head: Callable[[int], AbstractContextManager[None]],
 ) -> str | None:
     """Why batched execution would be wrong for this module on this batch; None if it is proved right.
 
     Three things have to hold:
     1. No batch norm takes statistics over the slices of several heads.
-    2. What a layer with heads receives on the whole batch is, along dimension 0, what it receives on the slices one
-       after the other. So the layer sees samples outermost and no sample reaches another head's slice.
+    2. What a layer with heads receives while all heads act on the whole batch is, along dimension 0, what it receives
+       while each acts alone on its slice. So the layer sees samples outermost, no sample reaches another head's slice,
+       and the layers before it compute the same in both ways.
     3. The loss of the batch is the mean of the losses of its slices.
 
     The module runs in eval mode without gradients, once on the batch and once on each slice, which costs two forward
@@ -39,24 +44,25 @@ def reason_against_batched(
         module: with heads.
         step: the user's step: takes a batch and returns the loss.
         batch: a real batch, on the device.
-        count: n, local heads, at least 2.
+        parts: its slices, one for each local head, in order.
+        heads: a context in which all local heads act.
+        head: a context in which one acts alone.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
-        samples = batches.size(batch)
-        if samples % count:
-            return f"a batch of {samples} can't be split evenly over {count} heads"
-        with untouched(module) as again, torch.no_grad(), _no_fast_path():
+        with untouched(module) as again, torch.no_grad():
             module.eval()
-            seen, loss = _watch(module, partial(step, batch))
+            with heads():
+                seen, loss = _watch(module, partial(step, batch))
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)
             tolerance = _HALF_TOLERANCE if half else _TOLERANCE
             seen_alone, losses = [], []
-            for part in batches.split(batch, count):
+            for number, part in enumerate(parts):
                 again()
-                seen_part, loss_part = _watch(module, partial(step, part))
+                with head(number):
+                    seen_part, loss_part = _watch(module, partial(step, part))
                 seen_alone.append(seen_part)
                 losses.append(loss_part)
             reason = _compare_inputs(seen, seen_alone, tolerance)
@@ -79,15 +85,15 @@ _Seen = list[tuple[str, Tensor]]
 
 
 def _watch(module: nn.Module, run: Callable[[], Any]) -> tuple[_Seen, Any]:
-    """Run and keep the input of every call of a layer with heads."""
+    """Run and keep what every layer with heads receives of the batch, call by call."""
     seen: _Seen = []
     handles = []
     for name, layer in module.named_modules():
         if isinstance(layer, HeadedLayer):
 
             def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                x = args[0] if args else kwargs["input"]
-                seen.append((name, x.detach().clone()))
+                assert isinstance(layer, HeadedLayer)
+                seen.extend((name, x.detach().clone()) for x in layer.of_the_batch(*args, **kwargs))
 
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
@@ -102,24 +108,13 @@ def _compare_inputs(together: _Seen, alone: list[_Seen], tolerance: float) -> st
         return "the layers that are called depend on the data"
     for (name, x), *own in zip(together, *alone, strict=True):
         parts = [part for _, part in own]
-        fits = x.dim() > 1 and all(part.shape == (x.shape[0] // len(parts), *x.shape[1:]) for part in parts)
+        fits = all(part.shape == (x.shape[0] // len(parts), *x.shape[1:]) for part in parts)
         if not (fits and x.shape[0] % len(parts) == 0 and _close(torch.cat(parts), x, tolerance)):
             return (
                 f"{name} does not see the batch outermost in dimension 0 (its input has shape {tuple(x.shape)}), or"
                 " samples mix before it"
             )
     return None
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """In eval mode nn.TransformerEncoder has a path that uses its layers' weights without calling the layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

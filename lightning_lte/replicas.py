@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.roles import Owner
 from lightning_lte.transport import Transport
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Where a parameter sits: module.`key`."""
-
-    module: nn.Module
-    module_name: str
-    key: str
 
 
 class Replica:

@@ -25,8 +25,8 @@ from lightning_lte import execution
 from lightning_lte.callback import LTECallback
 from lightning_lte.config import AfterMerge, Execution, Init, LTEConfig, ReplicaPolicy
 from lightning_lte.explorer import Explorer
-from lightning_lte.injection import Report
 from lightning_lte.merge import MergeRecord
+from lightning_lte.report import Report
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport, destroy_at_exit
 
@@ -56,6 +56,7 @@ class LTEStrategy(DDPStrategy):
         exclude_modules: patterns of module names that are not factored.
         rank_pattern: pattern of module names -> rank.
         alpha_pattern: pattern of module names -> alpha.
+        split: pattern of module names -> parts of a fused projection that have factors of their own.
         replicas: trainable parameters that are not factored: "merge" averages them at merges, "step" their gradients
             at every step, "freeze" leaves them as they are.
         init: how A starts: "orthogonal", "kaiming" or "xavier".
@@ -84,6 +85,7 @@ class LTEStrategy(DDPStrategy):
         exclude_modules: str | Sequence[str] = (),
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
+        split: Mapping[str, int] | None = None,
         replicas: ReplicaPolicy = "merge",
         init: Init = "orthogonal",
         seed: int | None = None,
@@ -102,6 +104,7 @@ class LTEStrategy(DDPStrategy):
             "exclude_modules": exclude_modules,
             "rank_pattern": rank_pattern or {},
             "alpha_pattern": alpha_pattern or {},
+            "split": split or {},
             "replicas": replicas,
             "init": init,
             "seed": seed,

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
+
 
 class Switch:
     """One switch shared by all layers of a model.
@@ -24,7 +26,11 @@ class Switch:
     def at(self, position: int | Literal["all"] | None) -> Iterator[None]:
         """Hold a position inside a `with` block."""
         before, self.position = self.position, position
+        # In eval mode nn.TransformerEncoder has a path that uses its layers' weights without calling the layers.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(fast and position is None)
         try:
             yield
         finally:
             self.position = before
+            torch.backends.mha.set_fastpath_enabled(fast)

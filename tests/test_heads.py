@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_lte.config import Init
-from lightning_lte.heads import Factors
+from lightning_lte.heads import Factors, Matrices
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9), st.integers(1, 2))
 
@@ -142,8 +142,38 @@ def test_all_ways_to_apply_heads_agree_with_their_effective_weights(
         expected = x[head] @ (f.weight.detach() + literal_delta(f, head)).mT
         torch.testing.assert_close(f.effective(head), f.weight.detach() + literal_delta(f, head))
         torch.testing.assert_close(together[head].detach(), expected)
-        torch.testing.assert_close(f.apply_one(base[head], x[head], head).detach(), expected)
+        torch.testing.assert_close(f.apply(base[head, None], x[head, None], head)[0].detach(), expected)
     assert f.took_part
+
+
+@given(shapes, st.integers(2, 4), st.booleans())
+def test_each_of_several_matrices_has_factors_of_its_own(
+    shape: tuple[int, int, int, int], parts: int, keep: bool
+) -> None:
+    count, out_features, in_features, rank = shape
+    weight = nn.Parameter(torch.zeros(parts * out_features, in_features, dtype=torch.float64))
+    choices: dict[str, Any] = {"scale": 1.5, "first": 0, "seed": 0, "init": "orthogonal"}
+    f = Factors("layer", weight, rank=rank, count=count, keep=keep, matrices=Matrices.of(weight, parts), **choices)
+    assert f.A.shape == (count, parts, rank, in_features) and f.B.shape == (count, parts, out_features, rank)
+    assert not torch.allclose(f.A[:, 0], f.A[:, 1])
+    learn(f)
+    x = torch.randn(count, 4, in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = f.apply(x @ weight.detach().mT, x)
+    literal = [torch.cat(list(literal_delta(f, head))) for head in range(count)]
+    good = torch.ones(count, dtype=torch.bool)
+    torch.testing.assert_close(f.summed_delta(good), torch.stack(literal).sum(0))
+    torch.testing.assert_close(f.squared_norms(good), torch.stack(literal).square().sum())
+    for head, delta in enumerate(literal):
+        torch.testing.assert_close(f.effective(head), delta)
+        torch.testing.assert_close(together[head].detach(), x[head] @ delta.mT)
+        for part, own in enumerate(literal_delta(f, head)):
+            y = f.apply(torch.zeros(1, 4, out_features, dtype=torch.float64), x[head, None], head, part)
+            torch.testing.assert_close(y[0].detach(), x[head] @ own.mT)
+
+
+def test_parts_that_do_not_divide_a_weight_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"received 3 parts for a weight of shape \(8, 4\)\. Give a divisor of 8"):
+        Matrices.of(torch.zeros(8, 4), 3)
 
 
 def test_anchors_follow_factors_and_take_the_delta_to_zero() -> None:

@@ -17,6 +17,11 @@ class Doubling(nn.Linear):
         return 2 * super().forward(input)
 
 
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
 class Model(nn.Module):
     """A parameter for every role."""
 
@@ -28,6 +33,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)}) for _ in "ab")
         self.attention = nn.MultiheadAttention(8, 2)
         self.odd = Doubling(8, 8, bias=False)
+        self.odd_attention = OwnAttention(8, 2, bias=False)
         self.still = nn.Linear(8, 8, bias=False).requires_grad_(False)
         self.target = nn.Linear(8, 8, bias=False)
         self.thin = nn.Linear(8, 2)
@@ -61,11 +67,13 @@ ROLES = {
     "blocks.1.fc1.bias": ("replica", "a bias"),
     "blocks.1.fc2.weight": ("factored", "rank 2, scale 2"),
     "blocks.1.fc2.bias": ("replica", "a bias"),
-    "attention.in_proj_weight": ("replica", "MultiheadAttention is not a layer that can be factored"),
-    "attention.in_proj_bias": ("replica", "MultiheadAttention is not a layer that can be factored"),
-    "attention.out_proj.weight": ("replica", "nn.MultiheadAttention uses it without calling the layer"),
+    "attention.in_proj_weight": ("factored", "rank 2, scale 2, in 3 parts"),
+    "attention.in_proj_bias": ("replica", "a bias"),
+    "attention.out_proj.weight": ("factored", "rank 2, scale 2"),
     "attention.out_proj.bias": ("replica", "a bias"),
     "odd.weight": ("replica", "Doubling computes otherwise than nn.Linear"),
+    "odd_attention.in_proj_weight": ("replica", "OwnAttention computes otherwise than nn.MultiheadAttention"),
+    "odd_attention.out_proj.weight": ("replica", "OwnAttention computes otherwise than nn.MultiheadAttention"),
     "still.weight": ("replica", "requires no gradient now; trained in place if that changes"),
     "target.weight": ("untouched", "no optimizer holds it"),
     "thin.weight": ("replica", "thin: factors of rank 2 would be no smaller"),
@@ -100,6 +108,7 @@ def test_patterns_choose_rank_and_scale() -> None:
     model = Model()
     injection = injected(model, alpha=6, rank_pattern={"fc2": 1}, alpha_pattern={r"blocks\.0\.fc1": 1})
     by_name = {f.name: (f.rank, f.scale) for f in injection.factors.values()}
+    assert by_name["attention.in_proj_weight"] == by_name["attention.out_proj"] == (2, 3)
     assert by_name["blocks.0.fc1"] == (2, 0.5)
     assert by_name["blocks.1.fc1"] == (2, 3)
     assert by_name["blocks.0.fc2"] == by_name["blocks.1.fc2"] == (1, 6)
@@ -110,9 +119,11 @@ def test_the_report_has_a_line_for_each_parameter_and_the_summary_for_each_kind(
     report.notes.append("A note.")
     lines = str(report).splitlines()
     assert len(lines) == 1 + len(ROLES) + 1 and lines[-1] == "A note."
-    assert any(re.fullmatch(r"scale +scalar +replica +Model is not .*", line) for line in lines)
+    assert any(re.fullmatch(r"scale +scalar +replica +1 +Model is not .*", line) for line in lines)
     summary = report.summary().splitlines()
-    assert any(re.fullmatch(r"blocks\.\*\.fc\*\.weight +2 +16x8 +factored +rank 2, scale 2", line) for line in summary)
+    assert any(
+        re.fullmatch(r"blocks\.\*\.fc\*\.weight +2 +16x8 +factored +1 +rank 2, scale 2", line) for line in summary
+    )
     assert any(re.fullmatch(r"odd\.weight +1 +8x8 +replica .*", line) for line in summary)
 
 
@@ -120,7 +131,8 @@ def test_only_layers_with_something_of_their_own_change_class() -> None:
     model = Model()
     injection = injected(model)
     assert {n for n, m in model.named_modules() if isinstance(m, HeadedLayer)} == {
-        f"blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)
+        "attention",
+        *(f"blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)),
     }
     assert all(state_of(layer).switch is injection.switch for layer in injection.layers)
 
@@ -129,9 +141,21 @@ def test_heads_that_share_a_device_have_their_own_replicas_where_a_layer_can_tel
     model = Model()
     injection = injected(model, count=2)
     split = {r.name for r in injection.replicas if r.stack is not None}
-    known = {"norm.weight", "norm.bias", "thin.weight", "thin.bias"}
+    known = {
+        "norm.weight",
+        "norm.bias",
+        "thin.weight",
+        "thin.bias",
+        "attention.in_proj_bias",
+        "attention.out_proj.bias",
+    }
     assert split == known | {f"blocks.{i}.fc{j}.bias" for i in (0, 1) for j in (1, 2)}
     assert set(state_of(model.thin).stacks) == {"weight", "bias"}
+    assert set(state_of(model.attention).stacks) == {"in_proj_bias", "out_proj.bias"}
+    assert set(state_of(model.attention).factors) == {"in_proj_weight", "out_proj.weight"}
+    copies = {e.name: e.copies for e in injection.report.entries}
+    assert all(copies[name] == 2 for name in split) and copies["scale"] == copies["embedding.weight"] == 1
+    assert copies["blocks.0.fc1.weight"] == 2 and copies["target.weight"] == 0
     for replica in injection.replicas:
         if replica.stack is not None:
             assert torch.equal(replica.stack, torch.stack([replica.param] * 2))
@@ -224,6 +248,56 @@ def test_all_patterns_that_match_nothing_are_named_at_once_and_what_could_match_
     message = str(caught.value)
     assert all(repr(p) in message for p in ("nope", "gone", "lost")) and "'fc1'" not in message
     assert "blocks.0.fc1" in message
+
+
+def test_layers_of_every_kind_are_factored() -> None:
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(8, 8, 3, padding=1),
+            "groups": nn.Conv1d(16, 16, 5, groups=2),
+            "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+            "up": nn.ConvTranspose2d(8, 8, 3),
+            "embedding": nn.Embedding(50, 16),
+            "bounded": nn.Embedding(50, 16, max_norm=1.0),
+            "batch_norm": nn.BatchNorm2d(8),
+        }
+    )
+    found = roles(inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2)))
+    factored = {name for name, (role, _) in found.items() if role == "factored"}
+    assert factored == {"conv.weight", "groups.weight", "up.weight", "embedding.weight"}
+    assert found["groups.weight"][1] == "rank 2, scale 2, in 2 parts"
+    assert found["depthwise.weight"][1].startswith("thin")
+    assert found["bounded.weight"] == ("replica", "max_norm rewrites it in every forward")
+
+
+def test_a_fused_projection_is_split_where_the_user_says_so() -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 24), "fc": nn.Linear(8, 24)})
+    injection = inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2, split={"qkv": 3}))
+    assert {f.name: f.A.shape[1:] for f in injection.factors.values()} == {"qkv": (3, 2, 8), "fc": (2, 8)}
+    injection.eject()
+    with pytest.raises(ValueError, match="received 5 parts for a weight of shape"):
+        inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2, split={"qkv": 5}))
+    with pytest.raises(ValueError, match="split 'kqv' matches no module"):
+        inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2, split={"kqv": 3}))
+
+
+def test_two_parameters_on_one_storage_are_tied() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight)
+    found = roles(inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2)))
+    assert found["0.weight"] == ("replica", "tied: shares its storage with 1.weight")
+    assert found["2.weight"][0] == "factored"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(lambda: nn.LazyLinear(8), "lazy parameters"), (lambda: nn.Linear(8, 8, device="meta"), "on the meta device")],
+)
+def test_parameters_without_values_are_refused(layer: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), layer())
+    with pytest.raises(ValueError, match=message):
+        inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2))
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_module_with_nothing_to_train_is_refused() -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+import sys
+import types
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.heads import Factors
+from lightning_lte.heads import Factors, Matrices
 from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, original_class, state_of
 from lightning_lte.switch import Switch
@@ -34,12 +36,24 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def factors_of(layer: nn.Linear, rank: int = 2, keep: bool = True) -> Factors:
-    f = Factors("fc", layer.weight, rank=rank, scale=1.5, count=COUNT, first=0, seed=0, init="orthogonal", keep=keep)
+def factors_of(layer: nn.Module, key: str = "weight", rank: int = 2, keep: bool = True, parts: int = 1) -> Factors:
+    """Factors and anchors with values of their own."""
+    kind, weight = headed_class(layer), layer.get_parameter(key)
+    assert kind is not None
+    matrices = kind.matrices(layer, key, parts)
+    assert isinstance(matrices, Matrices)
+    f = Factors(
+        key, weight, rank=rank, scale=1.5, count=COUNT, first=0, seed=0, init="orthogonal", keep=keep, matrices=matrices
+    )
     with torch.no_grad():
         f.B.copy_(random(*f.B.shape, seed=1))
         if f.anchor_B is not None:
             f.anchor_B.copy_(random(*f.B.shape, seed=2))
+        if getattr(layer, "padding_idx", None) is not None:
+            # It starts at zero and gets no gradient.
+            for tensor in (f.B, f.anchor_B):
+                if tensor is not None:
+                    tensor[:, layer.padding_idx] = 0  # type: ignore[index]
     return f
 
 
@@ -53,47 +67,296 @@ def headed(layer: nn.Module, state: LayerState) -> None:
     enter(layer, kind, state)
 
 
-def heads_and_slices(x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    yield from enumerate(x.chunk(COUNT))
-
-
-@pytest.mark.parametrize("weight", ["factored", "own", "shared"])
-@pytest.mark.parametrize("bias", ["none", "own", "shared"])
-@given(rows=st.integers(1, 3), inner=st.lists(st.integers(1, 3), max_size=2), keep=st.booleans())
-def test_a_linear_layer_gives_each_head_its_own_literal_product(
-    weight: str, bias: str, rows: int, inner: list[int], keep: bool
+def assert_each_head_computes_as_a_layer_of_its_own(
+    layer: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    own: tuple[str, ...] = (),
+    keep: bool = True,
+    parts: int = 1,
+    **arguments: Any,
 ) -> None:
-    layer = nn.Linear(6, 5, bias=bias != "none", dtype=torch.float64)
-    switch = Switch(COUNT)
-    state = LayerState(switch, factors_of(layer, keep=keep) if weight == "factored" else None)
-    if weight == "own":
-        state.stacks["weight"] = stack(5, 6, seed=3)
-    if bias == "own":
-        state.stacks["bias"] = stack(5, seed=4)
-    headed(layer, state)
-    x = random(COUNT * rows, *inner, 6, seed=5)
+    """The literal meaning of a layer with heads: n plain layers, each with its effective weights, on its own slice.
 
-    with switch.at("all"):
-        y = layer(x)
-    assert y.shape == (COUNT * rows, *inner, 5)
-    for head, own in heads_and_slices(x):
-        W = layer.weight
-        if state.factors is not None:
-            W = state.factors.effective(head)
-        elif weight == "own":
-            W = state.stacks["weight"][head]
-        expected = own @ W.mT
-        if layer.bias is not None:
-            expected = expected + (state.stacks["bias"][head] if bias == "own" else layer.bias)
-        torch.testing.assert_close(y.chunk(COUNT)[head], expected)
-
-    merged = functional.linear(x, layer.weight, layer.bias)
-    assert torch.equal(layer(x), merged)
+    Args:
+        layer: plain.
+        inputs: the layer's, with the batch outermost.
+        own: parameters of which each head has a replica; the weights among the others are factored where that is
+            possible.
+        keep: whether there are anchors.
+        parts: of a fused projection.
+        arguments: more of the layer's. Tensors whose dimension 0 is the batch are sliced, all else is the same for
+            all heads.
+    """
+    layer.double()
+    switch, kind = Switch(COUNT), headed_class(layer)
+    assert kind is not None
+    state = LayerState(switch)
+    for seed, (key, param) in enumerate(layer.named_parameters()):
+        with torch.no_grad():
+            param.copy_(random(*param.shape, seed=10 + seed))
+        if key in own:
+            state.stacks[key] = stack(*param.shape, seed=20 + seed)
+        elif isinstance(kind.matrices(layer, key, parts), Matrices):
+            state.factors[key] = factors_of(layer, key, keep=keep, parts=parts)
+    twins = []
     for head in range(COUNT):
-        W = layer.weight if state.factors is None else state.factors.effective(head)
-        with switch.at(head):
-            torch.testing.assert_close(layer(x), functional.linear(x, W, layer.bias))
-    assert torch.equal(layer(x), merged)
+        twin = copy.deepcopy(layer)
+        for key, param in twin.named_parameters():
+            if key in state.factors:
+                param.data = state.factors[key].effective(head)
+            elif key in own:
+                param.data = state.stacks[key][head].detach().clone()
+        twins.append(twin)
+    batch = inputs[0].shape[0]
+
+    def of_head(head: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        pieces = tuple(leaf(x.chunk(COUNT)[head]) for x in inputs)
+        return pieces, {
+            name: value.chunk(COUNT)[head] if isinstance(value, Tensor) and len(value) == batch else value
+            for name, value in arguments.items()
+        }
+
+    plain = layer(*inputs, **arguments)
+    headed(layer, state)
+    together_inputs = tuple(leaf(x) for x in inputs)
+    with switch.at("all"):
+        together = outputs(layer(*together_inputs, **arguments))
+    weights = random(*together[0].shape, seed=5)
+    (together[0] * weights).sum().backward()
+    expected, gradients = [], []
+    for head in range(COUNT):
+        pieces, own_arguments = of_head(head)
+        output = outputs(twins[head](*pieces, **own_arguments))
+        (output[0] * weights.chunk(COUNT)[head]).sum().backward()
+        expected.append(output)
+        gradients.append([x.grad for x in pieces])
+        # Replicas of one head alone are put into the module by whoever runs it.
+        if not own:
+            with switch.at(head), torch.no_grad():
+                alone = outputs(layer(*pieces, **own_arguments))
+            for found, wanted in zip(alone, output, strict=True):
+                assert_close(found, wanted)
+    for i, found in enumerate(together):
+        rows = [output[i] for output in expected]
+        assert_close(found, None if rows[0] is None else torch.cat(rows))
+    for i, x in enumerate(together_inputs):
+        if x.is_floating_point():
+            assert_close(x.grad, torch.cat([g[i] for g in gradients]))
+
+    # Gradients of factors by the chain rule from those of the twins' weights: dB = s g A^T, dA = s B^T g.
+    for key, f in state.factors.items():
+        assert layer.get_parameter(key).grad is None
+        A, B = f.A.detach().clone().requires_grad_(), f.B.detach().clone().requires_grad_()
+        for head, twin in enumerate(twins):
+            W = f.scale * f.matrices.as_weight(B[head] @ A[head], f.weight.shape)
+            W.backward(twin.get_parameter(key).grad)
+        assert_close(f.A.grad, A.grad)
+        assert_close(f.B.grad, B.grad)
+    for key, replica in state.stacks.items():
+        assert_close(replica.grad, torch.stack([twin.get_parameter(key).grad for twin in twins]))
+    for found, wanted in zip(outputs(layer(*inputs, **arguments)), outputs(plain), strict=True):
+        assert (found is None and wanted is None) or torch.equal(found, wanted)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_(x.is_floating_point())
+
+
+def outputs(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def assert_close(found: Tensor | None, wanted: Tensor | None) -> None:
+    assert (found is None) == (wanted is None)
+    if found is not None:
+        torch.testing.assert_close(found, wanted)
+
+
+OWN = [(), ("bias",), ("weight", "bias"), ("weight",)]
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@given(rows=st.integers(1, 3), inner=st.lists(st.integers(1, 3), max_size=2), keep=st.booleans())
+def test_linear(own: tuple[str, ...], bias: bool, rows: int, inner: list[int], keep: bool) -> None:
+    layer = nn.Linear(6, 5, bias=bias)
+    own = tuple(name for name in own if bias or name != "bias")
+    x = random(COUNT * rows, *inner, 6, seed=5)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (x,), own=own, keep=keep)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_fused_projection_in_parts(parts: int, keep: bool) -> None:
+    layer = nn.Linear(6, 6 * parts)
+    x = random(COUNT * 2, 4, 6, seed=5)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (x,), own=("bias",), keep=keep, parts=parts)
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
+@pytest.mark.parametrize("keep", [True, False])
+def test_conv1d_of_gpt2(own: tuple[str, ...], keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Conv1D(nn.Module):
+        """As transformers has it, which need not be here."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.empty(6, 5)), nn.Parameter(torch.empty(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + self.bias
+
+    library = types.ModuleType("transformers.pytorch_utils")
+    library.Conv1D = Conv1D  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", library)
+    assert_each_head_computes_as_a_layer_of_its_own(Conv1D(), (random(COUNT * 2, 4, 6),), own=own, keep=keep)
+
+
+CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
+    "1d": (nn.Conv1d, {"kernel_size": 3}, (9,)),
+    "1d of stride, padding and dilation": (
+        nn.Conv1d, {"kernel_size": 3, "stride": 2, "padding": 3, "dilation": 2}, (9,)
+    ),
+    "1d with groups": (nn.Conv1d, {"kernel_size": 3, "groups": 2}, (9,)),
+    "2d": (nn.Conv2d, {"kernel_size": (3, 2)}, (6, 5)),
+    "2d of kernel 1": (nn.Conv2d, {"kernel_size": 1}, (4, 3)),
+    "2d with groups": (nn.Conv2d, {"kernel_size": 3, "groups": 2, "padding": 1}, (5, 4)),
+    "2d of the same size": (nn.Conv2d, {"kernel_size": 3, "padding": "same"}, (5, 4)),
+    "2d reflecting": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (5, 4)),
+    "2d around": (nn.Conv2d, {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular", "groups": 2}, (5, 4)),
+    "2d replicating": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "stride": 2}, (5, 4)),
+    "3d": (nn.Conv3d, {"kernel_size": 2, "stride": 2, "padding": 1}, (3, 4, 3)),
+    "transposed 1d": (nn.ConvTranspose1d, {"kernel_size": 3, "stride": 2, "padding": 1}, (5,)),
+    "transposed 2d": (nn.ConvTranspose2d, {"kernel_size": (3, 2), "stride": 2, "output_padding": 1}, (4, 3)),
+    "transposed 2d with groups": (
+        nn.ConvTranspose2d, {"kernel_size": 3, "groups": 2, "dilation": 2, "padding": 1}, (4, 3)
+    ),
+    "transposed 3d": (nn.ConvTranspose3d, {"kernel_size": 2, "stride": 2}, (2, 3, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("own", OWN, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions(case: str, own: tuple[str, ...], bias: bool, keep: bool) -> None:
+    kind, choices, size = CONVOLUTIONS[case]
+    layer = kind(4, 6, bias=bias, **choices)
+    own = tuple(name for name in own if bias or name != "bias")
+    x = random(COUNT * 2, 4, *size, seed=5)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (x,), own=own, keep=keep)
+
+
+def test_a_transposed_convolution_of_a_given_size() -> None:
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2)
+    x = random(COUNT * 2, 4, 3, 3, seed=5)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (x,), output_size=[8, 7])
+
+
+def test_a_convolution_in_parts() -> None:
+    x = random(COUNT * 2, 4, 5, 4, seed=5)
+    assert_each_head_computes_as_a_layer_of_its_own(nn.Conv2d(4, 6, 3), (x,), parts=3)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("own", [(), ("weight",)], ids=str)
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_embeddings(shape: tuple[int, ...], padding_idx: int | None, own: tuple[str, ...], keep: bool) -> None:
+    layer = nn.Embedding(7, 5, padding_idx=padding_idx)
+    index = torch.randint(0, 7, (COUNT * 2, *shape), generator=torch.Generator().manual_seed(0))
+    index[:: COUNT + 1] = 3
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (index,), own=own, keep=keep)
+
+
+@pytest.mark.parametrize("choice", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
+def test_embeddings_that_cannot_be_factored_say_why(choice: dict[str, Any]) -> None:
+    layer = nn.Embedding(7, 5, **choice)
+    kind = headed_class(layer)
+    assert kind is not None and isinstance(kind.matrices(layer, "weight", 1), str)
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "no bias": {"bias": False},
+    "other keys and values": {"kdim": 5, "vdim": 3},
+    "bias of keys and values": {"add_bias_kv": True},
+    "zeros attended to": {"add_zero_attn": True},
+    "all": {"kdim": 5, "vdim": 3, "add_bias_kv": True, "add_zero_attn": True},
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "no weights": {"need_weights": False},
+    "weights of each": {"average_attn_weights": False},
+    "bool": {"attn_mask": torch.ones(4, 6, dtype=torch.bool).triu(2)},
+    "float": {"attn_mask": random(4, 6, seed=1), "need_weights": False},
+    "one for each sample": {"attn_mask": random(COUNT * 2, 2, 4, 6, seed=1)},
+    "padding": {"key_padding_mask": torch.arange(6) > torch.arange(COUNT * 2).unsqueeze(1) % 5},
+    "both": {
+        "attn_mask": torch.ones(4, 6, dtype=torch.bool).triu(2),
+        "key_padding_mask": torch.arange(6) > torch.arange(COUNT * 2).unsqueeze(1) % 5,
+        "need_weights": False,
+    },
+    "causal": {"attn_mask": torch.ones(4, 6, dtype=torch.bool).triu(1), "is_causal": True, "need_weights": False},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize(("own", "keep"), [("none", True), ("none", False), ("biases", True), ("all", True)])
+def test_attention(kind: str, mask: str, own: str, keep: bool) -> None:
+    choices = ATTENTIONS[kind]
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, **choices)
+    names = [name for name, _ in layer.named_parameters()]
+    replicas = tuple(n for n in names if own == "all" or (own == "biases" and "weight" not in n))
+    query = random(COUNT * 2, 4, 8, seed=1)
+    key = random(COUNT * 2, 6, choices.get("kdim", 8), seed=2)
+    value = random(COUNT * 2, 6, choices.get("vdim", 8), seed=3)
+    if mask == "one for each sample":
+        # torch wants the samples and the attention's heads folded, and the samples outermost.
+        layer.register_forward_pre_hook(_fold, with_kwargs=True)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (query, key, value), own=replicas, keep=keep, **MASKS[mask])
+
+
+def _fold(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "attn_mask": kwargs["attn_mask"].flatten(0, 1)}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_of_one_head_takes_every_layout(batch_first: bool) -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=batch_first, dtype=torch.float64)
+    x = random(4, 3, 8)
+    batch, length = (4, 3) if batch_first else (3, 4)
+    inputs = [(x, (torch.arange(length) > 1).expand(batch, -1)), (x[0], torch.arange(3) > 1)]
+    plain = copy.deepcopy(layer)
+    switch = Switch(COUNT)
+    factors = {key: factors_of(layer, key) for key in ("in_proj_weight", "out_proj.weight")}
+    headed(layer, LayerState(switch, factors))
+    for key, f in factors.items():
+        plain.get_parameter(key).data = f.effective(1)
+    with switch.at(1):
+        found = [layer(x, x, x, key_padding_mask=mask) for x, mask in inputs]
+    torch.testing.assert_close(found, [plain(x, x, x, key_padding_mask=mask) for x, mask in inputs])
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layer": (lambda: nn.LayerNorm(4), (5, 4)),
+    "layer of two dimensions": (lambda: nn.LayerNorm((2, 3)), (5, 2, 3)),
+    "layer without bias": (lambda: nn.LayerNorm(4, bias=False), (4,)),
+    "root mean square": (lambda: nn.RMSNorm(4), (5, 4)),
+    "group": (lambda: nn.GroupNorm(2, 4), (4, 3, 2)),
+    "instance": (lambda: nn.InstanceNorm2d(4, affine=True), (4, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+@pytest.mark.parametrize("own", OWN[1:], ids=str)
+def test_norms(case: str, own: tuple[str, ...]) -> None:
+    make, shape = NORMS[case]
+    layer = make()
+    own = tuple(name for name in own if getattr(layer, name, None) is not None)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (random(COUNT * 2, *shape, seed=6),), own=own)
 
 
 @pytest.mark.parametrize("position", ["all", 0, 2])
@@ -102,7 +365,7 @@ def test_gradients_reach_the_factors_of_the_heads_that_act_and_never_the_base_we
 ) -> None:
     layer = nn.Linear(6, 5, dtype=torch.float64)
     switch, f = Switch(COUNT), factors_of(layer)
-    headed(layer, LayerState(switch, f))
+    headed(layer, LayerState(switch, {"weight": f}))
     x = random(COUNT * 2, 6, seed=5).requires_grad_()
     with switch.at(position):
         layer(x).square().sum().backward()
@@ -119,32 +382,6 @@ def test_gradients_reach_the_factors_of_the_heads_that_act_and_never_the_base_we
         torch.testing.assert_close(found.grad, expected.grad)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 3)])
-@pytest.mark.parametrize("own", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_norm_scales_and_shifts_each_slice_by_its_own_head(
-    shape: tuple[int, ...], own: tuple[str, ...], bias: bool
-) -> None:
-    layer = nn.LayerNorm(shape, bias=bias, dtype=torch.float64)
-    with torch.no_grad():
-        for seed, param in enumerate(layer.parameters()):
-            param.copy_(random(*shape, seed=seed))
-    switch = Switch(COUNT)
-    stacks = {name: stack(*shape, seed=9 + len(name)) for name in own if bias or name != "bias"}
-    headed(layer, LayerState(switch, stacks=stacks))
-    x = random(COUNT * 2, 5, *shape, seed=6)
-    with switch.at("all"):
-        y = layer(x)
-    for head, piece in heads_and_slices(x):
-        w = stacks["weight"][head] if "weight" in stacks else layer.weight
-        b = stacks["bias"][head] if "bias" in stacks else layer.bias
-        torch.testing.assert_close(y.chunk(COUNT)[head], functional.layer_norm(piece, shape, w, b, layer.eps))
-    expected = functional.layer_norm(x, shape, layer.weight, layer.bias, layer.eps)
-    assert torch.equal(layer(x), expected)
-    with switch.at(1):
-        assert torch.equal(layer(x), expected)
-
-
 @pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.LayerNorm(6)], ids=lambda layer: type(layer).__name__)
 @pytest.mark.parametrize("position", [None, "all", 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,7 +396,7 @@ def test_autocast_and_half_precision_give_the_dtype_of_the_plain_layer(
     switch = Switch(COUNT)
     stacks = {n: nn.Parameter(p.detach().expand(COUNT, *p.shape).clone()) for n, p in layer.named_parameters()}
     if isinstance(layer, nn.Linear):
-        headed(layer, LayerState(switch, factors_of(layer), {"bias": stacks["bias"]}))
+        headed(layer, LayerState(switch, {"weight": factors_of(layer)}, {"bias": stacks["bias"]}))
     else:
         headed(layer, LayerState(switch, stacks=stacks))
     with switch.at(position):
@@ -171,7 +408,7 @@ def test_autocast_and_half_precision_give_the_dtype_of_the_plain_layer(
 @pytest.mark.parametrize("shape", [(4, 6), (6,)])
 def test_a_batch_that_cannot_be_dealt_out_is_refused_with_rule_value_and_remedy(shape: tuple[int, ...]) -> None:
     layer, switch = nn.Linear(6, 6), Switch(COUNT)
-    headed(layer, LayerState(switch, factors_of(layer)))
+    headed(layer, LayerState(switch, {"weight": factors_of(layer)}))
     with switch.at("all"), pytest.raises(ValueError, match=r"evenly over the 3 .*received shape .*sequential"):
         layer(torch.zeros(shape))
 
@@ -182,7 +419,7 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def state_for(layer: nn.Module) -> LayerState:
-    return LayerState(Switch(COUNT), factors_of(layer) if isinstance(layer, nn.Linear) else None)
+    return LayerState(Switch(COUNT), {"weight": factors_of(layer)} if isinstance(layer, nn.Linear) else {})
 
 
 def test_a_layer_with_heads_looks_like_the_users_own(layer: nn.Module) -> None:
@@ -269,7 +506,6 @@ def with_own_forward() -> nn.Linear:
         nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
         nn.utils.spectral_norm(nn.Linear(6, 6)),
         nn.Bilinear(6, 6, 6),
-        nn.Conv1d(6, 6, 1),
         nn.LayerNorm(6, elementwise_affine=False),
     ],
 )

@@ -1,13 +1,13 @@
-"""Changing the class of a user's layer in place, and back."""
+"""Changing the class of a user's layer in place, and back; what all kinds of layers share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_lte.heads import Factors
+from lightning_lte.heads import Factors, Matrices
 from lightning_lte.switch import Switch
 
 # The attribute lives in the layer's __dict__, outside PyTorch's registries: state_dict() and parameters() never see it.
@@ -16,17 +16,38 @@ _STATE = "_lte"
 
 @dataclass
 class LayerState:
-    """What a layer knows of its heads.
+    """What a layer knows of its heads. Parameters go by their names in the layer, such as "weight".
 
     Attributes:
         switch: which heads act, shared by all layers of the model.
-        factors: of the layer's weight, or None if that is not factored.
-        stacks: parameter name -> (n, *shape), a replica for each local head; filled only where n > 1.
+        factors: factored weight -> its factors.
+        stacks: replica -> (n, *shape), one for each local head; filled only where n > 1.
     """
 
     switch: Switch
-    factors: Factors | None = None
+    factors: dict[str, Factors] = field(default_factory=dict)
     stacks: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the layer has to compute otherwise than its own class does."""
+        position = self.switch.position
+        return position == "all" or (position is not None and bool(self.factors))
+
+    @property
+    def head(self) -> int | None:
+        """The local head that acts alone, or None while all act."""
+        position: int | Literal["all"] | None = self.switch.position
+        return None if position == "all" else position
+
+    def stack(self, key: str) -> Tensor | None:
+        """What each head has in place of a parameter while all act; None while the layer's own is meant."""
+        return self.stacks.get(key) if self.switch.position == "all" else None
+
+    @property
+    def count(self) -> int:
+        """How many heads share the input: n while all act, else 1."""
+        return self.switch.count if self.switch.position == "all" else 1
 
 
 class HeadedLayer(nn.Module):
@@ -35,11 +56,60 @@ class HeadedLayer(nn.Module):
     Pickle and deepcopy give a layer of the user's own class without heads: modules sit in hparams and in EMA callbacks.
     """
 
+    @classmethod
+    def knows(cls, layer: nn.Module) -> bool:
+        """Whether this class computes what the user's layer computes, and can hold heads or replicas for it."""
+        raise NotImplementedError
+
+    @classmethod
+    def matrices(cls, layer: nn.Module, key: str, parts: int) -> Matrices | str:
+        """How the parameter `key` of a layer is seen for factors, in `parts` of equal size; or why it has none.
+
+        Raises:
+            ValueError: it can't be split into these parts.
+        """
+        return f"{original_class(layer).__name__} is not a layer that can be factored"
+
+    def of_the_batch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Those of the arguments of a forward that have the batch as dimension 0."""
+        return (args[0] if args else next(iter(kwargs.values())),)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = object.__new__(original_class(self))
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _STATE})
         # Protocol 2 and above insist on the class of `self`; the older form names the class it makes.
         return plain.__reduce_ex__(1)
+
+
+def check_not_split(layer: nn.Module, parts: int, why: str) -> None:
+    """Raise if the user wants parts of a weight that has none.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    if parts > 1:
+        raise ValueError(
+            f"split is for fused projections of nn.Linear and convolutions; received {parts} parts for a"
+            f" {original_class(layer).__name__}, {why}. Leave it out."
+        )
+
+
+def computes_as(layer: nn.Module, *kinds: type[nn.Module], methods: tuple[str, ...] = ("forward",)) -> bool:
+    """Whether a layer is one of `kinds` or a plain subclass: one that computes as they do, from registered parameters.
+
+    Args:
+        layer: the user's.
+        kinds: classes of torch.
+        methods: what computes, and must not be overridden.
+    """
+    kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
+    return (
+        kind is not None
+        and all(getattr(type(layer), m) is getattr(kind, m) and m not in layer.__dict__ for m in methods)
+        # Parametrizations, pruning and the older weight_norm take parameters out and put tensors in their place.
+        and not hasattr(layer, "parametrizations")
+        and all(name in layer._parameters for name in ("weight", "bias") if hasattr(layer, name))
+    )
 
 
 def state_of(layer: nn.Module) -> LayerState:
@@ -73,16 +143,39 @@ def leave(layer: nn.Module) -> None:
     layer.__dict__.pop(_STATE, None)
 
 
+def check_slices(layer: nn.Module, x: Tensor, count: int, dims: int = 2) -> None:
+    """Raise if dimension 0 of an input can't be dealt out evenly to `count` heads.
+
+    Args:
+        layer: for the message.
+        x: its input.
+        count: heads.
+        dims: dimensions that an input with samples outermost has at least.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    if x.dim() < dims or x.shape[0] % count:
+        raise ValueError(
+            f"In batched execution dimension 0 of every layer's input is split evenly over the {count} local heads;"
+            f" {type(layer).__name__} received shape {tuple(x.shape)}. Use execution='sequential', a batch size that"
+            f" is a multiple of {count}, or one head per device."
+        )
+
+
 def slices(layer: nn.Module, x: Tensor, count: int) -> Tensor:
     """View x (batch, ..., features) as (n, batch / n * ..., features), a slice for each head.
 
     Raises:
         ValueError: dimension 0 can't be dealt out evenly.
     """
-    if x.dim() < 2 or x.shape[0] % count:
-        raise ValueError(
-            f"In batched execution dimension 0 of every layer's input is split evenly over the {count} local heads;"
-            f" {type(layer).__name__} received shape {tuple(x.shape)}. Use execution='sequential', a batch size that"
-            f" is a multiple of {count}, or one head per device."
-        )
+    check_slices(layer, x, count)
     return x.reshape(count, -1, x.shape[-1])
+
+
+def add_per_head(y: Tensor, own: Tensor) -> Tensor:
+    """Add to y (batch, channels, ...) what each head has for every channel, own (n, channels)."""
+    count = own.shape[0]
+    # Under autocast y has fewer bits than the replica, and must not be widened by it.
+    own = own.to(y.dtype).view(count, 1, -1, *[1] * (y.dim() - 2))
+    return (y.unflatten(0, (count, -1)) + own).flatten(0, 1)

@@ -1,51 +1,76 @@
 """nn.Linear and its plain subclasses.
 
-Factored, y_h = W x_h + s * (B_h A_h - B'_h A'_h) x_h + b_h for the slice x_h of head h. Thin layers are not factored:
-they have a weight for each head, y_h = W_h x_h + b_h.
+Factored, y_h = W x_h + s * (B_h A_h - B'_h A'_h) x_h + b_h for the slice x_h of head h. A fused projection that is
+split into parts has factors for each part of its rows. Thin layers are not factored: they have a weight for each head,
+y_h = W_h x_h + b_h.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.layers.base import HeadedLayer, slices, state_of
+from lightning_lte.heads import Factors, Matrices
+from lightning_lte.layers.base import HeadedLayer, computes_as, slices, state_of
 
 
 class HeadedLinear(HeadedLayer):
     """A linear layer with heads."""
 
+    @classmethod
+    def knows(cls, layer: nn.Module) -> bool:
+        return computes_as(layer, nn.Linear)
+
+    @classmethod
+    def matrices(cls, layer: nn.Module, key: str, parts: int) -> Matrices | str:
+        return Matrices.of(layer.weight, parts) if key == "weight" else "a bias"  # type: ignore[arg-type]
+
     def forward(self, input: Tensor) -> Tensor:
         state = state_of(self)
-        switch, factors = state.switch, state.factors
-        if switch.position is None or (factors is None and switch.position != "all"):
+        if not state.acts:
             return super().forward(input)
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        if switch.position != "all":
-            assert factors is not None
-            base = functional.linear(input, factors.weight.detach(), bias)
-            return factors.apply_one(base, input, switch.position)
-        x = slices(self, input, switch.count)
-        if "bias" in state.stacks:
-            bias = None
-        if factors is not None:
-            y = factors.apply(functional.linear(x, factors.weight.detach(), bias), x)
-        elif "weight" in state.stacks:
-            y = x @ state.stacks["weight"].mT
-            y = y if bias is None else y + bias.to(y.dtype)
-        else:
-            y = functional.linear(x, self.weight, bias)  # type: ignore[arg-type]
-        if "bias" in state.stacks:
-            # Under autocast y has fewer bits than the bias, and must not be widened by it.
-            y = y + state.stacks["bias"].unsqueeze(1).to(y.dtype)
-        return y.reshape(*input.shape[:-1], -1)
+        own: Any = self
+        return project(
+            self, input, own.weight, own.bias, state.factors.get("weight"), state.stack("weight"), state.stack("bias")
+        )
 
 
-def can_be_headed(layer: nn.Module) -> bool:
-    """Whether a layer is nn.Linear or a plain subclass: one that computes as nn.Linear does."""
-    return (
-        isinstance(layer, nn.Linear)
-        and type(layer).forward is nn.Linear.forward
-        and "forward" not in layer.__dict__
-        and layer._parameters.get("weight") is not None
-    )
+def project(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors | None,
+    own_weight: Tensor | None,
+    own_bias: Tensor | None,
+    part: int | None = None,
+) -> Tensor:
+    """x (batch, ..., in) W^T + b with the heads that act: (batch, ..., out).
+
+    Args:
+        layer: the layer with heads whose input x is.
+        x: dimension 0 is the batch while all heads act; else the shape is free.
+        weight: (out, in), the user's own.
+        bias: (out,), the user's own, or None.
+        factors: of the weight, or None.
+        own_weight: (n, out, in) in place of the weight, or None.
+        own_bias: (n, out) in place of the bias, or None.
+        part: which of the matrices of `factors` the weight is; None where it is all of them.
+    """
+    state = state_of(layer)
+    rows = slices(layer, x, state.count) if state.head is None else x.reshape(1, -1, x.shape[-1])
+    if own_bias is not None:
+        bias = None
+    if factors is not None:
+        y = factors.apply(functional.linear(rows, weight.detach(), bias), rows, state.head, part)
+    elif own_weight is not None:
+        y = rows @ own_weight.mT
+        y = y if bias is None else y + bias.to(y.dtype)
+    else:
+        y = functional.linear(rows, weight, bias)
+    if own_bias is not None:
+        # Under autocast y has fewer bits than the bias, and must not be widened by it.
+        y = y + own_bias.unsqueeze(1).to(y.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,43 +1,57 @@
-"""nn.LayerNorm with an affine part for each head: y_h = w_h * normalised(x_h) + b_h."""
+"""Normalisation layers with an affine part for each head: y_h = w_h * normalised(x_h) + b_h.
+
+nn.LayerNorm and nn.RMSNorm scale the last dimensions, nn.GroupNorm and nn.InstanceNorm the channels. Batch norm is not
+here: it takes statistics over the samples of all heads, so with it heads take turns.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.layers.base import HeadedLayer, slices, state_of
+from lightning_lte.layers.base import HeadedLayer, check_slices, computes_as, state_of
+
+_CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class HeadedLayerNorm(HeadedLayer):
-    """A layer norm whose weight and bias are replicas, one for each local head."""
+class HeadedNorm(HeadedLayer):
+    """A normalisation layer whose weight and bias are replicas, one for each local head."""
 
-    normalized_shape: tuple[int, ...]
-    eps: float
+    @classmethod
+    def knows(cls, layer: nn.Module) -> bool:
+        return (
+            computes_as(layer, nn.LayerNorm, nn.RMSNorm, *_CHANNELS)
+            and layer._parameters.get("weight") is not None
+            # Running statistics are shared by the heads of a device.
+            and not getattr(layer, "track_running_stats", False)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         state = state_of(self)
-        if state.switch.position != "all":
+        if state.head is not None or not state.acts:
             return super().forward(input)
-        count = state.switch.count
-        x = functional.layer_norm(input, self.normalized_shape, None, None, self.eps).flatten(
-            -len(self.normalized_shape)
-        )
-        y = slices(self, x, count)
+        own: Any = self
+        check_slices(self, input, state.count)
+        if isinstance(self, nn.LayerNorm):
+            y = functional.layer_norm(input, own.normalized_shape, None, None, own.eps)
+        elif isinstance(self, nn.RMSNorm):
+            y = functional.rms_norm(input, own.normalized_shape, None, own.eps)
+        elif isinstance(self, nn.GroupNorm):
+            y = functional.group_norm(input, own.num_groups, None, None, own.eps)
+        else:
+            y = functional.instance_norm(input, eps=own.eps)
+        y = y.unflatten(0, (state.count, -1))
         for name, combine in (("weight", Tensor.mul), ("bias", Tensor.add)):
-            own: Tensor | None = getattr(self, name)
-            if name in state.stacks:
-                own = state.stacks[name].flatten(1).unsqueeze(1)
-            elif own is not None:
-                own = own.flatten()
-            y = y if own is None else combine(y, own)
-        return y.reshape(input.shape)
+            shared: Tensor | None = getattr(self, name, None)
+            if shared is not None:
+                own_affine = state.stacks.get(name, shared.unsqueeze(0))
+                y = combine(y, self._aligned(own_affine, y.dim()))
+        return y.flatten(0, 1)
 
-
-def can_be_headed(layer: nn.Module) -> bool:
-    """Whether a layer is nn.LayerNorm or a plain subclass of it, with something to train."""
-    return (
-        isinstance(layer, nn.LayerNorm)
-        and type(layer).forward is nn.LayerNorm.forward
-        and "forward" not in layer.__dict__
-        and layer._parameters.get("weight") is not None
-    )
+    def _aligned(self, own: Tensor, dims: int) -> Tensor:
+        """(n or 1, *shape) so that it meets (n, batch, ...) in the dimensions that are scaled."""
+        if isinstance(self, _CHANNELS):
+            return own.view(own.shape[0], 1, -1, *[1] * (dims - 3))
+        return own.view(own.shape[0], *[1] * (dims - own.dim()), *own.shape[1:])

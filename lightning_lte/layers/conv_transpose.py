@@ -1,0 +1,79 @@
+"""nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d and their plain subclasses.
+
+A weight (in, out / g, *k) of g groups is seen as g matrices (out / g * k, in / g). Factored, A_h is a convolution of
+kernel 1 into g * r channels, and B_h a transposed convolution of the layer's own kernel, stride and padding from there:
+
+    y_h = convT(x_h; W) + s * convT(conv1(x_h; A_h); B_h) - s * convT(conv1(x_h; A'_h); B'_h) + b_h
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_lte.heads import Matrices
+from lightning_lte.layers.base import HeadedLayer, add_per_head, check_not_split, check_slices, computes_as, state_of
+from lightning_lte.layers.conv import _CONVOLUTIONS, below_each_other, side_by_side
+
+_TRANSPOSED: dict[int, Any] = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
+
+
+class HeadedConvTranspose(HeadedLayer):
+    """A transposed convolution with heads."""
+
+    @classmethod
+    def knows(cls, layer: nn.Module) -> bool:
+        return computes_as(layer, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @classmethod
+    def matrices(cls, layer: nn.Module, key: str, parts: int) -> Matrices | str:
+        if key != "weight":
+            return "a bias"
+        check_not_split(layer, parts, "whose weight has its inputs outermost")
+        weight: Any = layer.weight
+        groups: Any = layer.groups
+        lead = () if groups == 1 else (groups,)
+        return Matrices(weight[0].numel(), weight.shape[0] // groups, lead, transposed=True)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        state = state_of(self)
+        if not state.acts:
+            return super().forward(input, output_size)
+        own: Any = self
+        bias: Tensor | None = own.bias
+        n, kernel = state.count, own.kernel_size
+        own_bias, own_weight = state.stack("bias"), state.stack("weight")
+        if state.head is None:
+            check_slices(self, input, n, dims=len(kernel) + 2)
+        if own_bias is not None:
+            bias = None
+        extra = own._output_padding(
+            input, output_size, own.stride, own.padding, own.kernel_size, len(kernel), own.dilation
+        )
+
+        def transposed(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+            y: Tensor = _TRANSPOSED[len(kernel)](
+                x, weight, bias, own.stride, own.padding, extra, count * own.groups, own.dilation
+            )
+            return y
+
+        factors = state.factors.get("weight")
+        if factors is not None:
+            A, B = factors.acting(state.head)
+            A = A.reshape(-1, A.shape[-1], *[1] * len(kernel))
+            inner = _CONVOLUTIONS[len(kernel)](side_by_side(input, n), A, groups=n * own.groups)
+            B = B.mT.reshape(-1, own.out_channels // own.groups, *kernel)
+            y = below_each_other(transposed(inner, B, None, n), n)
+            y = transposed(input, factors.weight.detach(), bias, 1) + y * factors.scale
+        elif own_weight is not None:
+            y = below_each_other(transposed(side_by_side(input, n), own_weight.flatten(0, 1), None, n), n)
+            y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
+        else:
+            y = transposed(input, own.weight, bias, 1)
+        return y if own_bias is None else add_per_head(y, own_bias)

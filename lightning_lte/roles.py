@@ -1,0 +1,250 @@
+"""Deciding what each parameter of the user's module becomes, before anything is changed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lte.config import LTEConfig, matches
+from lightning_lte.heads import Matrices
+from lightning_lte.layers import headed_class
+from lightning_lte.report import listed
+
+_BASES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.MultiheadAttention,
+)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter sits, and which layer computes with it.
+
+    Attributes:
+        module: the parameter is module.`key`.
+        module_name: in the user's module.
+        key: see `module`.
+        layer: the layer that computes with it: `module` itself, but for children that their parent uses without
+            calling them, such as the output projection of nn.MultiheadAttention.
+        layer_name: in the user's module.
+        layer_key: the parameter's name within `layer`.
+    """
+
+    module: nn.Module
+    module_name: str
+    key: str
+    layer: nn.Module
+    layer_name: str
+    layer_key: str
+
+    @property
+    def weight_name(self) -> str:
+        """What the parameter is called where heads are meant: its layer's name, if it is that layer's `weight`."""
+        return self.module_name if self.key == "weight" else f"{self.module_name}.{self.key}".lstrip(".")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that a pattern may match."""
+        return self.module_name, f"{self.module_name}.{self.key}".lstrip("."), self.layer_name
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter becomes.
+
+    Attributes:
+        name: in the user's module.
+        param: the user's.
+        owners: the places where it sits; more than one if it is tied.
+        kind: "factored", "replica", "frozen" or "untouched"; see `Entry.role`.
+        reason: why.
+        matrices: how it is seen for factors, where it is factored.
+    """
+
+    name: str
+    param: nn.Parameter
+    owners: tuple[Owner, ...]
+    kind: str
+    reason: str
+    matrices: Matrices | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """The first place, and the only one of a factored weight."""
+        return self.owners[0]
+
+
+def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConfig) -> list[Role]:
+    """The role of every parameter, in the module's order.
+
+    Args:
+        module: the user's.
+        trained: the parameters that optimizers hold; only these are factored or become replicas.
+        config: the user's choices.
+
+    Raises:
+        ValueError: parameters without a shape or without storage, a pattern that matches nothing, nothing to train,
+            nothing to factor.
+    """
+    owners = _owners(module)
+    _check_made([param for param in owners], {param: _name(found[0]) for param, found in owners.items()})
+    _check_patterns(module, owners, config)
+    trained = set(trained)
+    if not any(p.requires_grad and p in trained for p in owners):
+        raise ValueError(
+            "LTE needs parameters to train; none of the module's parameters requires a gradient and is held by an"
+            " optimizer. Return an optimizer over self.parameters() from configure_optimizers."
+        )
+    twins = _twins(owners)
+    roles = [_role(param, owners[param], trained, config, twins.get(param, ())) for param in owners]
+    if not any(role.kind == "factored" for role in roles):
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for role in roles:
+            by_reason[role.reason].append(role.name)
+        seen = "\n".join(f"  {reason}: {listed(names)}" for reason, names in by_reason.items())
+        raise ValueError(
+            f"LTE needs at least one weight that can be factored; found none among {len(roles)} parameters. Lower"
+            f" `rank`, or change target_modules or exclude_modules. The reasons were:\n{seen}"
+        )
+    return roles
+
+
+_Owners = dict[nn.Parameter, tuple[Owner, ...]]
+
+
+def _owners(module: nn.Module) -> _Owners:
+    users: dict[nn.Module, tuple[nn.Module, str, str]] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            # One that is not known, too, uses the projection inside it without calling it.
+            for child_name, child in layer.named_modules():
+                if child is not layer:
+                    users[child] = (layer, name, child_name)
+    found: dict[nn.Parameter, list[Owner]] = defaultdict(list)
+    for name, owner in module.named_modules():
+        for key, param in owner._parameters.items():
+            if param is not None:
+                layer, layer_name, child = users.get(owner, (owner, name, ""))
+                found[param].append(Owner(owner, name, key, layer, layer_name, f"{child}.{key}".lstrip(".")))
+    return {param: tuple(own) for param, own in found.items()}
+
+
+def _name(owner: Owner) -> str:
+    return f"{owner.module_name}.{owner.key}" if owner.module_name else owner.key
+
+
+def _role(
+    param: nn.Parameter,
+    owners: tuple[Owner, ...],
+    trained: Collection[nn.Parameter],
+    config: LTEConfig,
+    twins: Sequence[str],
+) -> Role:
+    owner, name = owners[0], _name(owners[0])
+
+    def role(kind: str, reason: str, matrices: Matrices | None = None) -> Role:
+        if kind == "replica" and config.replicas == "freeze":
+            kind = "frozen"
+        return Role(name, param, owners, kind, reason, matrices)
+
+    if param not in trained:
+        return role("untouched", "requires no gradient" if not param.requires_grad else "no optimizer holds it")
+    if not param.requires_grad:
+        return role("replica", "requires no gradient now; trained in place if that changes")
+    if len(owners) > 1:
+        return role("replica", "tied: shared by " + " and ".join(o.module_name or "the module" for o in owners))
+    if twins:
+        return role("replica", "tied: shares its storage with " + " and ".join(twins))
+    matrices = _matrices(owner, config)
+    if isinstance(matrices, str):
+        return role("replica", matrices)
+    if not param.is_floating_point():
+        return role("replica", f"dtype {param.dtype}")
+    if config.excludes(*owner.names):
+        return role("replica", "named by exclude_modules")
+    if not config.targets(*owner.names):
+        return role("replica", "not named by target_modules")
+    rank = config.rank_of(*owner.names)
+    if matrices.thin(rank):
+        return role("replica", f"thin: factors of rank {rank} would be no smaller")
+    parts = f", in {matrices.count} parts" if matrices.lead else ""
+    return role("factored", f"rank {rank}, scale {config.scale_of(*owner.names):g}{parts}", matrices)
+
+
+def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:
+    headed, parts = headed_class(owner.layer), config.parts_of(*owner.names)
+    if headed is not None:
+        matrices = headed.matrices(owner.layer, owner.layer_key, parts)
+        if isinstance(matrices, Matrices) or owner.layer_key != "bias":
+            return matrices
+    if owner.key == "bias":
+        return "a bias"
+    kind = type(owner.layer)
+    base = next((base for base in _BASES if isinstance(owner.layer, base)), None)
+    if base is None or headed is not None:
+        return f"{kind.__name__} is not a layer that can be factored"
+    return f"{kind.__name__} computes otherwise than nn.{base.__name__}"
+
+
+def _twins(owners: _Owners) -> dict[nn.Parameter, list[str]]:
+    """Parameters that are others and yet begin at one address, as nn.Parameter(other) makes them."""
+    by_address: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for param in owners:
+        if param.numel():
+            by_address[param.data_ptr()].append(param)
+    return {
+        param: [_name(owners[other][0]) for other in group if other is not param]
+        for group in by_address.values()
+        if len(group) > 1
+        for param in group
+    }
+
+
+def _check_made(params: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) -> None:
+    lazy = [names[p] for p in params if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"Heads need the shapes of weights; received lazy parameters without one: {listed(lazy)}. Run one"
+            " forward on a sample before `fit`, for instance at the end of __init__ or in configure_model."
+        )
+    meta = [names[p] for p in params if p.is_meta]
+    if meta:
+        raise ValueError(
+            f"Heads train weights that have values; received parameters on the meta device: {listed(meta)}."
+            " Materialise them (`module.to_empty(device=...)` and an initialisation) in configure_model."
+        )
+
+
+def _check_patterns(module: nn.Module, owners: _Owners, config: LTEConfig) -> None:
+    modules = {name: m for name, m in module.named_modules() if name}
+    firsts = [found[0] for found in owners.values()]
+    factorable = [owner for owner in firsts if isinstance(_matrices(owner, config), Matrices)]
+    problems = []
+    for argument in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "split"):
+        for pattern in getattr(config, argument) or ():
+            found = [name for name in modules if matches(pattern, name)]
+            named = [owner for owner in firsts if matches(pattern, *owner.names)]
+            if not found and not named:
+                problems.append(f"  {argument} {pattern!r} matches no module")
+            elif argument != "exclude_modules" and not any(matches(pattern, *owner.names) for owner in factorable):
+                kinds = sorted({type(modules[name]).__name__ for name in found} or {_name(owner) for owner in named})
+                problems.append(f"  {argument} {pattern!r} matches only {', '.join(kinds)}, which can't be factored")
+    if problems:
+        some = [owner.weight_name for owner in factorable]
+        raise ValueError(
+            "Every pattern must match a layer that can be factored; these don't:\n"
+            + "\n".join(problems)
+            + f"\nLayers that can be: {listed(some) or 'none'}."
+            " A pattern is a regular expression for the whole name or its end from a dot on."
+        )
