@@ -41,21 +41,45 @@ class ScaledNet(Net):
         return super().forward(x * self.gain)
 
 
+class Kinds(nn.Module):
+    """Layers of every kind, each with factors and with replicas, on images and on an index."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 18, padding_idx=0)
+        self.conv = nn.Conv2d(2, 12, 3, padding=1, stride=2, padding_mode="circular", bias=bias)
+        self.groups = nn.Conv2d(12, 12, 3, groups=2, bias=bias)
+        self.norm = nn.GroupNorm(3, 12)
+        self.up = nn.ConvTranspose2d(12, 10, 2, stride=2, bias=bias)
+        self.sequence = nn.Conv1d(10, 12, 3, dilation=2, bias=bias)
+        self.attention = nn.MultiheadAttention(12, 2, kdim=18, vdim=18, batch_first=True, bias=bias)
+        self.block = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True, bias=bias)
+        self.out = nn.Linear(12, CLASSES, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x[:, : 2 * 6 * 6].unflatten(1, (2, 6, 6))
+        y = torch.tanh(self.norm(self.groups(torch.tanh(self.conv(pixels)).repeat(1, 1, 2, 2))))
+        y = self.sequence(self.up(y).flatten(2)).mT
+        words = self.embedding((x[:, -5:].abs() * 6).long().clamp(0, 11))
+        y = y + self.attention(y, words, words)[0]
+        return self.out(self.block(y).mean(1))
+
+
 FACTORED = ("first", "second")
 RANK = 3
 
 
-def make_net(kind: type[Net] = Net) -> Net:
+def make_net(kind: Callable[[], Any] = Net) -> Any:
     """The same net at every call, in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind().double()
 
 
-def make_data(samples: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Inputs (samples, IN) in float64 and labels (samples,)."""
+def make_data(samples: int, seed: int = 1, width: int = IN) -> tuple[Tensor, Tensor]:
+    """Inputs (samples, width) in float64 and labels (samples,)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, IN, generator=generator, dtype=torch.float64)
+    x = torch.randn(samples, width, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, CLASSES, (samples,), generator=generator)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import Optimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -33,10 +34,60 @@ class LoRALinear(nn.Module):
         y = x @ (self.W - self.scale * self.V).T + self.scale * (x @ self.A.T @ self.B.T)
         return y if self.bias is None else y + self.bias
 
+    def product(self) -> Tensor:
+        """B A."""
+        return self.B @ self.A
+
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s (B A - V), what this worker learned since the last merge."""
         return self.scale * (self.B @ self.A - self.V)
+
+
+class LoRAWeight(nn.Module):
+    """W - s V + s B A in place of a weight of any layer, with W and V fixed; the layer computes with it as always.
+
+    B A is put into the weight's shape matrix by matrix, as the paper has it for linear layers, and for convolutions as
+    a convolution with A followed by one of kernel 1 with B.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Tensor, A: Tensor, scale: float) -> None:
+        super().__init__()
+        self.scale, self.transposed = scale, isinstance(layer, TRANSPOSED)
+        self.W = weight.detach().clone()
+        self.V = torch.zeros_like(self.W)
+        self.A = nn.Parameter(A.double().clone())
+        matrices = 1 if A.dim() == 2 else len(A)
+        rows = self.W.numel() // matrices // A.shape[-1]
+        self.B = nn.Parameter(torch.zeros(*A.shape[:-2], rows, A.shape[-2], dtype=torch.float64))
+
+    def product(self) -> Tensor:
+        """B A in the weight's shape."""
+        pairs = [(self.B, self.A)] if self.A.dim() == 2 else list(zip(self.B, self.A, strict=True))
+        rows = []
+        for B, A in pairs:
+            matrix = B @ A
+            rows.append(matrix.T if self.transposed else matrix)
+        return torch.cat([row.reshape(-1, *self.W.shape[1:]) for row in rows])
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.W - self.scale * self.V + self.scale * self.product()
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        return self.scale * (self.product() - self.V)
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The layer and the parameter that a factored weight's name means: "layer" is short for "layer.weight"."""
+    try:
+        return model.get_submodule(name), "weight"
+    except AttributeError:
+        layer, _, key = name.rpartition(".")
+        return model.get_submodule(layer), key
 
 
 class Worker:
@@ -46,11 +97,17 @@ class Worker:
         self, model: nn.Module, first_A: Mapping[str, Tensor], scale: float, optimizer: Callable, freeze: bool
     ) -> None:
         self.model = copy.deepcopy(model)
-        self.layers: dict[str, LoRALinear] = {}
+        self.layers: dict[str, LoRALinear | LoRAWeight] = {}
         for name, A in first_A.items():
-            parent, _, child = name.rpartition(".")
-            self.layers[name] = LoRALinear(self.model.get_submodule(name), A, scale)  # type: ignore[arg-type]
-            setattr(self.model.get_submodule(parent), child, self.layers[name])
+            layer, key = place(self.model, name)
+            if type(layer) is nn.Linear and A.dim() == 2:
+                parent, _, child = name.rpartition(".")
+                self.layers[name] = LoRALinear(layer, A, scale)
+                setattr(self.model.get_submodule(parent), child, self.layers[name])
+            else:
+                self.layers[name] = LoRAWeight(layer, getattr(layer, key), A, scale)
+                getattr(layer, key).requires_grad_(False)
+                register_parametrization(layer, key, self.layers[name], unsafe=True)
         hidden = {id(p) for layer in self.layers.values() for p in (layer.A, layer.B)}
         self.replicas = {n: p for n, p in self.model.named_parameters() if id(p) not in hidden and p.requires_grad}
         self.trained = [p for p in self.model.parameters() if id(p) in hidden or (not freeze and p.requires_grad)]
@@ -62,7 +119,7 @@ class Oracle:
 
     Args:
         model: the plain model; it is copied and stays as it is.
-        factored: name of each factored nn.Linear -> first A of every worker, (N, r, in).
+        factored: name of each factored weight -> first A of every worker, (N, r, in), or (N, g, r, in) for g matrices.
         scale: s.
         period: T, optimizer steps between two merges.
         after_merge: "keep" is appendix A.2, "reset" Algorithm 1 with B <- 0 and A and the moments kept.
@@ -129,11 +186,12 @@ class Oracle:
         for name in self.workers[0].layers:
             layers = [worker.layers[name] for worker in self.workers]
             W = layers[0].W + sum(layer.delta() for layer in layers) / len(layers)
-            self.merged.get_submodule(name).weight.copy_(W)  # type: ignore[operator, union-attr]
+            layer, key = place(self.merged, name)
+            getattr(layer, key).copy_(W)
             for layer in layers:
                 layer.W = W.clone()
                 if self.after_merge == "keep":
-                    layer.V = layer.B @ layer.A
+                    layer.V = layer.product()
                 else:
                     layer.B.zero_()
         for name in self.workers[0].replicas:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from torch.nn.functional import cross_entropy
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from tests.modules import (
     FACTORED,
+    IN,
     RANK,
+    Kinds,
     Module,
     Net,
     Recorder,
@@ -57,13 +61,20 @@ def assert_same(explorer: Explorer, oracle: Oracle) -> None:
 
 
 def train_both(
-    config: LTEConfig, optimizer: Any, *, kind: type[Net] = Net, steps: int = 23, clip: float | None = None
+    config: LTEConfig,
+    optimizer: Any,
+    *,
+    kind: Callable[[], nn.Module] = Net,
+    factored: Collection[str] = FACTORED,
+    width: int = IN,
+    steps: int = 23,
+    clip: float | None = None,
 ) -> None:
     model = make_net(kind)
     plain = copy.deepcopy(model)
     opt = optimizer(model.parameters())
     explorer = Explorer(model, opt, config)
-    assert set(first_A(explorer)) == set(FACTORED)
+    assert set(first_A(explorer)) == set(factored)
     oracle = Oracle(
         plain,
         first_A(explorer),
@@ -74,9 +85,9 @@ def train_both(
         optimizer=optimizer,
         clip=clip,
     )
-    x_eval, _ = make_data(5, seed=99)
+    x_eval, _ = make_data(5, seed=99, width=width)
     for step in range(steps):
-        x, y = make_data(8 * HEADS, seed=step)
+        x, y = make_data(8 * HEADS, seed=step, width=width)
         slices = list(zip(x.chunk(HEADS), y.chunk(HEADS), strict=True))
         if config.execution == "sequential":
             losses = []
@@ -111,6 +122,18 @@ def train_both(
 def test_training_equals_the_oracle(execution: Any, period: int, after_merge: Any) -> None:
     config = LTEConfig(HEADS, period, rank=RANK, after_merge=after_merge, execution=execution)
     train_both(config, adamw)
+
+
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_layers_of_every_kind_equal_the_oracle(execution: Any, bias: bool, after_merge: Any) -> None:
+    config = LTEConfig(HEADS, 3, rank=RANK, after_merge=after_merge, execution=execution, split={"linear1": 2})
+    factored = ["embedding", "conv", "groups", "up", "sequence", "block.self_attn.in_proj_weight"]
+    factored += [f"attention.{part}_proj_weight" for part in "qkv"] + ["attention.out_proj", "block.self_attn.out_proj"]
+    factored += ["block.linear1", "block.linear2"]
+    kind = partial(Kinds, bias=bias)
+    train_both(config, adamw, kind=kind, factored=factored, width=2 * 6 * 6 + 5, steps=10)
 
 
 def test_sequential_heads_have_bare_parameters_of_their_own() -> None:

@@ -380,7 +380,7 @@ class RowWise(Module):
         (Module, {"target_modules": ["nope", "first", "norm"]}, ["'nope' matches no", "'norm' matches only LayerNorm"]),
         (Module, {"exclude_modules": ["typo"]}, ["exclude_modules 'typo' matches no module"]),
         (Module, {"rank_pattern": {"typo": 4}}, ["rank_pattern 'typo' matches no module"]),
-        (Module, {"target_modules": ["out"]}, ["at least one weight that can be factored", "thin: factors of rank 3 would be no smaller: net.out.weight"]),
+        (Module, {"target_modules": ["out"]}, ["at least one weight that can be factored", "no smaller: net.out.weight"]),
         (Blind, {}, ["held by an optimizer"]),
         (Frozen, {}, ["requires a gradient"]),
         (Without, {}, ["held by an optimizer"]),
