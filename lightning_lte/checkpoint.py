@@ -91,7 +91,8 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
             if param is None:
                 continue
             copies = explorer.count if param in stacked else 1
-            optimizer.state[param] = {key: _restored(param, value, mine, copies) for key, value in fields.items()}
+            state_here = {key: _restored(param, value, mine, copies) for key, value in fields.items()}
+            explorer.substitution.set_state(optimizer, param, state_here)
     explorer.guard.accept_writes()
 
 
@@ -149,10 +150,10 @@ def local_state(explorer: Explorer) -> State:
     optimizers = []
     for optimizer in explorer.optimizers:
         fields: State = {}
+        states = explorer.substitution.states(optimizer)
         for name, param in explorer.substitution.held(optimizer).items():
-            if param in optimizer.state:
-                saved = {key: _saved(param, value, param in stacked) for key, value in optimizer.state[param].items()}
-                fields[name] = saved
+            if param in states:
+                fields[name] = {key: _saved(param, value, param in stacked) for key, value in states[param].items()}
         optimizers.append(fields)
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1

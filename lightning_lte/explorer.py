@@ -199,7 +199,7 @@ class Explorer:
         self.merging = True
         self.last_record = merge.merge(
             self.injection,
-            self.optimizers,
+            {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
             self.transport,
             self.config,
             step=self.clock.step,

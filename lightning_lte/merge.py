@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.injection import Injection
 from lightning_lte.replicas import merge_running_statistics
 from lightning_lte.transport import Transport
+
+States = Mapping[Tensor, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class MergeRecord:
 
 def merge(
     injection: Injection,
-    optimizers: Sequence[Optimizer],
+    states: States,
     transport: Transport,
     config: LTEConfig,
     *,
@@ -57,7 +58,7 @@ def merge(
 
     Args:
         injection: the module with its heads.
-        optimizers: hold the moments, which a reset or a restart changes.
+        states: of the optimizers, by what they train; a reset or a restart changes moments.
         transport: to the other devices.
         config: the user's choices.
         step: optimizer steps done.
@@ -85,7 +86,6 @@ def merge(
     squared_mean = torch.zeros((), device=device, dtype=wide)
     squared_heads = torch.zeros((), device=device, dtype=wide)
     bad, restarted = ~good, tuple(int(h) for h in (~good_all).nonzero().flatten())
-    states = {p: s for opt in optimizers for p, s in opt.state.items()}
     for group in _groups(factors, transport):
         if measure:
             for f in group:
@@ -165,10 +165,7 @@ def _summed_from_all(factors: Factors, good_all: Tensor, transport: Transport) -
     return factors.sum_of_products(A, B)
 
 
-_States = Mapping[Tensor, Mapping[str, Any]]
-
-
-def _settle(f: Factors, states: _States, config: LTEConfig, bad: Tensor | None, merges: int) -> None:
+def _settle(f: Factors, states: States, config: LTEConfig, bad: Tensor | None, merges: int) -> None:
     """Let heads go on from the merged weight: new anchors, or a reset; `bad` heads, (n,) bool, start anew."""
     if bad is not None:
         f.restart(bad, redraw=True, merges=merges)
@@ -182,7 +179,7 @@ def _settle(f: Factors, states: _States, config: LTEConfig, bad: Tensor | None, 
     f.settle()
 
 
-def _restart_replicas(injection: Injection, states: _States, bad: Tensor) -> None:
+def _restart_replicas(injection: Injection, states: States, bad: Tensor) -> None:
     for replica in injection.replicas:
         which = bad if replica.stack is not None else bad.any().expand(1)
         _zero_moments(replica.trained, states.get(replica.trained, {}), which)

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+@dataclass
+class _Swap:
+    """What was changed in one param group.
+
+    Attributes:
+        params: the user's list, as it was.
+        names: the user's names for them, if the group has any.
+        inside: what was put there.
+    """
+
+    group: dict[str, Any]
+    params: list[nn.Parameter]
+    names: list[str] | None
+    inside: list[nn.Parameter]
 
 
 class Substitution:
     """Replaces parameters in the param groups of the user's optimizers, in place and in order.
 
     Learning rate, weight decay and every other setting of a group carry over, and so do schedulers, which write to the
-    same groups.
+    same groups. The lists of parameters are changed, not exchanged, so that an optimizer that holds on to one (LBFGS)
+    sees it, too. While it rests, groups and states show the user's parameters alone: callbacks such as BaseFinetuning
+    look each of them up by name.
 
     Args:
         optimizers: the user's.
@@ -30,37 +49,87 @@ class Substitution:
     ) -> None:
         self.optimizers = list(optimizers)
         self.names = dict(names)
-        self._original = [[_content(group) for group in opt.param_groups] for opt in self.optimizers]
+        self._replacements: dict[nn.Parameter, Mapping[str, nn.Parameter]] = {}
+        self._swaps: list[list[_Swap]] = [[] for _ in self.optimizers]
+        # States of what is inside, while the optimizer does not show them.
+        self._states: list[dict[Tensor, Any]] = [{} for _ in self.optimizers]
+        # Optimizers that make their state when they are constructed expect it for the user's parameters again.
+        self._had_state: list[set[nn.Parameter]] = [set() for _ in self.optimizers]
         self.replace(replacements)
 
     def replace(self, replacements: Mapping[nn.Parameter, Mapping[str, nn.Parameter]]) -> None:
-        """Replace parameters; those that are not held are left alone."""
-        for optimizer in self.optimizers:
+        """Replace parameters, from now on; those that are not held are left alone."""
+        self.rest()
+        self._replacements.update(replacements)
+        self.names.update({p: name for new in replacements.values() for name, p in new.items()})
+        self.act()
+
+    def act(self) -> None:
+        """Put the replacements in. Does nothing where they are in."""
+        for number, optimizer in enumerate(self.optimizers):
+            known = [swap.group for swap in self._swaps[number]]
             for group in optimizer.param_groups:
-                names = group.get("param_names")
-                params: list[nn.Parameter] = []
-                new_names: list[str] = []
-                for i, param in enumerate(group["params"]):
-                    new = replacements.get(param)
-                    if new is None:
-                        params.append(param)
-                        new_names.append(names[i] if names else self.names.get(param, ""))
-                    else:
-                        had_state = optimizer.state.pop(param, None) is not None
-                        params.extend(new.values())
-                        if had_state:
-                            for p in new.values():
-                                _start_state(optimizer, group, p)
-                        new_names.extend(new)
-                        self.names.update({p: n for n, p in new.items()})
-                group["params"] = params
-                if names:
-                    group["param_names"] = new_names
+                if any(group is own for own in known) or not any(p in self._replacements for p in group["params"]):
+                    continue
+                outside, names = list(group["params"]), group.get("param_names")
+                inside = {p: self._inside(p, None if names is None else names[i]) for i, p in enumerate(outside)}
+                group["params"][:] = [new for own in inside.values() for new in own.values()]
+                if names is not None:
+                    group["param_names"] = [name for own in inside.values() for name in own]
+                self._swaps[number].append(_Swap(group, outside, names, list(group["params"])))
+                for param in outside:
+                    if param in self._replacements and optimizer.state.pop(param, None) is not None:
+                        self._had_state[number].add(param)
+                        for new in self._replacements[param].values():
+                            if new not in self._states[number]:
+                                _start_state(optimizer, group, new)
+            optimizer.state.update(self._states[number])
+            self._states[number].clear()
+
+    def rest(self) -> None:
+        """Let the groups and states show what the user put there. Does nothing where they do."""
+        ours = {p for new in self._replacements.values() for p in new.values()}
+        for number, optimizer in enumerate(self.optimizers):
+            for swap in self._swaps[number]:
+                added = [p for p in swap.group["params"] if not any(p is own for own in swap.inside)]
+                swap.group["params"][:] = [*swap.params, *added]
+                if swap.names is not None:
+                    swap.group["param_names"] = swap.names
+            self._swaps[number] = []
+            for param in ours & optimizer.state.keys():
+                self._states[number][param] = optimizer.state.pop(param)
+
+    def undo(self) -> None:
+        """Give every group the parameters that the user put there, for good, and forget the states of all others."""
+        self.rest()
+        for number, optimizer in enumerate(self.optimizers):
+            self._states[number].clear()
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    if param in self._had_state[number] and param not in optimizer.state:
+                        _start_state(optimizer, group, param)
+        self._replacements = {}
 
     def held(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-        """What an optimizer trains now, by name."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        return {self.names.get(p, f"unnamed.{i}"): p for i, p in enumerate(params)}
+        """What an optimizer trains, by name."""
+        found: dict[str, nn.Parameter] = {}
+        for group in self._user_content(optimizer):
+            for param in group["params"]:
+                new = self._replacements.get(param)
+                found.update({self.names.get(param, f"unnamed.{len(found)}"): param} if new is None else new)
+        return found
+
+    def states(self, optimizer: Optimizer) -> dict[Tensor, Any]:
+        """The state of everything that an optimizer trains, whether it rests or not."""
+        return {**optimizer.state, **self._states[self.optimizers.index(optimizer)]}
+
+    def set_state(self, optimizer: Optimizer, param: nn.Parameter, state: dict[str, Any]) -> None:
+        """Give a parameter the state it had in a checkpoint."""
+        number = self.optimizers.index(optimizer)
+        hidden = not self._swaps[number] and any(
+            param is new for own in self._replacements.values() for new in own.values()
+        )
+        (self._states[number] if hidden else optimizer.state)[param] = state
 
     def plain_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state_dict in terms of the user's own parameters: its settings, and no moments."""
@@ -80,25 +149,21 @@ class Substitution:
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
         return True
 
-    def undo(self) -> None:
-        """Give every group the parameters that the user put there."""
-        for optimizer in self.optimizers:
-            for group, original in zip(optimizer.param_groups, self._user_content(optimizer), strict=True):
-                trained, params = group["params"], original["params"]
-                group.update(original)
-                had_state = [optimizer.state.pop(p, None) is not None for p in trained if p not in set(params)]
-                for param in params:
-                    if any(had_state) and param not in optimizer.state:
-                        _start_state(optimizer, group, param)
+    def _inside(self, param: nn.Parameter, name: str | None) -> Mapping[str, nn.Parameter]:
+        new = self._replacements.get(param)
+        return {self.names.get(param, "") if name is None else name: param} if new is None else new
 
     def _user_content(self, optimizer: Optimizer) -> list[dict[str, Any]]:
-        """The content of each param group as the user put it there; of groups added since, as it is."""
-        known = self._original[self.optimizers.index(optimizer)]
-        return known + [_content(group) for group in optimizer.param_groups[len(known) :]]
-
-
-def _content(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(group[key]) for key in ("params", "param_names") if key in group}
+        """The content of each param group as the user put it there."""
+        swaps = self._swaps[self.optimizers.index(optimizer)]
+        content = []
+        for group in optimizer.param_groups:
+            swap = next((swap for swap in swaps if swap.group is group), None)
+            own: dict[str, Any] = {"params": list(group["params"] if swap is None else swap.params)}
+            if "param_names" in group:
+                own["param_names"] = list(group["param_names"] if swap is None else swap.names or ())
+            content.append(own)
+        return content
 
 
 def _start_state(optimizer: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> None:

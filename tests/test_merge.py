@@ -67,7 +67,8 @@ def learn(injection: Injection, seed: int) -> None:
 def merged(
     injection: Injection, chosen: LTEConfig, *optimizers: Optimizer, merges: int = 0, **more: Any
 ) -> MergeRecord:
-    return merge(injection, optimizers, Transport(), chosen, step=10 * (merges + 1), merges=merges, **more)
+    states = {p: s for opt in optimizers for p, s in opt.state.items()}
+    return merge(injection, states, Transport(), chosen, step=10 * (merges + 1), merges=merges, **more)
 
 
 def weights(injection: Injection) -> dict[str, Tensor]:
@@ -340,7 +341,7 @@ def on_devices(after_merge: Any, bad: tuple[int, ...], dense: bool | None) -> di
                     if f.first <= head < f.first + f.count:
                         with torch.no_grad():
                             f.B[head - f.first] = torch.nan
-        records.append(merge(injection, [], transport, chosen, step=merges, merges=merges))
+        records.append(merge(injection, {}, transport, chosen, step=merges, merges=merges))
     shared = {r.name for r in injection.replicas if r.stack is None}
     return {
         "W": {name: p.detach() for name, p in injection.module.named_parameters() if name not in shared},
@@ -379,7 +380,7 @@ def with_statistics(bad: bool) -> tuple[list[float], list[float]]:
     norm.running_mean.fill_(1.0 + transport.rank)
     if bad and transport.rank == 1:
         norm.running_var[0] = torch.nan
-    merge(injection, [], transport, chosen, step=1, merges=0)
+    merge(injection, {}, transport, chosen, step=1, merges=0)
     return norm.running_mean.tolist(), norm.running_var.tolist()
 
 
@@ -397,7 +398,7 @@ def with_shared_replica() -> float:
         gain.fill_(1.0 if transport.rank == 0 else 4.0)
         if transport.rank == 1:
             next(iter(injection.factors.values())).A[0] = torch.nan
-    merge(injection, [], transport, chosen, step=1, merges=0)
+    merge(injection, {}, transport, chosen, step=1, merges=0)
     return float(gain)
 
 

@@ -198,3 +198,62 @@ def test_several_optimizers_are_kept_apart() -> None:
     assert same(two.groups[0]["params"], two.params[:3]) and same(two.groups[1]["params"], [two.factors[3]])
     substitution.undo()
     assert same([p for group in two.groups for p in group["params"]], two.params)
+
+
+def test_at_rest_groups_and_states_show_the_users_own_parameters_and_acting_puts_all_back() -> None:
+    case = Case(AdamW, named=True)
+    substitution = case.substitution()
+    step(case.optimizer)
+    inside = [list(group["params"]) for group in case.groups]
+    names, moments = case.groups[0]["param_names"], case.optimizer.state[case.factors[0]]["exp_avg"]
+    lists = [group["params"] for group in case.groups]
+    for _ in range(2):  # twice does no harm
+        substitution.rest()
+    assert same([p for group in case.groups for p in group["params"]], case.params)
+    assert case.groups[0]["param_names"] == list(NAMES[:3])
+    assert set(case.optimizer.state) <= set(case.params)
+    assert case.optimizer.state_dict()["param_groups"] == case.before["param_groups"]
+    assert substitution.states(case.optimizer)[case.factors[0]]["exp_avg"] is moments
+    assert list(substitution.held(case.optimizer)) == ["a.A", "a.B", "a.bias", "b.A", "b.B", "b.bias"]
+    for _ in range(2):
+        substitution.act()
+    for group, expected in zip(case.groups, inside, strict=True):
+        assert same(group["params"], expected)
+    assert case.groups[0]["param_names"] == names
+    assert case.optimizer.state[case.factors[0]]["exp_avg"] is moments
+    assert all(own is group["params"] for own, group in zip(lists, case.groups, strict=True))
+    step(case.optimizer)
+
+
+def test_what_is_added_while_it_acts_and_while_it_rests_is_kept() -> None:
+    case = Case(AdamW)
+    substitution = case.substitution()
+    one, two, three = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    case.groups[0]["params"].append(one)
+    substitution.rest()
+    case.groups[1]["params"].append(two)
+    case.optimizer.add_param_group({"params": [three]})
+    substitution.act()
+    step(case.optimizer)
+    substitution.undo()
+    assert same(
+        [p for group in case.groups for p in group["params"]], [*case.params[:3], one, case.params[3], two, three]
+    )
+    assert {one, two, three} <= set(case.optimizer.state)
+
+
+def test_an_optimizer_that_holds_on_to_its_list_of_parameters_sees_the_factors() -> None:
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))]
+    A = nn.Parameter(torch.ones(1, 2))
+    optimizer = torch.optim.LBFGS(params)
+    substitution = Substitution([optimizer], {params[0]: {"A": A}}, {})
+    target = torch.tensor([3.0, -1.0])
+    optimizer.step(lambda: _backward((A[0] + params[1] - target).square().sum()))
+    assert not torch.equal(A.detach(), torch.ones(1, 2)) and torch.equal(params[0].detach(), torch.ones(3, 2))
+    substitution.undo()
+    assert same(optimizer.param_groups[0]["params"], params)
+
+
+def _backward(loss: torch.Tensor) -> torch.Tensor:
+    loss.backward()
+    return loss
