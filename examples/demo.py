@@ -19,6 +19,7 @@ import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from torch.optim import Optimizer
 
 from examples.curves import Curve, draw, read
 from examples.data import DigitsDataModule
@@ -61,11 +62,8 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.order.update(batch[1].cpu().numpy().tobytes())
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not self.trained:
-            [optimizer] = trainer.optimizers
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self.moments:  # which are made in the first step
             self.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
             # Adam's step counters are tensors of one element.
             states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]

@@ -39,7 +39,7 @@ class LTECallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = _strategy(trainer)
-        self._logged = strategy.explorer.clock.merges if strategy.explorer else 0
+        self._logged = strategy.explorer.merges if strategy.explorer else 0
         if strategy.resumed:
             strategy.restore_generators()
             progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -62,7 +62,9 @@ class LTECallback(Callback):
         explorer = _strategy(trainer).explorer
         if explorer is None:
             return
-        pl_module.log("merges", float(explorer.clock.merges), prog_bar=True, logger=False)
+        # The callbacks that come after this one see the user's own parameters in the optimizers.
+        explorer.rest()
+        pl_module.log("merges", float(explorer.merges), prog_bar=True, logger=False)
         self._log_merge(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -42,7 +42,8 @@ def gather_state(explorer: Explorer, local: State) -> State | None:
         "after_merge": explorer.config.after_merge,
         # One head on its own proves nothing for several.
         "execution": explorer.execution if explorer.count > 1 else "auto",
-        "clock": first["clock"],
+        "clocks": first["clocks"],
+        "made_replicas": first["made_replicas"],
         "weights": first["weights"],
         "remainders": first["remainders"],
         "factors": _joined([own["factors"] for own in gathered]),
@@ -59,11 +60,15 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the state is of other heads, ranks, targets or a newer version.
     """
-    _check(explorer, state)
+    lost = {name: why for name, why in state["made_replicas"].items() if name not in explorer.made_replicas}
+    _check(explorer, state, lost)
+    if lost:
+        explorer.make_replicas(lost)
     if explorer.execution == "auto" and state["execution"] != "auto":
         go = explorer.go_sequential if state["execution"] == "sequential" else explorer.go_batched
         go("as in the checkpoint")
-    explorer.clock.load_state_dict(state["clock"])
+    for clock, saved_clock in zip(explorer.clocks, state["clocks"], strict=True):
+        clock.load_state_dict(saved_clock)
     heads, transport = explorer.config.heads, explorer.transport
 
     def mine(rows: Tensor, copies: int) -> Tensor:
@@ -158,7 +163,8 @@ def local_state(explorer: Explorer) -> State:
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     return {
-        "clock": explorer.clock.state_dict(),
+        "clocks": [clock.state_dict() for clock in explorer.clocks],
+        "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None} if rank == 0 else {},
         "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
@@ -202,7 +208,7 @@ def _joined(parts: Sequence[State]) -> State:
     return joined
 
 
-def _check(explorer: Explorer, state: Mapping[str, Any]) -> None:
+def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]) -> None:
     if state.get("version", 0) > VERSION:
         raise ValueError(
             f"This version of lightning-lte reads heads of version {VERSION}; the checkpoint has version"
@@ -212,6 +218,7 @@ def _check(explorer: Explorer, state: Mapping[str, Any]) -> None:
     here = {
         f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)}
         for f in explorer.injection.factors.values()
+        if f.name not in lost
     }
     there = state["weights"]
     problems = []
@@ -231,6 +238,8 @@ def _check(explorer: Explorer, state: Mapping[str, Any]) -> None:
         if differ:
             problems.append(f"{key} {there[differ[0]][key]} there, {here[differ[0]][key]} here, for {listed(differ)}")
     replicas = {replica.name for replica in explorer.injection.replicas}
+    if config.replicas != "freeze":
+        replicas |= {explorer.injection.roles[w].name for w, f in explorer.injection.factors.items() if f.name in lost}
     if not problems and replicas != set(state["replicas"]):
         problems.append(f"replicas {listed(sorted(set(state['replicas']) ^ replicas))} on one side only")
     if problems:

@@ -3,140 +3,157 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
 
 from lightning_lte.heads import Factors
 from lightning_lte.report import listed
+from lightning_lte.trial import USED, WRITTEN, checksum
+
+
+@dataclass
+class Watched:
+    """A parameter of the user's that heads train in its place: a factored weight, or one with a replica for each head.
+
+    Attributes:
+        name: for the report.
+        param: the user's.
+        module: where it sits, as module.`key`.
+        module_name: what excludes it.
+        key: see `module`.
+        factors: of a factored weight; None for others.
+        version: autograd's count of writes to it, after the last merge.
+        checksum: of its bits, after the last merge.
+    """
+
+    name: str
+    param: nn.Parameter
+    module: nn.Module
+    module_name: str
+    key: str
+    factors: Factors | None = None
+    version: int = 0
+    checksum: int = 0
 
 
 class Guard:
-    """Watches the base weights and the factors.
+    """Watches the parameters that heads train in place of the user's own.
 
     Args:
-        factors: of all factored weights.
-        hidden: name -> user's parameter that a per-head replica stands in for.
+        watched: all of them.
     """
 
-    def __init__(self, factors: Collection[Factors], hidden: dict[str, nn.Parameter]) -> None:
-        self._factors = list(factors)
-        self._hidden = hidden
+    def __init__(self, watched: Iterable[Watched]) -> None:
+        self._watched: list[Watched] = []
         self._seen_backward = False
-        self._versions: list[int] = []
-        for param in self._bases():
-            # Gradients from before training would look like those of a use outside the layer.
-            param.grad = None
-        self.accept_writes()
+        self.watch(watched)
 
-    def _bases(self) -> list[nn.Parameter]:
-        return [f.weight for f in self._factors] + list(self._hidden.values())
+    def watch(self, watched: Iterable[Watched]) -> None:
+        """Watch these from now on; those that were watched already are known as they were."""
+        known = {w.param: w for w in self._watched}
+        self._watched = list(watched)
+        new = []
+        for w in self._watched:
+            before = known.get(w.param)
+            if before is None:
+                # Gradients from before would look like those of a use elsewhere.
+                w.param.grad = None
+                new.append(w)
+            else:
+                w.version, w.checksum = before.version, before.checksum
+        self._accept(new)
 
     def accept_writes(self) -> None:
-        """Take the base weights as they are now: after a merge or after loading a checkpoint."""
-        self._versions = [f.weight._version for f in self._factors]
+        """Take the parameters as they are now: after a merge or after loading a checkpoint."""
+        self._accept(self._watched)
 
-    def check_writes(self) -> None:
-        """Raise if anyone but a merge wrote to a base weight.
+    def found(self) -> dict[str, str]:
+        """Names of what heads can't train, with the reason, as far as the first steps show."""
+        reasons: dict[str, str] = {}
+        changed = self._changed(look_at_bits=True)
+        for w in self._watched:
+            reason = WRITTEN if w.name in changed else USED if w.param.grad is not None else None
+            if w.factors is not None and w.factors.trial is not None:
+                reason = w.factors.trial.conclude() or reason
+            if w.module._parameters.get(w.key) is not w.param:
+                reason = "another tensor was put in its place"
+            if reason is not None:
+                reasons[w.name] = reason
+        return reasons
+
+    def check_writes(self, look_at_bits: bool = False) -> None:
+        """Raise if anyone but a merge wrote to a parameter, or put something else in its place.
+
+        Args:
+            look_at_bits: also where that went past autograd (`weight.data`).
 
         Raises:
-            RuntimeError: with the names of the weights.
+            RuntimeError: with the names.
         """
-        written = [f.name for f, v in zip(self._factors, self._versions, strict=True) if f.weight._version != v]
+        changed = self._changed(look_at_bits)
+        written = [w for w in self._watched if w.name in changed or w.module._parameters.get(w.key) is not w.param]
         if written:
             raise RuntimeError(
-                f"Only merges may write to factored weights, and something else wrote to {listed(written)} (masks,"
-                " normalisation, copies from another network, re-initialisation and loading weights do so). Train it"
-                f" as a replica: exclude_modules={written!r}."
+                "Only merges may write to weights that heads train, and something else wrote to"
+                f" {listed([w.name for w in written])} (masks, normalisation, copies from another network,"
+                " re-initialisation and loading weights do so). Train it without heads:"
+                f" exclude_modules={sorted({w.module_name for w in written})!r}."
             )
 
     def check_uses(self) -> None:
-        """Raise if a base weight got a gradient.
+        """Raise if a parameter got a gradient.
 
         Raises:
-            RuntimeError: with the names of the weights.
+            RuntimeError: with the names.
         """
-        used = [f.name for f in self._factors if f.weight.grad is not None]
-        used += [name.rpartition(".")[0] for name, param in self._hidden.items() if param.grad is not None]
+        used = [w for w in self._watched if w.param.grad is not None]
         if used:
-            used = sorted(set(used))
             raise RuntimeError(
                 "Heads act where a layer is called, and these weights got a gradient from a use elsewhere (tied to"
-                f" another layer, or used as a tensor): {listed(used)}. Train them as replicas:"
-                f" exclude_modules={used!r}."
+                f" another layer, or used as a tensor): {listed([w.name for w in used])}. Train them without heads:"
+                f" exclude_modules={sorted({w.module_name for w in used})!r}."
             )
 
-    def after_backward(self) -> None:
-        """Check uses; on the first call, warn of factors that took part in the forward and got no gradient.
-
-        Raises:
-            RuntimeError: see `check_uses`.
-        """
-        self.check_uses()
-        if not self._seen_backward:
-            self._seen_backward = True
-            starved = [f.name for f in self._factors if f.took_part and f.A.requires_grad and f.A.grad is None]
-            if starved:
-                warnings.warn(
-                    f"The heads of {listed(starved)} took part in the first step, but got no gradient: they don't"
-                    " learn. If that is not meant, a custom autograd function may differentiate with respect to"
-                    f" self.parameters() alone, which heads are not part of; then exclude_modules={starved!r}.",
-                    stacklevel=2,
-                )
-
-
-def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
-    """Refuse optimizers whose update is not per element: they would mix the heads of a device, or need matrices.
-
-    Args:
-        optimizers: the user's.
-        count: n, local heads.
-
-    Raises:
-        TypeError: an optimizer that isn't one.
-        ValueError: an optimizer that mixes elements.
-    """
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"LTE trains with torch optimizers; received {optimizer!r}. Return a torch.optim.Optimizer."
-            )
-        name = type(optimizer).__name__
-        if isinstance(optimizer, LBFGS) or name == "Muon" or (count > 1 and not acts_per_element(optimizer)):
-            raise ValueError(
-                f"With {count} heads on a device the optimizer must update each element by itself, as SGD, Adam, AdamW"
-                f" and Adagrad do; received {name}, which mixes them. Choose another optimizer"
-                + (", or one head per device." if count > 1 and name not in ("LBFGS", "Muon") else ".")
+    def check_starved(self) -> None:
+        """On the first call, warn of factors that took part in the forward and got no gradient."""
+        if self._seen_backward:
+            return
+        self._seen_backward = True
+        factors = [w.factors for w in self._watched if w.factors is not None]
+        starved = [f.name for f in factors if f.took_part and f.weight.requires_grad and f.A.grad is None]
+        if starved:
+            warnings.warn(
+                f"The heads of {listed(starved)} took part in the first step, but got no gradient: they don't learn."
+                " If that is not meant, a custom autograd function may differentiate with respect to"
+                f" self.parameters() alone, which heads are not part of; then exclude_modules={starved!r}.",
+                stacklevel=2,
             )
 
+    def _accept(self, watched: list[Watched]) -> None:
+        for w, value in zip(watched, _checksums(watched), strict=True):
+            w.version, w.checksum = w.param._version, value
+            if w.factors is not None and w.factors.trial is not None:
+                w.factors.trial.accept_writes()
 
-def acts_per_element(optimizer: Optimizer) -> bool:
-    """Whether two matrices stacked in one parameter are updated as they are in two.
-
-    An optimizer of the same class and settings is tried on six random numbers. One that can't be made from its
-    settings alone gets the benefit of the doubt.
-    """
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(4, 2, 3, 4, generator=generator, dtype=torch.float64).unbind()
-    for gradient in gradients:
-        gradient[1] *= 100  # so that norms over both matrices show
-    try:
-        stacked = _trained(optimizer, [start.clone()], [[g] for g in gradients])
-        single = _trained(optimizer, list(start.clone().unbind()), [list(g.unbind()) for g in gradients])
-    except Exception:
-        return True
-    return torch.allclose(stacked[0], torch.stack(single), rtol=1e-6, atol=1e-9)
+    def _changed(self, look_at_bits: bool) -> set[str]:
+        changed = {w.name for w in self._watched if w.param._version != w.version}
+        if look_at_bits:
+            sums = _checksums(self._watched)
+            changed |= {w.name for w, value in zip(self._watched, sums, strict=True) if w.checksum != value}
+        return changed
 
 
-def _trained(like: Optimizer, starts: list[Any], gradients: list[list[Any]]) -> list[torch.Tensor]:
-    params = [nn.Parameter(s) for s in starts]
-    constructor: Any = type(like)
-    twin: Optimizer = constructor(params, **like.defaults)
-    for step in gradients:
-        for param, gradient in zip(params, step, strict=True):
-            param.grad = gradient.clone()
-        twin.step()
-    return [p.detach() for p in params]
+def _checksums(watched: list[Watched]) -> list[int]:
+    by_device: dict[torch.device, list[int]] = {}
+    for i, w in enumerate(watched):
+        by_device.setdefault(w.param.device, []).append(i)
+    sums = [0] * len(watched)
+    for indices in by_device.values():
+        # One wait for the device, not one for each parameter.
+        found = torch.stack([checksum(watched[i].param, thorough=False) for i in indices]).tolist()
+        for i, value in zip(indices, found, strict=True):
+            sums[i] = value
+    return sums

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte.config import Init
+from lightning_lte.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Factors:
         B: (n, *lead, out, rank), trained, zero at the start, so that the effective weight starts as W.
         anchor_A, anchor_B: shapes as A and B, or None with `reset`.
         remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
+        trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients has used the factors.
     """
 
@@ -111,6 +113,7 @@ class Factors:
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self.remainder = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if half else None
+        self.trial: Trial | None = None
         self.took_part = False
 
     @property
@@ -146,6 +149,19 @@ class Factors:
             drawn = drawn * math.sqrt(2 / (m.in_features + self.rank))
         return drawn.mT
 
+    def base(self) -> Tensor:
+        """W for a forward: detached, but while its trial lasts."""
+        # torch.compile would make a graph for the trial and another one for all that follows.
+        if torch.compiler.is_compiling() or self.trial is None:
+            return self.weight.detach()
+        return self.trial.watched()
+
+    def end_trial(self) -> None:
+        """Take W detached from now on."""
+        if self.trial is not None:
+            self.trial.end()
+            self.trial = None
+
     def apply(self, base: Tensor, x: Tensor, head: int | None = None, part: int | None = None) -> Tensor:
         """Add every head's product to the base product, slice by slice.
 
@@ -180,6 +196,9 @@ class Factors:
             heads: index of a local head, or of several, with that of one of the matrices or without.
         """
         A, B = self.A[heads], self.B[heads]
+        if not self.weight.requires_grad:
+            # What users freeze for a while (toggled optimizers do) must not learn meanwhile.
+            A, B = A.detach(), B.detach()
         if self.anchor_A is None or self.anchor_B is None:
             return A, B
         anchor_A, anchor_B = self.anchor_A[heads], self.anchor_B[heads]

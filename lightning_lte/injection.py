@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.layers import headed_class
-from lightning_lte.layers.base import LayerState, enter, leave
+from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave
 from lightning_lte.replicas import Replica, Replicas
 from lightning_lte.report import Entry, Report
 from lightning_lte.roles import Role, decide
@@ -19,37 +19,123 @@ from lightning_lte.switch import Switch
 
 @dataclass
 class Injection:
-    """A module with heads. `eject` undoes it."""
+    """A module with heads. `eject` undoes it.
+
+    Attributes:
+        module: the user's.
+        config: the user's choices.
+        switch: which heads act.
+        replicas: all that is trained and not factored.
+        roles: parameter of the module -> its role at the start.
+        factors: factored weight -> its factors.
+        report: what became of every parameter.
+        states: layer with heads -> its state.
+    """
 
     module: nn.Module
+    config: LTEConfig
     switch: Switch
-    factors: dict[nn.Parameter, Factors]
     replicas: Replicas
-    report: Report
-    layers: list[nn.Module]
+    roles: dict[nn.Parameter, Role] = field(default_factory=dict)
+    factors: dict[nn.Parameter, Factors] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+    states: dict[nn.Module, LayerState] = field(default_factory=dict)
 
-    def split_replicas(self, config: LTEConfig) -> None:
-        """Give each local head its own copy of every replica, which sequential execution allows for all of them."""
+    def split_replicas(self) -> None:
+        """Give each local head its own copy of every replica, which heads that take turns allow for all of them."""
         for replica in self.replicas:
-            if config.replicas == "merge" and replica.stack is None and replica.param.requires_grad:
-                replica.split(self.switch.count)
-                self.report.entry(replica.name).copies = self.switch.count
+            if replica.stack is None and not replica.shared and self._may_split(replica.param):
+                self._split(replica)
+
+    def make_replica(self, weight: nn.Parameter, reason: str) -> Replica | None:
+        """Take the factors of a weight away, and train it as a replica; None if replicas are not trained.
+
+        The local heads share it: who uses or writes it elsewhere knows of one only.
+
+        Args:
+            weight: a factored one.
+            reason: for the report.
+        """
+        role = self.roles[weight]
+        self.factors.pop(weight).end_trial()
+        del self.states[role.owner.layer].factors[role.owner.layer_key]
+        self._leave_if_plain(role.owner.layer)
+        entry = self.report.entry(role.name)
+        entry.role, entry.reason, entry.copies = "frozen", reason, 0
+        if self.config.replicas == "freeze":
+            return None
+        entry.role, entry.copies = "replica", 1
+        replica = Replica(role.name, role.param, list(role.owners), shared=True)
+        self.replicas.add(replica)
+        return replica
+
+    def share(self, replica: Replica) -> None:
+        """Let the local heads share a replica of which each has its own."""
+        replica.join()
+        self.report.entry(replica.name).copies = 1
+        owner = self.roles[replica.param].owner
+        state = self.states.get(owner.layer)
+        if state is not None and owner.layer_key in state.stacks:
+            del state.stacks[owner.layer_key], state.users[owner.layer_key]
+            self._leave_if_plain(owner.layer)
+
+    def adopt(self, name: str, param: nn.Parameter) -> Replica:
+        """Train a parameter that came into an optimizer while training ran as a replica, shared by the local heads."""
+        replica = Replica(name, param, [], shared=True)
+        self.replicas.add(replica)
+        if all(entry.name != name for entry in self.report.entries):
+            self.report.entries.append(Entry(name, tuple(param.shape), "", ""))
+        entry = self.report.entry(name)
+        entry.role, entry.reason, entry.copies = "replica", "came into an optimizer while training ran", 1
+        return replica
 
     def eject(self) -> None:
         """Give every layer its own class back."""
-        for layer in self.layers:
+        for layer in self.states:
             leave(layer)
-        self.layers = []
+        for f in self.factors.values():
+            f.end_trial()
+        self.states = {}
+
+    def _leave_if_plain(self, layer: nn.Module) -> None:
+        state = self.states[layer]
+        if not (state.factors or state.stacks):
+            leave(layer)
+            del self.states[layer]
+
+    def _add_replica(self, role: Role, in_turn: bool) -> Replica:
+        owner = role.owner
+        replica = Replica(role.name, role.param, list(role.owners))
+        self.replicas.add(replica)
+        self.report.entry(role.name).copies = 1
+        if self._may_split(role.param):
+            known = isinstance(owner.layer, HeadedLayer) or headed_class(owner.layer) is not None
+            tells_apart = known and len(role.owners) == 1 and not self.config.excludes(*owner.names)
+            if tells_apart or in_turn:
+                self._split(replica)
+            if tells_apart:
+                assert replica.stack is not None
+                state = self.states.setdefault(owner.layer, LayerState(self.switch))
+                state.stacks[owner.layer_key], state.users[owner.layer_key] = replica.stack, role.param
+        return replica
+
+    def _may_split(self, param: nn.Parameter) -> bool:
+        return self.config.replicas == "merge" and self.switch.count > 1 and param.requires_grad
+
+    def _split(self, replica: Replica) -> None:
+        replica.split(self.switch.count)
+        self.report.entry(replica.name).copies = self.switch.count
 
 
 def inject(
-    module: nn.Module, trained: Collection[nn.Parameter], config: LTEConfig, *, count: int = 1, first: int = 0
+    module: nn.Module, trained: Sequence[nn.Parameter], config: LTEConfig, *, count: int = 1, first: int = 0
 ) -> Injection:
     """Give heads to every layer of `module` that can be factored. All checks come before the first change.
 
     Args:
         module: the user's.
-        trained: the parameters that optimizers hold; only these get heads or become replicas.
+        trained: the parameters that optimizers hold, in the same order on all devices; only these get heads or become
+            replicas. Those that are not the module's become replicas, too.
         config: the user's choices.
         count: n, local heads.
         first: number of the first local head.
@@ -57,20 +143,17 @@ def inject(
     Raises:
         ValueError: see `decide`.
     """
-    switch = Switch(count)
-    factors: dict[nn.Parameter, Factors] = {}
-    replicas = Replicas(count)
-    states: dict[nn.Module, LayerState] = {}
-    report = Report()
-    for role in decide(module, trained, config):
-        copies = 0
+    roles = decide(module, set(trained), config)
+    injection = Injection(module, config, Switch(count), Replicas(count), {role.param: role for role in roles})
+    for role in roles:
+        injection.report.entries.append(Entry(role.name, tuple(role.param.shape), role.kind, role.reason))
         if role.kind == "factored":
-            names = role.owner.names
-            factors[role.param] = Factors(
-                role.owner.weight_name,
+            owner = role.owner
+            f = Factors(
+                owner.weight_name,
                 role.param,
-                rank=config.rank_of(*names),
-                scale=config.scale_of(*names),
+                rank=config.rank_of(*owner.names),
+                scale=config.scale_of(*owner.names),
                 count=count,
                 first=first,
                 seed=config.seed or 0,
@@ -78,31 +161,17 @@ def inject(
                 keep=config.after_merge == "keep",
                 matrices=role.matrices,
             )
-            state = states.setdefault(role.owner.layer, LayerState(switch))
-            state.factors[role.owner.layer_key] = factors[role.param]
-            copies = count
+            injection.factors[role.param] = f
+            injection.states.setdefault(owner.layer, LayerState(injection.switch)).factors[owner.layer_key] = f
+            injection.report.entry(role.name).copies = count
         elif role.kind == "replica":
-            replica = Replica(role.name, role.param, list(role.owners))
-            replicas.add(replica)
-            copies = 1
-            if config.replicas == "merge" and count > 1 and role.param.requires_grad:
-                known = _tells_heads_apart(role, config)
-                if known or config.execution == "sequential":
-                    replica.split(count)
-                    copies = count
-                if known:
-                    assert replica.stack is not None
-                    state = states.setdefault(role.owner.layer, LayerState(switch))
-                    state.stacks[role.owner.layer_key] = replica.stack
-        report.entries.append(Entry(role.name, tuple(role.param.shape), role.kind, role.reason, copies))
-    for layer, state in states.items():
+            injection._add_replica(role, config.execution == "sequential")
+    for i, param in enumerate(p for p in dict.fromkeys(trained) if p not in injection.roles):
+        if config.replicas != "freeze":
+            injection.adopt(f"outside.{i}", param)
+            injection.report.entry(f"outside.{i}").reason = "an optimizer holds it, and the module does not"
+    for layer, state in injection.states.items():
         headed = headed_class(layer)
         assert headed is not None
         enter(layer, headed, state)
-    return Injection(module, switch, factors, replicas, report, list(states))
-
-
-def _tells_heads_apart(role: Role, config: LTEConfig) -> bool:
-    """Whether the layer of a replica can use one for each head in one forward."""
-    excluded = config.excludes(*role.owner.names)
-    return len(role.owners) == 1 and headed_class(role.owner.layer) is not None and not excluded
+    return injection

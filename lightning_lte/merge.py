@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
-from lightning_lte.injection import Injection
-from lightning_lte.replicas import merge_running_statistics
+from lightning_lte.replicas import Replicas, merge_running_statistics
 from lightning_lte.transport import Transport
 
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -45,7 +44,9 @@ class MergeRecord:
 
 
 def merge(
-    injection: Injection,
+    factors: Sequence[Factors],
+    replicas: Replicas,
+    module: nn.Module,
     states: States,
     transport: Transport,
     config: LTEConfig,
@@ -57,7 +58,9 @@ def merge(
     """Merge all heads of all devices into the base weights.
 
     Args:
-        injection: the module with its heads.
+        factors: of the weights to merge.
+        replicas: to merge with them.
+        module: whose running statistics are averaged.
         states: of the optimizers, by what they train; a reset or a restart changes moments.
         transport: to the other devices.
         config: the user's choices.
@@ -69,11 +72,11 @@ def merge(
         FloatingPointError: no head is finite. W stays as it was.
     """
     start, sent = time.perf_counter(), transport.bytes_sent
-    factors = list(injection.factors.values())
-    device = factors[0].A.device
-    good_all = transport.stack(_finite(injection).to(torch.uint8)).bool()
-    first = factors[0].first
-    good = good_all[first : first + factors[0].count]
+    count = replicas.count
+    local = _finite(factors, replicas)
+    device = local.device
+    good_all = transport.stack(local.to(torch.uint8)).bool()
+    good = good_all[transport.rank * count : (transport.rank + 1) * count]
     good_total = int(good_all.sum())
     if good_total == 0:
         raise FloatingPointError(
@@ -82,7 +85,7 @@ def merge(
             " clip gradients, and go on from the last checkpoint."
         )
     good = good.to(device)
-    wide = torch.promote_types(factors[0].weight.dtype, torch.float32)
+    wide = torch.promote_types(factors[0].weight.dtype, torch.float32) if factors else torch.float32
     squared_mean = torch.zeros((), device=device, dtype=wide)
     squared_heads = torch.zeros((), device=device, dtype=wide)
     bad, restarted = ~good, tuple(int(h) for h in (~good_all).nonzero().flatten())
@@ -99,10 +102,10 @@ def merge(
             f.add(delta)
             _settle(f, states, config, bad if restarted else None, merges + 1)
     if config.replicas == "merge":
-        injection.replicas.merge(transport, good, good_total)
+        replicas.merge(transport, good, good_total)
         if restarted:
-            _restart_replicas(injection, states, bad)
-    merge_running_statistics(injection.module, transport)
+            _restart_replicas(replicas, states, bad)
+    merge_running_statistics(module, transport)
 
     norm = disagreement = None
     if measure:
@@ -113,6 +116,17 @@ def merge(
     return MergeRecord(
         step, merges + 1, time.perf_counter() - start, transport.bytes_sent - sent, restarted, norm, disagreement
     )
+
+
+@torch.no_grad()
+def add_mean_deltas(factors: Sequence[Factors], transport: Transport) -> None:
+    """Write W <- W + mean over all heads of delta for some weights, whose heads are not needed any more."""
+    for group in _groups(factors, transport):
+        everyone = torch.ones(group[0].count, dtype=torch.bool, device=group[0].A.device)
+        heads = group[0].count * transport.world_size
+        everywhere = torch.ones(heads, dtype=torch.bool, device=everyone.device)
+        for f, delta in zip(group, _summed(group, everyone, everywhere, transport), strict=True):
+            f.add(delta / heads)
 
 
 def dense_is_cheaper(factors: Factors, world_size: int) -> bool:
@@ -127,17 +141,19 @@ def dense_is_cheaper(factors: Factors, world_size: int) -> bool:
     return 2 * factors.weight.numel() * wide <= world_size * local
 
 
-def _finite(injection: Injection) -> Tensor:
-    checks = [f.finite() for f in injection.factors.values()]
-    replicas = injection.replicas.finite()
-    return torch.stack([*checks, *([] if replicas is None else [replicas])]).all(0)
+def _finite(factors: Sequence[Factors], replicas: Replicas) -> Tensor:
+    """(n,) bool: whether a local head is finite."""
+    checks = [f.finite() for f in factors]
+    others = replicas.finite()
+    checks += [] if others is None else [others]
+    return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
 
 
 # Weights are merged a few at a time, which bounds the memory for their dense deltas.
 _GROUP_BYTES = 64 * 2**20
 
 
-def _groups(factors: list[Factors], transport: Transport) -> list[list[Factors]]:
+def _groups(factors: Sequence[Factors], transport: Transport) -> list[list[Factors]]:
     if transport.world_size == 1:
         return [[f] for f in factors]
     groups: list[list[Factors]] = [[]]
@@ -179,8 +195,8 @@ def _settle(f: Factors, states: States, config: LTEConfig, bad: Tensor | None, m
     f.settle()
 
 
-def _restart_replicas(injection: Injection, states: States, bad: Tensor) -> None:
-    for replica in injection.replicas:
+def _restart_replicas(replicas: Replicas, states: States, bad: Tensor) -> None:
+    for replica in replicas:
         which = bad if replica.stack is not None else bad.any().expand(1)
         _zero_moments(replica.trained, states.get(replica.trained, {}), which)
 

@@ -37,7 +37,7 @@ def reason_against_batched(
        and the layers before it compute the same in both ways.
     3. The loss of the batch is the mean of the losses of its slices.
 
-    The module runs in eval mode without gradients, once on the batch and once on each slice, which costs two forward
+    The module runs in eval mode, once on the batch and once on each slice, which costs two forward
     passes over the batch. Its parameters, buffers and plain attributes, and the random streams, are put back.
 
     Args:
@@ -52,7 +52,7 @@ def reason_against_batched(
         if isinstance(layer, _BatchNorm) and layer.training:
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
-        with untouched(module) as again, torch.no_grad():
+        with untouched(module) as again:
             module.eval()
             with heads():
                 seen, loss = _watch(module, partial(step, batch))
@@ -97,7 +97,8 @@ def _watch(module: nn.Module, run: Callable[[], Any]) -> tuple[_Seen, Any]:
 
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        return seen, run()
+        loss = run()
+        return seen, loss.detach() if isinstance(loss, Tensor) else loss
     finally:
         for handle in handles:
             handle.remove()

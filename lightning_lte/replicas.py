@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,16 +20,60 @@ class Replica:
         param: the user's own. With one head per device, or for a parameter that the local heads share, it is trained
             in place; else it holds the mean as of the last merge.
         stack: (n, *shape), one for each local head, or None while it is trained in place.
+        shared: whether it has to stay so.
     """
 
-    def __init__(self, name: str, param: nn.Parameter, owners: list[Owner]) -> None:
-        self.name, self.param, self.owners = name, param, owners
+    def __init__(self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool = False) -> None:
+        self.name, self.param, self.owners, self.shared = name, param, owners, shared
         self.stack: nn.Parameter | None = None
+        # What the module shows in the turn of a head: parameters of their own on the storage of the stack, since user
+        # code may expect leaves of autograd's graph.
+        self._turns: list[nn.Parameter] = []
 
     def split(self, count: int) -> None:
         """Give each local head its own, starting from the user's parameter."""
         copies = self.param.detach().unsqueeze(0).repeat(count, *[1] * self.param.dim())
         self.stack = nn.Parameter(copies)
+        self._turns = [nn.Parameter(own) for own in self.stack.detach()]
+
+    def join(self) -> None:
+        """Have all local heads train the user's parameter itself from now on, with the mean of their gradients."""
+        assert self.stack is not None
+        self.collect_gradients()
+        self.shared = True
+        if self.stack.grad is not None:
+            mean = self.stack.grad.mean(0)
+            self.param.grad = mean if self.param.grad is None else self.param.grad + mean
+        self.stack = None
+
+    def show(self, head: int | None) -> None:
+        """Let the module see one head's own in place of the user's parameter; None undoes it."""
+        assert self.stack is not None
+        for owner in self.owners:
+            shown = owner.module._parameters[owner.key]
+            # Whoever freezes the module, or a part of it, in a head's turn means all heads.
+            if shown is not self.param and shown is not None:
+                self.param.requires_grad_(shown.requires_grad)
+            own = self.param if head is None else self._turns[head]
+            own.requires_grad_(self.param.requires_grad)
+            owner.module._parameters[owner.key] = own
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Add the gradients that came in turns to that of the stack."""
+        if self.stack is None or all(own.grad is None for own in self._turns):
+            return
+        # Local heads share the mean of their losses; see `scale_gradient`.
+        gradients = [torch.zeros_like(own) if own.grad is None else own.grad * self.count for own in self._turns]
+        together = torch.stack(gradients)
+        self.stack.grad = together if self.stack.grad is None else self.stack.grad + together
+        for own in self._turns:
+            own.grad = None
+
+    @property
+    def count(self) -> int:
+        """n for a stack, else 1."""
+        return 1 if self.stack is None else len(self.stack)
 
     @property
     def trained(self) -> nn.Parameter:
@@ -59,14 +103,22 @@ class Replicas:
     def add(self, replica: Replica) -> None:
         self._replicas.append(replica)
 
-    @torch.enable_grad()
+    def of(self, params: Iterable[nn.Parameter]) -> Replicas:
+        """Those of some of the user's parameters."""
+        chosen, some = set(params), Replicas(self.count)
+        some._replicas = [replica for replica in self._replicas if replica.param in chosen]
+        return some
+
     def select(self, head: int | None) -> None:
-        """Let the module see one head's replicas in place of its own parameters, as torch.func does; None undoes it."""
+        """Let the module see one head's replicas in place of its own parameters; None undoes it."""
         for replica in self._replicas:
             if replica.stack is not None:
-                own = replica.param if head is None else replica.stack[head]
-                for owner in replica.owners:
-                    owner.module._parameters[owner.key] = own  # type: ignore[assignment]
+                replica.show(head)
+
+    def collect_gradients(self) -> None:
+        """Hand on what backward left at the replicas of heads that took turns."""
+        for replica in self._replicas:
+            replica.collect_gradients()
 
     @contextmanager
     def of_head(self, head: int) -> Iterator[None]:

@@ -232,8 +232,15 @@ class LTEStrategy(DDPStrategy):
         if explorer.count > 1 or config.replicas == "step":
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
+        explorer.rest()
         if explorer.execution != "auto":
             self._announce()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        assert self._explorer is not None
+        self._explorer.act()
 
     def _announce(self) -> None:
         rank_zero_info(f"LTE trains through {self.config.heads} heads:\n{self.report().summary()}")
@@ -300,7 +307,8 @@ class LTEStrategy(DDPStrategy):
         # Layers under activation checkpointing run forward again here.
         with explorer.heads() if explorer.execution == "batched" else nullcontext(), explorer.backward():
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-        explorer.after_backward(self._synchronise)
+        # In manual optimization several backwards may belong to one step.
+        explorer.after_backward(self._synchronise, settle=self._module.automatic_optimization)
         return loss
 
     @contextmanager
@@ -319,8 +327,10 @@ class LTEStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self._explorer is not None
+        if not self._module.automatic_optimization:
+            self._explorer.settle()
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._told(self._explorer.step(_bare(optimizer), self.measure))
         return output
 
@@ -359,7 +369,7 @@ class LTEStrategy(DDPStrategy):
         explorer = self._explorer
         if explorer is None or not explorer.unmerged:
             return
-        where = f"merge {explorer.clock.merges}, step {explorer.clock.step}"
+        where = f"merge {explorer.merges}, steps {[clock.step for clock in explorer.clocks]}"
         if explorer.merging:
             # Devices that were in the midst of different exchanges can't start another.
             where += f", in a merge on rank {explorer.transport.rank}"

@@ -64,6 +64,12 @@ class Substitution:
         self.names.update({p: name for new in replacements.values() for name, p in new.items()})
         self.act()
 
+    def restore(self, param: nn.Parameter) -> None:
+        """Let the optimizer train a user's parameter itself again, while the substitution rests."""
+        for new in self._replacements.pop(param, {}).values():
+            for states in self._states:
+                states.pop(new, None)
+
     def act(self) -> None:
         """Put the replacements in. Does nothing where they are in."""
         for number, optimizer in enumerate(self.optimizers):

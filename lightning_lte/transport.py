@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -75,21 +76,40 @@ class Transport:
         return gathered
 
     def agree(self, value: str, timeout_s: float) -> bool:
-        """Whether all devices arrive here with the same value before the time is out.
+        """Whether all devices arrive here with the same value before the time is out."""
+        answers = self._exchange(value, timeout_s)
+        return answers is not None and all(answer == value for answer in answers)
 
-        It goes through the store and not through a collective, for it is asked when some devices may be gone.
+    def union(self, values: Mapping[str, str], timeout_s: float) -> dict[str, str]:
+        """What any device has; all devices receive the same, in the same order.
+
+        Raises:
+            TimeoutError: a device does not arrive in time.
+        """
+        answers = self._exchange(json.dumps(dict(values)), timeout_s)
+        if answers is None:
+            raise TimeoutError(f"Rank {self.rank} waited {timeout_s:g} s for the other devices in vain.")
+        together: dict[str, str] = {}
+        for answer in answers:
+            together = {**json.loads(answer), **together}
+        return dict(sorted(together.items()))
+
+    def _exchange(self, value: str, timeout_s: float) -> list[str] | None:
+        """The values of all devices, in the order of ranks; None if one does not arrive before the time is out.
+
+        It goes through the store and not through a collective: it may be asked when some devices are gone.
         """
         if self.world_size == 1:
-            return True
+            return [value]
         store = dist.distributed_c10d._get_default_store()
         question = next(_questions)
         keys = [f"lte/agree/{question}/{rank}" for rank in range(self.world_size)]
         try:
             store.set(keys[self.rank], value)
             store.wait(keys, timedelta(seconds=timeout_s))
-            return all(store.get(key).decode() == value for key in keys)
+            return [store.get(key).decode() for key in keys]
         except RuntimeError:  # the time is out, or the device that holds the store is gone
-            return False
+            return None
 
 
 def destroy_at_exit() -> None:

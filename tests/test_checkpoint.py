@@ -35,7 +35,7 @@ class Noisy(Net):
 
 
 EPOCH = 5  # batches
-EVERYTHING = ("optimizers", "factors", "replicas", "clock", "generators", "buffers", "weights")
+EVERYTHING = ("optimizers", "factors", "replicas", "clocks", "generators", "buffers", "weights")
 
 
 def train(
@@ -97,7 +97,7 @@ def test_resuming_in_the_middle_of_a_period_equals_not_stopping(
     train(str(tmp_path / "part"), 1, heads=heads, execution=execution, **choices)
     # After 5 steps with a merge every 3: in the middle of a period.
     [first] = (tmp_path / "part").glob("epoch=0*")
-    assert torch.load(first, weights_only=True)["lte"]["clock"] == {"steps": [5], "merges": 1, "last_merge": 3}
+    assert torch.load(first, weights_only=True)["lte"]["clocks"] == [{"step": 5, "merges": 1, "last_merge": 3}]
     resumed = train(str(tmp_path / "rest"), 3, resume=str(first), heads=heads, execution=execution, **choices)
     assert_equal(whole, resumed)
 
@@ -209,7 +209,7 @@ def test_training_goes_on_from_a_file_saved_after_fit(tmp_path: Path) -> None:
     t.fit(Module(), loader(160, 16))
     t.save_checkpoint(tmp_path / "after.ckpt")
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
-    assert saved["lte"]["clock"] == {"steps": [7], "merges": 3, "last_merge": 7}
+    assert saved["lte"]["clocks"] == [{"step": 7, "merges": 3, "last_merge": 7}]
     assert saved["lte"]["optimizers"][0]["net.first.weight.A"]["exp_avg"].abs().sum() > 0
     again = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=10)
     merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)
@@ -274,7 +274,7 @@ def test_heads_of_two_devices_go_on_on_one(tmp_path: Path) -> None:
     look.on_train_start = lambda t, m: seen.append(copy.deepcopy(t.strategy.explorer.state_dict()))  # type: ignore[method-assign]
     t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=6, callbacks=[look])
     t.fit(Module(optimizer=sgd), loader(160, 16), ckpt_path=str(tmp_path / "2.ckpt"))
-    for key in ("factors", "replicas", "clock", "optimizers"):
+    for key in ("factors", "replicas", "clocks", "optimizers"):
         assert_equal(seen[0][key], there[key], key)
 
 

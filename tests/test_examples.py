@@ -68,7 +68,9 @@ def test_computed_bytes_are_those_a_merge_counts(rank: int, devices: int, monkey
     alone = inject(model, list(model.parameters()), config)
     monkeypatch.setattr(transport, "dist", _NobodyThere(devices))
 
-    record = merge(alone, {}, Transport(devices), config, step=1, merges=0)
+    record = merge(
+        list(alone.factors.values()), alone.replicas, alone.module, {}, Transport(devices), config, step=1, merges=0
+    )
 
     flags_and_norm = (devices - 1) * 1 + 8
     assert demo.bytes_per_merge(alone, devices) == pytest.approx(record.bytes_sent, abs=flags_and_norm)

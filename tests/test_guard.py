@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig
-from lightning_lte.guard import acts_per_element, check_optimizers
+from lightning_lte.optimizers import acts_per_element, check_optimizers
 from tests.modules import RANK, Net, adamw, make_data, make_net, sgd
 
 

@@ -134,7 +134,7 @@ def test_only_layers_with_something_of_their_own_change_class() -> None:
         "attention",
         *(f"blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)),
     }
-    assert all(state_of(layer).switch is injection.switch for layer in injection.layers)
+    assert all(state_of(layer).switch is injection.switch for layer in injection.states)
 
 
 def test_heads_that_share_a_device_have_their_own_replicas_where_a_layer_can_tell_them_apart() -> None:
@@ -181,7 +181,9 @@ def test_a_head_sees_its_own_replicas_under_every_name_they_are_tied_to() -> Non
     with injection.replicas.of_head(1):
         assert torch.equal(model.embedding.weight, tied.stack[1])
         assert model.head.weight is model.embedding.weight
+        assert isinstance(model.head.weight, nn.Parameter) and model.head.weight.is_leaf
         model.head(torch.ones(1, 8)).sum().backward()
+    injection.replicas.collect_gradients()
     assert model.head.weight is model.embedding.weight is tied.param
     assert tied.stack.grad is not None and tied.stack.grad[1].any() and not tied.stack.grad[0].any()
     assert tied.param.grad is None

@@ -64,11 +64,18 @@ def learn(injection: Injection, seed: int) -> None:
                     own += step(replica.name, first + i, own)
 
 
+def merge_all(
+    injection: Injection, chosen: LTEConfig, transport: Transport, states: Any = None, **more: Any
+) -> MergeRecord:
+    factors = list(injection.factors.values())
+    return merge(factors, injection.replicas, injection.module, states or {}, transport, chosen, **more)
+
+
 def merged(
     injection: Injection, chosen: LTEConfig, *optimizers: Optimizer, merges: int = 0, **more: Any
 ) -> MergeRecord:
     states = {p: s for opt in optimizers for p, s in opt.state.items()}
-    return merge(injection, states, Transport(), chosen, step=10 * (merges + 1), merges=merges, **more)
+    return merge_all(injection, chosen, Transport(), states, step=10 * (merges + 1), merges=merges, **more)
 
 
 def weights(injection: Injection) -> dict[str, Tensor]:
@@ -341,7 +348,15 @@ def on_devices(after_merge: Any, bad: tuple[int, ...], dense: bool | None) -> di
                     if f.first <= head < f.first + f.count:
                         with torch.no_grad():
                             f.B[head - f.first] = torch.nan
-        records.append(merge(injection, {}, transport, chosen, step=merges, merges=merges))
+        records.append(
+            merge_all(
+                injection,
+                chosen,
+                transport,
+                step=merges,
+                merges=merges,
+            )
+        )
     shared = {r.name for r in injection.replicas if r.stack is None}
     return {
         "W": {name: p.detach() for name, p in injection.module.named_parameters() if name not in shared},
@@ -380,7 +395,7 @@ def with_statistics(bad: bool) -> tuple[list[float], list[float]]:
     norm.running_mean.fill_(1.0 + transport.rank)
     if bad and transport.rank == 1:
         norm.running_var[0] = torch.nan
-    merge(injection, {}, transport, chosen, step=1, merges=0)
+    merge_all(injection, chosen, transport, step=1, merges=0)
     return norm.running_mean.tolist(), norm.running_var.tolist()
 
 
@@ -398,7 +413,7 @@ def with_shared_replica() -> float:
         gain.fill_(1.0 if transport.rank == 0 else 4.0)
         if transport.rank == 1:
             next(iter(injection.factors.values())).A[0] = torch.nan
-    merge(injection, {}, transport, chosen, step=1, merges=0)
+    merge_all(injection, chosen, transport, step=1, merges=0)
     return float(gain)
 
 

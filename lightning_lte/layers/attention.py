@@ -110,15 +110,10 @@ class HeadedMultiheadAttention(HeadedLayer):
         else:
             y = functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         y = y.transpose(1, 2).flatten(2)
-        y = project(
-            self,
-            y,
-            own.out_proj.weight,
-            own.out_proj.bias,
-            state.factors.get("out_proj.weight"),
-            state.stack("out_proj.weight"),
-            state.stack("out_proj.bias"),
-        )
+        factors = state.factors.get("out_proj.weight")
+        weight = own.out_proj.weight if factors is None else factors.base()
+        own_weight, own_bias = state.stack("out_proj.weight"), state.stack("out_proj.bias")
+        y = project(self, y, weight, own.out_proj.bias, factors, own_weight, own_bias)
 
         if not batched:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -127,26 +122,23 @@ class HeadedMultiheadAttention(HeadedLayer):
 
 def _projections(layer: Any, state: LayerState, *inputs: Tensor) -> list[Tensor]:
     """Queries, keys and values, (batch, length, embed_dim) each."""
+    biases, own_biases = _chunks(layer.in_proj_bias, 0), _chunks(state.stack("in_proj_bias"), 1)
     packed = layer.in_proj_weight is not None
-    biases = _chunks(layer.in_proj_bias, 0)
-    own_biases = _chunks(state.stack("in_proj_bias"), 1)
-    weights = _chunks(layer.in_proj_weight, 0)
-    own_weights = _chunks(state.stack("in_proj_weight"), 1)
-    projected = []
-    for i, (x, name) in enumerate(zip(inputs, _PARTS, strict=True)):
-        projected.append(
-            project(
-                layer,
-                x,
-                weights[i] if packed else getattr(layer, name),
-                biases[i],
-                state.factors.get("in_proj_weight" if packed else name),
-                own_weights[i] if packed else state.stack(name),
-                own_biases[i],
-                i if packed else None,
-            )
+    keys = ("in_proj_weight",) * 3 if packed else _PARTS
+    all_factors = [state.factors.get(key) for key in keys]
+    if packed:
+        first = all_factors[0]
+        weights = _chunks(layer.in_proj_weight if first is None else first.base(), 0)
+        own_weights = _chunks(state.stack("in_proj_weight"), 1)
+    else:
+        weights = [getattr(layer, key) if f is None else f.base() for key, f in zip(keys, all_factors, strict=True)]
+        own_weights = [state.stack(key) for key in keys]
+    return [
+        project(layer, x, weight, bias, factors, own_weight, own_bias, i if packed else None)
+        for i, (x, weight, bias, factors, own_weight, own_bias) in enumerate(
+            zip(inputs, weights, biases, all_factors, own_weights, own_biases, strict=True)
         )
-    return projected
+    ]
 
 
 def _chunks(packed: Tensor | None, dim: int) -> Sequence[Any]:

@@ -22,11 +22,13 @@ class LayerState:
         switch: which heads act, shared by all layers of the model.
         factors: factored weight -> its factors.
         stacks: replica -> (n, *shape), one for each local head; filled only where n > 1.
+        users: replica -> the user's own parameter, whose `requires_grad` counts for all of them.
     """
 
     switch: Switch
     factors: dict[str, Factors] = field(default_factory=dict)
     stacks: dict[str, nn.Parameter] = field(default_factory=dict)
+    users: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def acts(self) -> bool:
@@ -42,7 +44,11 @@ class LayerState:
 
     def stack(self, key: str) -> Tensor | None:
         """What each head has in place of a parameter while all act; None while the layer's own is meant."""
-        return self.stacks.get(key) if self.switch.position == "all" else None
+        own = self.stacks.get(key) if self.switch.position == "all" else None
+        if own is None or key not in self.users or self.users[key].requires_grad:
+            return own
+        # What users freeze for a while (toggled optimizers do) must not learn meanwhile.
+        return own.detach()
 
     @property
     def count(self) -> int:

@@ -56,7 +56,7 @@ class HeadedEmbedding(HeadedLayer):
             y = _rows(own, index, own_weight)
         else:
             A, B = factors.acting(state.head)
-            y = functional.embedding(index, factors.weight.detach())
+            y = functional.embedding(index, factors.base())
             # Autocast would narrow a product that began with y, which it leaves wide.
             y = torch.add(y, torch.bmm(_rows(own, index, B), A).to(y.dtype), alpha=factors.scale)
         return y.reshape(*input.shape, y.shape[-1])

@@ -6,6 +6,7 @@ Factored, y_h = x_h W + s * x_h (B_h A_h - B'_h A'_h)^T + b_h, with A_h (r, in) 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,14 +35,7 @@ class HeadedConv1D(HeadedLayer):
         state = state_of(self)
         if not state.acts:
             return super().forward(x)
-        weight: Tensor = self.weight  # type: ignore[assignment]
-        own = state.stack("weight")
-        return project(
-            self,
-            x,
-            weight.mT,
-            self.bias,  # type: ignore[arg-type]
-            state.factors.get("weight"),
-            None if own is None else own.mT,
-            state.stack("bias"),
-        )
+        layer: Any = self
+        factors, own = state.factors.get("weight"), state.stack("weight")
+        weight = layer.weight if factors is None else factors.base()
+        return project(self, x, weight.mT, layer.bias, factors, None if own is None else own.mT, state.stack("bias"))

@@ -32,9 +32,9 @@ class HeadedLinear(HeadedLayer):
         if not state.acts:
             return super().forward(input)
         own: Any = self
-        return project(
-            self, input, own.weight, own.bias, state.factors.get("weight"), state.stack("weight"), state.stack("bias")
-        )
+        factors = state.factors.get("weight")
+        weight = own.weight if factors is None else factors.base()
+        return project(self, input, weight, own.bias, factors, state.stack("weight"), state.stack("bias"))
 
 
 def project(
@@ -52,7 +52,7 @@ def project(
     Args:
         layer: the layer with heads whose input x is.
         x: dimension 0 is the batch while all heads act; else the shape is free.
-        weight: (out, in), the user's own.
+        weight: (out, in), the user's own, or the base of its factors.
         bias: (out,), the user's own, or None.
         factors: of the weight, or None.
         own_weight: (n, out, in) in place of the weight, or None.
@@ -64,7 +64,7 @@ def project(
     if own_bias is not None:
         bias = None
     if factors is not None:
-        y = factors.apply(functional.linear(rows, weight.detach(), bias), rows, state.head, part)
+        y = factors.apply(functional.linear(rows, weight, bias), rows, state.head, part)
     elif own_weight is not None:
         y = rows @ own_weight.mT
         y = y if bias is None else y + bias.to(y.dtype)

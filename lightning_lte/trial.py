@@ -1,0 +1,124 @@
+"""Finding out, in the first steps, which weights can't be factored, as they are used or written elsewhere, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+USED = "it is used outside its layer, too"
+ASKED_FOR = "something asks for its gradient with torch.autograd.grad"
+WRITTEN = "something else than merges writes to it"
+
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
+
+
+class Trial:
+    """Watches one factored weight W through the first steps.
+
+    While it lasts, W enters its layer's forward undetached, so that autograd computes its whole gradient. If all of
+    that comes through the layer, it is thrown away at once. If some comes from elsewhere (W is tied by hand, used as a
+    tensor, or given to `torch.autograd.grad`), or if anyone writes to W (masks, normalisation, teachers that follow
+    their students), W can't be factored, and has just the gradient that it needs to be trained directly from this very
+    step on.
+
+    Args:
+        weight: W.
+
+    Attributes:
+        reason: why W can't be factored, once that is known.
+        passed: whether a gradient came, and all of it through the layer.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self.reason: str | None = None
+        self.passed = False
+        self._through_layer: Tensor | None = None
+        self._captures = 0
+        self._version, self._sum = weight._version, int(checksum(weight, thorough=True))
+        self._handles = [
+            weight.register_hook(self._on_gradient),
+            weight.register_post_accumulate_grad_hook(self._on_accumulated),
+        ]
+
+    def watched(self) -> Tensor:
+        """W for a forward of its layer."""
+        view = self.weight.view_as(self.weight)
+        if view.requires_grad:
+            view.register_hook(self._on_layer)
+        return view
+
+    def end(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._through_layer = None
+
+    def _on_layer(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # from functions that stop gradients
+            return
+        gradient = gradient.detach()
+        self._through_layer = gradient if self._through_layer is None else self._through_layer + gradient
+
+    def _on_gradient(self, _: Tensor | None) -> None:
+        # It comes before accumulation, and without one from torch.autograd.grad.
+        self._captures += 1
+
+    @torch.no_grad()
+    def _on_accumulated(self, weight: Tensor) -> None:
+        self._captures -= 1
+        gradient, through_layer = weight.grad, self._through_layer
+        if gradient is None:  # from functions that stop gradients
+            return
+        if self._captures:
+            self.reason = ASKED_FOR
+        elif self._is_written():
+            self.reason = WRITTEN
+        elif through_layer is None or not _close(gradient.detach(), through_layer):
+            self.reason = USED
+        else:
+            # Each weight's is let go as soon as it is complete, so that no two are held at once.
+            weight.grad = self._through_layer = None
+            self.passed = bool(gradient.any())
+
+    def conclude(self) -> str | None:
+        """Why W can't be factored, or None, when a step is about to be taken."""
+        if self.reason is None and self._captures:
+            self.reason = ASKED_FOR
+        if self.reason is None and self.weight.grad is not None:
+            self.reason = "something sets its gradient"
+        if self.reason is None and self._is_written():
+            self.reason = WRITTEN
+        return self.reason
+
+    def accept_writes(self) -> None:
+        """Take W as it is now: after a merge."""
+        self._version, self._sum = self.weight._version, int(checksum(self.weight, thorough=True))
+
+    def _is_written(self) -> bool:
+        # Writes to `weight.data` go past autograd and show in the bits alone.
+        return self.weight._version != self._version or int(checksum(self.weight, thorough=True)) != self._sum
+
+
+_SAMPLE = 4096
+
+
+def checksum(weight: Tensor, thorough: bool) -> Tensor:
+    """A number that changes when the bits of a weight do, as a tensor on its device.
+
+    Args:
+        weight: any floating-point tensor.
+        thorough: look at all of it, not at some 4096 elements spread over it.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    flat = weight.detach().reshape(-1)
+    if not thorough:
+        flat = flat[:: max(1, len(flat) // _SAMPLE)].contiguous()
+    return flat.view(bits).sum(dtype=torch.int64)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # Not finite, as with the first scales of a gradient scaler: it proves nothing, and the next backward will.
+    tolerance = _HALF_TOLERANCE if a.dtype in (torch.float16, torch.bfloat16) else _TOLERANCE
+    difference = (a - b).norm()
+    return not difference.isfinite() or bool(difference <= tolerance * a.norm())

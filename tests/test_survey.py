@@ -1,0 +1,500 @@
+"""What real LightningModules do to their weights while they train; each is trained right, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelPruning
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations
+
+from lightning_lte import LTEStrategy
+from tests.modules import IN, RANK, WIDTH, Module, Net, Recorder, clone, loader, make_net, sgd, trainer
+from tests.processes import run
+
+
+def train(module: Module, heads: int = 1, steps: int = 7, callbacks: Any = (), **choices: Any) -> LTEStrategy:
+    strategy = LTEStrategy(heads, 3, rank=RANK, **choices)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+        warnings.filterwarnings("ignore", ".*val_dataloader.*")
+        trainer(strategy, max_steps=steps, callbacks=list(callbacks)).fit(module, loader(160))
+    return strategy
+
+
+def role(strategy: LTEStrategy, name: str) -> tuple[str, str]:
+    entry = strategy.report().entry(name)
+    return entry.role, entry.reason
+
+
+class Functional(Net):
+    """Uses a weight as a tensor, too, as tied decoders do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + (x @ self.first.weight.T).mean())
+
+
+class Decoded(Net):
+    """Uses a weight first as a tensor and then in its layer, under activation checkpointing that autograd can't see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = torch.utils.checkpoint.checkpoint(lambda t: t @ self.first.weight.T, x, use_reentrant=False)
+        return super().forward(x) * (1 + again.mean())
+
+
+class Squashed(Net):
+    """Normalises a weight in every forward, as SwAV's prototypes are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.weight.copy_(nn.functional.normalize(self.first.weight.clone(), dim=1))
+        return super().forward(x)
+
+
+class Masked(Net):
+    """Multiplies the data of a weight, past autograd's eyes, as PixelCNN's masked convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(WIDTH, IN).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.weight.data *= self.mask
+        return super().forward(x)
+
+
+class SelfCheckpoint(torch.autograd.Function):
+    """Runs a layer again in backward and differentiates its parameters only, as older reversible code does."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.layer, ctx.params = layer, params
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.layer(x)
+            inner = torch.autograd.grad(y, (x, *ctx.params), gradients)
+        return (None, *inner)
+
+
+class Rerun(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = SelfCheckpoint.apply(self.first, x, *self.first.parameters())
+        return self.out(torch.tanh(self.second(torch.tanh(self.norm(x)))))
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (Functional, "used outside its layer"),
+        (Decoded, "used outside its layer"),
+        (Squashed, "writes to it"),
+        (Masked, "writes to it"),
+        (Rerun, "torch.autograd.grad"),
+    ],
+)
+def test_what_cannot_be_factored_is_a_replica_from_the_first_step_on(net: Callable[[], nn.Module], words: str) -> None:
+    """As exact as if the user had excluded it."""
+    states = []
+    for choices in ({}, {"exclude_modules": ["net.first"]}):
+        module = Module(make_net(net), sgd)
+        strategy = train(module, **choices)
+        assert role(strategy, "net.first.weight")[0] == "replica"
+        assert role(strategy, "net.second.weight")[0] == "factored"
+        states.append(clone(module.state_dict()))
+        if not choices:
+            assert words in role(strategy, "net.first.weight")[1]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+@pytest.mark.parametrize("net", [Functional, Squashed, Masked])
+def test_several_heads_share_it(net: Callable[[], nn.Module], execution: Any) -> None:
+    module = Module(make_net(net), sgd)
+    before = clone(module.state_dict())
+    with pytest.warns(UserWarning, match=r"Trained without heads, as replicas: net\.first"):
+        strategy = train(module, heads=4, execution=execution)
+    assert role(strategy, "net.first.weight")[0] == "replica"
+    assert strategy.report().entry("net.first.weight").copies == 1
+    assert not torch.equal(module.net.first.weight, before["net.first.weight"])
+
+
+class Centred(Net):
+    """Writes to a bias and uses the weight of a norm as a tensor, of which each head would have its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.bias.sub_(self.first.bias.mean())
+        return super().forward(x) * self.norm.weight.mean()
+
+
+def test_what_is_written_or_used_elsewhere_is_shared_by_the_heads() -> None:
+    module = Module(make_net(Centred), sgd)
+    strategy = train(module, heads=4, execution="batched")
+    copies = {entry.name: entry.copies for entry in strategy.report().entries}
+    assert copies["net.first.bias"] == copies["net.norm.weight"] == 1
+    assert copies["net.norm.bias"] == copies["net.first.weight"] == 4
+    # One step after the last centring.
+    assert abs(float(module.net.first.bias.mean())) < 1e-2 and not torch.equal(
+        module.net.first.bias, make_net(Centred).first.bias
+    )
+
+
+def test_adaptive_loss_weights_ask_for_a_gradient() -> None:
+    """VQGAN weighs its losses by their gradients on the last layer."""
+
+    class Weighed(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.net(batch[0])
+            first, second = cross_entropy(logits, batch[1]), logits.square().mean()
+            last = self.net.second.weight
+            norms = [torch.autograd.grad(own, last, retain_graph=True)[0].norm() for own in (first, second)]
+            return first + (norms[0] / (norms[1] + 1e-4)).clamp(0, 10).detach() * second
+
+    states = []
+    for choices in ({}, {"exclude_modules": ["second"]}):
+        module = Weighed(optimizer=sgd)
+        strategy = train(module, **choices)
+        states.append(clone(module.state_dict()))
+        if not choices:
+            assert "torch.autograd.grad" in role(strategy, "net.second.weight")[1]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-12, atol=1e-14)
+
+
+def test_first_order_maml_sets_all_gradients_and_is_refused_by_name() -> None:
+    class Maml(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            learner = copy.deepcopy(self.net)
+            assert type(learner.first) is nn.Linear
+            cross_entropy(learner(batch[0]), batch[1]).backward()
+            opt = self.optimizers()
+            opt.zero_grad()
+            for own, inner in zip(self.net.parameters(), learner.parameters(), strict=True):
+                own.grad = inner.grad
+            opt.step()
+
+    with pytest.raises(RuntimeError, match=r"none is left .*net\.first \(something sets its gradient\)"):
+        train(Maml())
+
+
+class Teacher(Module):
+    """A momentum teacher that sits in the module and in the optimizer, as BYOL, MoCo and DINO have it."""
+
+    def __init__(self, flagged: bool) -> None:
+        super().__init__(optimizer=sgd)
+        self.teacher = copy.deepcopy(self.net)
+        self.teacher.requires_grad_(flagged)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - target).square().mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for own, student in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                own.mul_(0.9).add_(student, alpha=0.1)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("flagged", [True, False])
+def test_momentum_teachers_follow_their_students(flagged: bool, heads: int) -> None:
+    module = Teacher(flagged)
+    start = module.teacher.first.weight.detach().clone()
+    students: list[Tensor] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, t: Any, m: Any, *args: Any) -> None:
+            students.append(m.net.first.weight.detach().clone())
+
+    strategy = train(module, heads=heads, callbacks=[Keep()])
+    assert role(strategy, "teacher.first.weight")[0] == "replica"
+    assert role(strategy, "net.first.weight")[0] == "factored"
+    expected = start
+    for student in students:
+        expected = 0.9 * expected + 0.1 * student
+    torch.testing.assert_close(module.teacher.first.weight.detach(), expected)
+    assert strategy.report().entry("teacher.first.bias").copies == 1
+
+
+def test_weights_that_are_clipped_after_each_step() -> None:
+    """WGAN's critic, whose data is written past autograd's eyes when the step is over."""
+
+    class Clipped(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            for own in self.net.second.parameters():
+                own.data.clamp_(-0.05, 0.05)
+
+    module = Clipped(optimizer=sgd)
+    strategy = train(module)
+    assert role(strategy, "net.second.weight")[0] == "replica"
+    assert role(strategy, "net.first.weight")[0] == "factored"
+    assert module.net.second.weight.abs().max() <= 0.05
+
+
+def test_writes_later_on_are_an_error_that_names_the_weight() -> None:
+    class Later(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 4:
+                self.net.first.weight.data *= 0.9
+
+    with pytest.raises(RuntimeError, match=r"something else wrote to net\.first .*exclude_modules=\['net.first'\]"):
+        train(Later(optimizer=sgd))
+
+
+def test_pruning_is_refused_by_name_or_left_to_replicas() -> None:
+    class Prune(ModelPruning):
+        def on_train_epoch_end(self, *args: Any) -> None: ...
+
+        def on_train_batch_end(self, t: Any, module: Any, *args: Any) -> None:
+            if t.global_step == 4:
+                self.apply_pruning(0.5)
+
+    def prune(module: Module) -> Prune:
+        return Prune("l1_unstructured", parameters_to_prune=[(module.net.second, "weight")])
+
+    module = Module(optimizer=sgd)
+    with pytest.raises(RuntimeError, match=r"wrote to net\.second"):
+        train(module, callbacks=[prune(module)])
+    module = Module(optimizer=sgd)
+    train(module, callbacks=[prune(module)], exclude_modules=["second"])
+    assert (module.net.second.weight == 0).float().mean() > 0.3
+
+
+def test_gradual_unfreezing() -> None:
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, module: Any) -> None:
+            self.freeze(module.net.first)
+
+        def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.net.first, optimizer)
+
+    class Tuned(Module):
+        def configure_optimizers(self) -> Any:
+            return sgd(p for p in self.parameters() if p.requires_grad)
+
+    module = Tuned()
+    before = clone(module.state_dict())
+    seen = Recorder(lambda t, m: torch.equal(m.net.first.weight, before["net.first.weight"]))
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    trainer(strategy, max_epochs=2, callbacks=[Unfreeze(), seen]).fit(module, loader())
+    assert seen.seen == [True] * 3 + [False] * 3
+    assert role(strategy, "net.first.weight") == ("replica", "came into an optimizer while training ran")
+    assert role(strategy, "net.second.weight")[0] == "factored"
+
+
+def unfrozen_on_two_devices() -> tuple[dict[str, Tensor], str]:
+    class Late(Module):
+        def configure_optimizers(self) -> Any:
+            return sgd(p for name, p in self.named_parameters() if "first" not in name)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 2:
+                self.trainer.optimizers[0].add_param_group({"params": list(self.net.first.parameters())})
+
+    module = Late()
+    strategy = LTEStrategy(2, 3, rank=RANK)
+    trainer(strategy, devices=2, max_epochs=1).fit(module, loader(16 * 2 * 7))
+    return clone(module.state_dict()), role(strategy, "net.first.weight")[1]
+
+
+def test_what_comes_into_an_optimizer_later_is_averaged_at_merges() -> None:
+    (first, why), (second, _) = run(unfrozen_on_two_devices, 2, group=False)
+    assert why == "came into an optimizer while training ran"
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def replaced_on_two_devices() -> tuple[dict[str, Tensor], tuple[str, str]]:
+    class Uneven(Functional):
+        """Only one device sees the use; both have to know."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if torch.distributed.get_rank() == 1 else Net.forward(self, x)
+
+    module = Module(make_net(Uneven), sgd)
+    strategy = LTEStrategy(4, 3, rank=RANK, execution="batched")
+    trainer(strategy, devices=2, max_epochs=1).fit(module, loader(16 * 2 * 7))
+    return clone(module.state_dict()), role(strategy, "net.first.weight")
+
+
+def test_devices_agree_on_what_cannot_be_factored() -> None:
+    (first, one), (second, other) = run(replaced_on_two_devices, 2, group=False)
+    assert one == other == ("replica", "it is used outside its layer, too")
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_resumed_run_knows_what_could_not_be_factored(tmp_path: Any) -> None:
+    class Once(Functional):
+        """As a loss that is used in the first epoch only."""
+
+        used = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.used else Net.forward(self, x)
+
+    def fit(steps: int, resume: Any = None) -> Module:
+        module = Module(make_net(Once), sgd)
+        module.net.used = resume is None
+        strategy = LTEStrategy(4, 3, rank=RANK, execution="batched")
+        t = trainer(strategy, max_steps=steps)
+        t.fit(module, loader(160), ckpt_path=resume)
+        assert role(strategy, "net.first.weight") == ("replica", "it is used outside its layer, too")
+        t.save_checkpoint(tmp_path / "last.ckpt")
+        return module
+
+    fit(4)
+    fit(7, resume=tmp_path / "last.ckpt")
+
+
+def test_switching_requires_grad_to_and_fro() -> None:
+    """Energy models freeze themselves while they sample inside the step."""
+
+    class Energy(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            flags = [p.requires_grad for p in self.net.parameters()]
+            self.net.requires_grad_(False)
+            x = batch[0].clone().requires_grad_()
+            for _ in range(2):
+                x = x - 0.01 * torch.autograd.grad(self.net(x).sum(), x)[0].detach()
+                x.requires_grad_()
+            for p, flag in zip(self.net.parameters(), flags, strict=True):
+                p.requires_grad_(flag)
+            loss = super().training_step((x.detach(), batch[1]), batch_idx)
+            assert all(p.requires_grad for p in self.net.parameters())
+            return loss
+
+    for heads in (1, 4):
+        module = Energy(optimizer=sgd)
+        strategy = train(module, heads=heads)
+        assert role(strategy, "net.first.weight")[0] == "factored"
+
+
+class Game(Module):
+    """A GAN in manual optimization: the generator steps less often, and each side is toggled while the other learns."""
+
+    def __init__(self, toggle: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.judge = make_net()
+        self.toggle = toggle
+        self.judge_moved: list[bool] = []
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.net.parameters()), sgd(self.judge.parameters())]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        generator, judge = self.optimizers()
+        pad = nn.functional.pad
+
+        def fool() -> Tensor:
+            return -self.judge(pad(self.net(batch[0]), (0, IN - 3))).mean()
+
+        if batch_idx % 2 == 0:
+            if self.toggle:
+                self.toggle_optimizer(generator)
+            self.manual_backward(fool())
+            generator.step()
+            generator.zero_grad()
+            if self.toggle:
+                self.untoggle_optimizer(generator)
+                factors = self.trainer.strategy.explorer.injection.factors.values()
+                self.judge_moved.append(any(f.A.grad is not None for f in factors if "judge" in f.name))
+        if self.toggle:
+            self.toggle_optimizer(judge)
+        judge.zero_grad()
+        fake = self.judge(pad(self.net(batch[0]).detach(), (0, IN - 3))).mean()
+        self.manual_backward(fake - self.judge(batch[0]).mean())
+        judge.step()
+        if self.toggle:
+            self.untoggle_optimizer(judge)
+
+
+def test_each_optimizer_has_a_merge_clock_of_its_own() -> None:
+    module = Game()
+    clocks = Recorder(lambda t, _: [(c.step, c.merges) for c in t.strategy.explorer.clocks])
+    before = clone(module.state_dict())
+    strategy = LTEStrategy(1, 3, rank=RANK)
+    trainer(strategy, max_epochs=1, callbacks=[clocks]).fit(module, loader(16 * 7))
+    assert clocks.seen == [
+        [(1, 0), (1, 0)], [(1, 0), (2, 0)], [(2, 0), (3, 1)], [(2, 0), (4, 1)], [(3, 1), (5, 1)], [(3, 1), (6, 2)],
+        [(4, 1), (7, 2)],
+    ]  # fmt: skip
+    # What is toggled off gets no gradient in its heads either.
+    assert module.judge_moved == [False] * 4
+    for name in ("net.first.weight", "judge.first.weight"):
+        assert role(strategy, name)[0] == "factored"
+        assert not torch.equal(module.state_dict()[name], before[name])
+
+
+def test_without_toggling_zero_grad_reaches_the_heads() -> None:
+    states = []
+    for toggle in (True, False):
+        module = Game(toggle)
+        train(module)
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_parametrized_layers_are_replicas(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = make_net()
+    wrap(net.first)
+    module = Module(net.double(), sgd)
+    before = clone(module.state_dict())
+    strategy = train(module, heads=4)
+    roles = {e.name: e.role for e in strategy.report().entries}
+    assert not any(r == "factored" for name, r in roles.items() if "first" in name)
+    assert roles["net.second.weight"] == "factored"
+    changed = [name for name in before if "first" in name and not torch.equal(before[name], module.state_dict()[name])]
+    assert changed
+
+
+def test_parameters_that_only_an_optimizer_knows_are_averaged_too() -> None:
+    outside = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    class Outside(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self.net(batch[0]) + outside, batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return sgd([*self.parameters(), outside])
+
+    strategy = train(Outside())
+    assert role(strategy, "outside.0") == ("replica", "an optimizer holds it, and the module does not")
+    assert outside.any()
+
+
+def test_gradient_penalties_go_through_the_heads_twice() -> None:
+    class Penalised(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch[0].clone().requires_grad_()
+            logits = self.net(x)
+            (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+            return cross_entropy(logits, batch[1]) + gradient.square().sum(1).mean()
+
+    states = []
+    for execution in ("batched", "sequential"):
+        module = Penalised(optimizer=sgd)
+        strategy = train(module, heads=4, execution=execution)
+        assert role(strategy, "net.first.weight")[0] == role(strategy, "net.second.weight")[0] == "factored"
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-10, atol=1e-12)
