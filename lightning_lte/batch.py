@@ -4,103 +4,214 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Path = tuple[Any, ...]
 
-def size(batch: Any) -> int:
-    """Samples in a batch: the length of dimension 0, which all its tensors have in common.
+_REMEDY = (
+    "Use one head per device, or define `split_batch(self, batch, heads)` in the LightningModule, which returns a batch"
+    " for each head"
+)
 
-    Tensors, mappings, sequences and dataclasses may be nested. Numbers, None, tensors without dimensions and objects of
-    other kinds can't tell.
+
+class Layout:
+    """Where the samples lie in the batches of a run, as its first batch shows.
+
+    Tensors have them along dimension 0; lists and tuples that are as long as the batch, such as images of different
+    sizes, captions or targets, have one for each sample. Mappings, sequences, named tuples and dataclasses may be
+    nested. Numbers, strings, None and tensors without dimensions belong to all samples.
+
+    Args:
+        batch: the first one.
+        expected: its samples, where the loader knows; else they are read off the tensors.
 
     Raises:
-        ValueError: no tensor, or tensors that differ, or an object of unknown kind.
+        ValueError: it can't be told where the samples are.
     """
-    sizes: set[int] = set()
-    unknown: set[str] = set()
 
-    def look(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            if leaf.dim():
-                sizes.add(leaf.shape[0])
-        elif not isinstance(leaf, str | bytes | int | float | bool | complex | None):
-            unknown.add(type(leaf).__name__)
-        return leaf
+    def __init__(self, batch: Any, expected: int | None = None) -> None:
+        found = None if expected is None else _read(batch, expected, known=True)
+        tensors, lists = _lengths(batch)
+        for candidates in (tensors, lists):
+            if found is None:
+                # A collate function may leave samples out, but what has more than the loader gave holds other things.
+                fit = [_read(batch, n) for n in candidates if expected is None or n <= expected]
+                fit = [read for read in fit if read is not None]
+                found = fit[0] if len(fit) == 1 else None
+        if found is None:
+            raise ValueError(
+                "Local heads share a device by splitting the batch: its tensors must have the samples along dimension"
+                f" 0, and its lists one item for each sample; received {_described(batch)}"
+                + (f" from a loader with batch_size={expected}" if expected is not None else "")
+                + f". {_REMEDY}."
+            )
+        self._rows, self._items = found
 
-    _map(look, batch)
-    if len(sizes) != 1 or unknown:
-        found = f"dimension 0 of sizes {sorted(sizes)}" if sizes else "no tensors"
-        if unknown:
-            found += f" and objects of kind {', '.join(sorted(unknown))}"
-        raise ValueError(
-            "Local heads share a device by splitting the batch along dimension 0, which must be the same for all"
-            f" tensors in it; received a batch with {found}. Use one head per device."
-        )
-    return sizes.pop()
+    def size(self, batch: Any) -> int:
+        """Samples in a batch.
 
+        Raises:
+            ValueError: it is made otherwise than the first one.
+        """
+        sizes = {self._length(path, leaf) for path, leaf in self._visit(batch)} - {None}
+        if len(sizes) != 1:
+            raise ValueError(
+                "All batches must be made as the first one is, and have one number of samples throughout; received"
+                f" {_described(batch)}. {_REMEDY}."
+            )
+        return sizes.pop()  # type: ignore[return-value]
 
-def split(batch: Any, count: int) -> list[Any]:
-    """Cut a batch into `count` slices along dimension 0, as even as can be; none is empty.
+    def take(self, batch: Any, rows: Tensor) -> Any:
+        """A batch of some samples, by their numbers."""
+        index = rows.tolist()
+        contiguous = bool(index) and index == list(range(index[0], index[0] + len(index)))
 
-    A batch of fewer samples than slices is repeated from its start: every sample is used, and no head goes without.
-    """
-    samples = size(batch)
-    order = torch.arange(max(samples, count)) % samples
-    return [_rows(batch, rows, samples) for rows in order.tensor_split(count)]
-
-
-def is_even(batch: Any, count: int) -> bool:
-    """Whether a batch can be cut into `count` slices of one size. What `size` can't measure is taken to be even."""
-    try:
-        return size(batch) % count == 0
-    except ValueError:
-        return True
-
-
-def filled_up(batch: Any, count: int) -> Any:
-    """Repeat samples from the start of a batch until `count` divides it."""
-    samples = size(batch)
-    return _rows(batch, torch.arange(-(-samples // count) * count) % samples, samples)
-
-
-def _rows(batch: Any, rows: Tensor, samples: int) -> Any:
-    index = rows.tolist()
-    contiguous = index == list(range(index[0], index[0] + len(index)))
-
-    def take(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
+        def take(path: Path, leaf: Any) -> Any:
+            if path in self._rows:
+                return leaf[index[0] : index[0] + len(index)] if contiguous else leaf[rows.to(leaf.device)]
+            if path in self._items:
+                return type(leaf)(leaf[i] for i in index)
             return leaf
-        return leaf[index[0] : index[0] + len(index)] if contiguous else leaf[rows.to(leaf.device)]
 
-    def take_strings(leaves: list[Any] | tuple[Any, ...]) -> Any:
-        # A list of captions, say: one per sample.
-        return type(leaves)(leaves[i] for i in index)
+        return _map(take, batch, (), self._items)
 
-    return _map(take, batch, take_strings, samples)
+    def split(self, batch: Any, count: int, least: int = 1) -> list[Any]:
+        """Cut a batch into `count` slices, as even as can be.
+
+        A batch of too few samples is repeated from its start: every sample is used, and no head goes without.
+
+        Args:
+            batch: any of the run.
+            count: slices.
+            least: samples in each of them.
+        """
+        samples = self.size(batch)
+        if samples == 0:
+            return [batch] * count
+        order = torch.arange(max(samples, count * least)) % samples
+        return [self.take(batch, rows) for rows in order.tensor_split(count)]
+
+    def filled_up(self, batch: Any, count: int) -> Any:
+        """Repeat samples from the start of a batch until `count` divides it."""
+        samples = self.size(batch)
+        return batch if samples % count == 0 else self.take(batch, torch.arange(-(-samples // count) * count) % samples)
+
+    def _visit(self, batch: Any) -> Iterator[tuple[Path, Any]]:
+        seen: list[tuple[Path, Any]] = []
+        _map(lambda path, leaf: seen.append((path, leaf)), batch, (), self._items)
+        yield from seen
+
+    def _length(self, path: Path, leaf: Any) -> int | None:
+        if path in self._rows:
+            return leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else -1
+        if path in self._items:
+            return len(leaf)
+        return -1 if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
-def _map(
-    function: Callable[[Any], Any], value: Any, strings: Callable[[Any], Any] | None = None, samples: int = -1
-) -> Any:
-    def deeper(inner: Any) -> Any:
-        return _map(function, inner, strings, samples)
+def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set[Path]] | None:
+    """Paths of tensors with rows for samples and of lists with items for them; None if they don't fit.
 
+    Args:
+        batch: the first one.
+        samples: as many as it would have.
+        known: whether that is sure; if not, the outermost list is taken to hold other things than samples.
+    """
+    rows: set[Path] = set()
+    items: set[Path] = set()
+
+    def read(value: Any, path: Path) -> bool:
+        if isinstance(value, Tensor):
+            if value.dim():
+                rows.add(path)
+                return value.shape[0] == samples
+            return True
+        children = _children(value)
+        if children is None:
+            return isinstance(value, str | bytes | int | float | bool | complex | None)
+        if type(value) in (list, tuple) and len(value) == samples and (path or known):
+            found = (set(rows), set(items))
+            if not all(isinstance(item, Mapping) for item in value) or not value:
+                if all(read(child, (*path, key)) for key, child in children) and (rows, items) != found:
+                    return True
+            rows.clear()
+            rows.update(found[0])
+            items.clear()
+            items.update({*found[1], path})
+            return True
+        return all(read(child, (*path, key)) for key, child in children)
+
+    return (rows, items) if read(batch, ()) and (rows or items) else None
+
+
+def _children(value: Any) -> list[tuple[Any, Any]] | None:
+    """The parts of a container, or None for something else."""
     if isinstance(value, Mapping):
-        result: Any = copy.copy(value)
-        for key in value:
-            result[key] = deeper(value[key])
-        return result
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(deeper, value))
-    if type(value) in (list, tuple):
-        if strings and len(value) == samples and all(isinstance(v, str | bytes | int | float) for v in value):
-            return strings(value)
-        return type(value)(map(deeper, value))
+        return list(value.items())
+    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        return list(enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: deeper(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **fields)
-    return function(value)
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+    return None
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    children = _children(value)
+    if children is None:
+        yield path, value
+    else:
+        for key, child in children:
+            yield from _leaves(child, (*path, key))
+
+
+def _lengths(batch: Any) -> tuple[set[int], set[int]]:
+    """Lengths of dimension 0 of all tensors, and of all lists but the outermost."""
+    tensors: set[int] = set()
+    lists: set[int] = set()
+
+    def look(value: Any, outermost: bool) -> None:
+        if isinstance(value, Tensor) and value.dim():
+            tensors.add(value.shape[0])
+        if type(value) in (list, tuple) and not outermost:
+            lists.add(len(value))
+        for _, child in _children(value) or ():
+            look(child, False)
+
+    look(batch, True)
+    return tensors, lists
+
+
+def _map(function: Callable[[Path, Any], Any], value: Any, path: Path, whole: set[Path]) -> Any:
+    """A copy of a batch with a function applied to its leaves, and to the lists whose paths are in `whole`."""
+    children = None if path in whole else _children(value)
+    if children is None:
+        return function(path, value)
+    new = {key: _map(function, child, (*path, key), whole) for key, child in children}
+    if isinstance(value, Mapping):
+        try:
+            result: Any = copy.copy(value)
+            for key, child in new.items():
+                result[key] = child
+            return result
+        except TypeError:  # one that can't be changed
+            return new
+    if type(value) in (list, tuple):
+        return type(value)(new.values())
+    if isinstance(value, tuple):
+        return type(value)(*new.values())
+    replaced = copy.copy(value)
+    for key, child in new.items():
+        object.__setattr__(replaced, key, child)
+    return replaced
+
+
+def _described(batch: Any) -> str:
+    lengths = sorted({leaf.shape[0] for _, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()})
+    plain = (Tensor, str, bytes, int, float, bool, complex, type(None))
+    unknown = sorted({type(leaf).__name__ for _, leaf in _leaves(batch) if not isinstance(leaf, plain)})
+    found = f"tensors with dimension 0 of sizes {lengths}" if lengths else "no tensors"
+    return found + (f" and objects of kind {', '.join(unknown)}" if unknown else "")

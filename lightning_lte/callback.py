@@ -24,37 +24,19 @@ class LTECallback(Callback):
 
     def __init__(self) -> None:
         self._logged = 0
-        self._resumes_mid_epoch = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        from lightning_lte.strategy import LTEStrategy
-
-        if not isinstance(trainer.strategy, LTEStrategy):
+        # By name, as the strategy imports this module.
+        kinds = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+        if stage == "fit" and "LTEStrategy" not in kinds:
             raise TypeError(
                 f"LTECallback watches LTEStrategy; received a Trainer with {type(trainer.strategy).__name__}. Give"
                 " Trainer(strategy=LTEStrategy(...)), or leave the callback out."
             )
-        # The norms of a merge cost time, and nobody sees them without a logger.
-        trainer.strategy.measure = bool(trainer.loggers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = _strategy(trainer)
-        self._logged = strategy.explorer.merges if strategy.explorer else 0
-        if strategy.resumed:
-            strategy.restore_generators()
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            self._resumes_mid_epoch = progress.current.ready > 0 and not progress.is_last_batch
-            fetcher = trainer.fit_loop._data_fetcher
-            if not self._resumes_mid_epoch and fetcher is not None:
-                # A loader draws from the random stream when its iterator is made. Lightning has made the first one
-                # already; the uninterrupted run made it here.
-                iter(fetcher)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._resumes_mid_epoch:
-            # Once more, after the loader's own draws.
-            self._resumes_mid_epoch = False
-            _strategy(trainer).restore_generators()
+        explorer = _strategy(trainer).explorer
+        self._logged = explorer.merges if explorer else 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,7 +46,7 @@ class LTECallback(Callback):
             return
         # The callbacks that come after this one see the user's own parameters in the optimizers.
         explorer.rest()
-        pl_module.log("merges", float(explorer.merges), prog_bar=True, logger=False)
+        pl_module.log("lte/merges", float(explorer.merges), prog_bar=True, logger=False)
         self._log_merge(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,50 +7,43 @@ differ between heads or devices have these as dimension 0, over all devices in t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lte.report import listed
 
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
+    from lightning_lte.heads import Factors
+    from lightning_lte.transport import Transport
 
 VERSION = 1
 
 State = dict[str, Any]
 
 
-def gather_state(explorer: Explorer, local: State) -> State | None:
+def gather_state(local: State, transport: Transport) -> State | None:
     """Everything of all devices, on rank 0; None on the others. A collective: every device has to call it.
 
     Args:
-        explorer: whose state it is.
         local: this device's `local_state`.
+        transport: to the other devices.
     """
-    gathered = explorer.transport.gather(local)
+    gathered = transport.gather(local)
     if gathered is None:
         return None
-    first = gathered[0]
+    parts = {key: [own[key] for own in gathered] for key in local}
     return {
-        "version": VERSION,
-        "heads": explorer.config.heads,
-        "devices": explorer.transport.world_size,
-        "after_merge": explorer.config.after_merge,
-        # One head on its own proves nothing for several.
-        "execution": explorer.execution if explorer.count > 1 else "auto",
-        "clocks": first["clocks"],
-        "made_replicas": first["made_replicas"],
-        "weights": first["weights"],
-        "remainders": first["remainders"],
-        "factors": _joined([own["factors"] for own in gathered]),
-        "replicas": _joined([own["replicas"] for own in gathered]),
-        "optimizers": [_joined(list(each)) for each in zip(*(own["optimizers"] for own in gathered), strict=True)],
-        "buffers": [own["buffers"] for own in gathered],
-        "generators": [own["generators"] for own in gathered],
+        **gathered[0],
+        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics")},
+        "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
+        "buffers": parts["buffers"],
+        "generators": parts["generators"],
     }
 
 
@@ -60,6 +53,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the state is of other heads, ranks, targets or a newer version.
     """
+    _check_shape(state)
     lost = {name: why for name, why in state["made_replicas"].items() if name not in explorer.made_replicas}
     _check(explorer, state, lost)
     if lost:
@@ -84,6 +78,8 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
         for replica in explorer.injection.replicas:
             own = mine(state["replicas"][replica.name]["value"], len(replica.copies))
             replica.trained.copy_(own if replica.stack is not None else own[0])
+        statistics = state["statistics"].items()
+        explorer.statistics.load_rows({name: mine(saved["value"], explorer.count) for name, saved in statistics})
         buffers = dict(explorer.module.named_buffers())
         for name, value in state["buffers"][min(transport.rank, len(state["buffers"]) - 1)].items():
             if name in buffers:
@@ -96,7 +92,8 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
             if param is None:
                 continue
             copies = explorer.count if param in stacked else 1
-            state_here = {key: _restored(param, value, mine, copies) for key, value in fields.items()}
+            state_here = {key: _restored(param, value, copies, mine) for key, value in fields.items()}
+            _place_step(optimizer, param, state_here)
             explorer.substitution.set_state(optimizer, param, state_here)
     explorer.guard.accept_writes()
 
@@ -149,7 +146,7 @@ def set_generators(state: Mapping[str, Any]) -> None:
 
 
 def local_state(explorer: Explorer) -> State:
-    """What this device holds."""
+    """What this device holds; on one device, all that `scatter_state` needs."""
     injection, rank = explorer.injection, explorer.transport.rank
     stacked = explorer.per_head
     optimizers = []
@@ -163,12 +160,20 @@ def local_state(explorer: Explorer) -> State:
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     return {
+        "version": VERSION,
+        "heads": explorer.config.heads,
+        "devices": explorer.transport.world_size,
+        "after_merge": explorer.config.after_merge,
+        "optimizer_kinds": [type(optimizer).__name__ for optimizer in explorer.optimizers],
+        # One head on its own proves nothing for several.
+        "execution": explorer.execution if explorer.count > 1 else "auto",
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None} if rank == 0 else {},
         "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
         "replicas": {replica.name: {"value": replica.copies.cpu()} for replica in injection.replicas},
+        "statistics": {name: {"value": rows} for name, rows in explorer.statistics.rows().items()},
         "optimizers": optimizers,
         # On one device the state_dict has them.
         "buffers": {n: b.detach().cpu() for n, b in explorer.module.named_buffers()} if several else {},
@@ -176,44 +181,104 @@ def local_state(explorer: Explorer) -> State:
     }
 
 
-def _factor_tensors(factors: Any) -> dict[str, Tensor]:
+def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
     named = {"A": factors.A, "B": factors.B, "anchor_A": factors.anchor_A, "anchor_B": factors.anchor_B}
     return {key: tensor for key, tensor in named.items() if tensor is not None}
 
 
-def _saved(param: nn.Parameter, value: Any, stacked: bool) -> Any:
-    if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
-        return value.detach().cpu() if stacked else value.detach().cpu().unsqueeze(0)
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _restored(param: nn.Parameter, value: Any, mine: Any, copies: int) -> Any:
+def _saved(param: nn.Parameter, value: Any, per_head: bool) -> Any:
+    """One entry of an optimizer's state: a tensor says whose its rows are, all else is kept as it is."""
     if not isinstance(value, Tensor):
         return value
-    if value.dim() and value.shape[-param.dim() :] == param.shape and value.dim() == param.dim() + 1:
-        return mine(value, 1)[0].to(param.device)
-    if value.dim() == param.dim() and value.shape[1:] == param.shape[1:] and copies == param.shape[0]:
-        return mine(value, copies).to(param.device).clone()
-    return value.clone()
+    value = value.detach().cpu()
+    # The factors of some optimizers' moments have the heads as dimension 0, too.
+    if per_head and value.dim() == param.dim() and value.shape[0] == param.shape[0]:
+        return {"heads": value}
+    return {"devices": value.unsqueeze(0)}
+
+
+def _restored(param: nn.Parameter, value: Any, copies: int, rows: Callable[[Tensor, int], Tensor]) -> Any:
+    """The inverse of `_saved`, for this device's heads."""
+    if not isinstance(value, Mapping):
+        return value
+    [(whose, saved)] = value.items()
+    if whose == "heads":
+        return rows(saved, copies).to(param.device).clone()
+    own = rows(saved, 1)[0] if saved.dim() > 1 or saved.is_floating_point() else saved[0]
+    # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
+    return own.clone() if own.dim() == 0 and param.dim() else own.to(param.device).clone()
+
+
+def _place_step(optimizer: Optimizer, param: nn.Parameter, state: State) -> None:
+    """Fused and capturable optimizers keep their count of steps on the parameter's device, as load_state_dict knows."""
+    group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
+    if isinstance(state.get("step"), Tensor) and (group.get("fused") or group.get("capturable")):
+        state["step"] = state["step"].to(device=param.device, dtype=torch.float32)
 
 
 def _joined(parts: Sequence[State]) -> State:
-    """Concatenate along dimension 0 the tensors that have one; keep rank 0's of all else."""
+    """Put the rows of all devices below each other; keep rank 0's of what has none."""
     joined: State = {}
     for name in parts[0]:
         joined[name] = {}
         for key, value in parts[0][name].items():
-            tensors = [part[name][key] for part in parts if name in part]
-            joined[name][key] = torch.cat(tensors) if isinstance(value, Tensor) and value.dim() else value
+            found = [part[name][key] for part in parts if name in part]
+            if isinstance(value, Mapping):
+                value = {whose: torch.cat([own[whose] for own in found]) for whose in value}
+            elif isinstance(value, Tensor):
+                value = torch.cat(found)
+            joined[name][key] = value
     return joined
 
 
-def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]) -> None:
-    if state.get("version", 0) > VERSION:
+def _check_shape(state: Mapping[str, Any]) -> None:
+    """Raise if what a checkpoint has for heads is damaged.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if isinstance(version, int) and version > VERSION:
         raise ValueError(
-            f"This version of lightning-lte reads heads of version {VERSION}; the checkpoint has version"
-            f" {state['version']}. Update lightning-lte."
+            f"This version of lightning-lte reads heads of version {VERSION}; the checkpoint has version {version}."
+            " Update lightning-lte."
         )
+    try:
+        assert version == VERSION, f"version {version!r}"
+        heads, devices = state["heads"], state["devices"]
+        for name, weight in state["weights"].items():
+            factors = state["factors"][name]
+            keys = {"A", "B"} if state["after_merge"] == "reset" else {"A", "B", "anchor_A", "anchor_B"}
+            assert set(factors) == keys, f"factors of {name}"
+            assert all(len(rows) == heads for rows in factors.values()), f"factors of {name}"
+            assert all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}"
+        for name, replica in state["replicas"].items():
+            assert len(replica["value"]) in (heads, devices), f"replica {name}"
+        for optimizer in state["optimizers"]:
+            for name, fields in optimizer.items():
+                for value in fields.values():
+                    rows = value.items() if isinstance(value, Mapping) else ()
+                    assert all(len(r) == (heads if w == "heads" else devices) for w, r in rows), f"moments of {name}"
+        for clock in state["clocks"]:
+            assert all(isinstance(clock[key], int) for key in ("step", "merges", "last_merge")), "clocks"
+        for key in (
+            "made_replicas",
+            "statistics",
+            "remainders",
+            "buffers",
+            "generators",
+            "execution",
+            "optimizer_kinds",
+        ):
+            assert key in state, key
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"What the checkpoint has for heads is damaged ({type(error).__name__}: {error}). Load its weights and"
+            ' start fresh heads: model.load_state_dict(torch.load(path)["state_dict"]), then fit without ckpt_path.'
+        ) from error
+
+
+def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]) -> None:
     config = explorer.config
     here = {
         f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)}
@@ -226,8 +291,9 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"heads={state['heads']} there, heads={config.heads} here")
     if state["after_merge"] != config.after_merge:
         problems.append(f"after_merge={state['after_merge']!r} there, after_merge={config.after_merge!r} here")
-    if len(state["optimizers"]) != len(explorer.optimizers):
-        problems.append(f"{len(state['optimizers'])} optimizers there, {len(explorer.optimizers)} here")
+    kinds = [type(optimizer).__name__ for optimizer in explorer.optimizers]
+    if state["optimizer_kinds"] != kinds:
+        problems.append(f"optimizers {', '.join(state['optimizer_kinds'])} there, {', '.join(kinds)} here")
     only_there, only_here = [n for n in there if n not in here], [n for n in here if n not in there]
     if only_there:
         problems.append(f"factored there and not here: {listed(only_there)}")

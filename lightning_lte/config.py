@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from lightning_lte.schedule import MergeSchedule, as_schedule
 
@@ -42,8 +44,7 @@ class LTEConfig:
             "step" averages their gradients at every step, "freeze" leaves them as they are.
         init: how A starts: "orthogonal" (semi-orthogonal, scaled by sqrt(in / r) as the released code does),
             "kaiming" or "xavier" (normal).
-        seed: heads are drawn from (seed, module name, head number). None means the seed of Lightning's
-            `seed_everything` if that was called, else 0.
+        seed: heads are drawn from (seed, module name, head number).
         execution: how several local heads share a device: "batched", "sequential", or "auto", which takes batched
             where it is proved right on the first batch.
 
@@ -69,10 +70,12 @@ class LTEConfig:
     split: Mapping[str, int] = field(default_factory=dict)
     replicas: ReplicaPolicy = "merge"
     init: Init = "orthogonal"
-    seed: int | None = None
+    seed: int = 0
     execution: Execution = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("heads", "merge_every", "rank", "alpha", "reset_moments", "seed"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
         _check_count("rank", self.rank, "rank=16")
         as_schedule(self.merge_every)
@@ -93,15 +96,18 @@ class LTEConfig:
                     "target_modules must name at least one module; received an empty list."
                     " Leave it out to factor every layer that can be."
                 )
-        object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules or ()))
+        excluded = () if self.exclude_modules is None else self.exclude_modules
+        object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", excluded))
         for name in ("rank_pattern", "alpha_pattern", "split"):
-            pattern = getattr(self, name) or {}
+            pattern = getattr(self, name)
+            pattern = {} if pattern is None else pattern
             if not isinstance(pattern, Mapping):
                 raise TypeError(
                     f"{name} must map patterns of module names to values; received {pattern!r}."
                     f" Give a dict such as {name}={{'fc1': 8}}."
                 )
             _patterns(name, list(pattern))
+            pattern = {key: _plain(value) for key, value in pattern.items()}
             for key, value in pattern.items():
                 if name != "alpha_pattern":
                     example = "rank_pattern={'fc1': 8}" if name == "rank_pattern" else "split={'qkv': 3}"
@@ -112,10 +118,8 @@ class LTEConfig:
         _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
         _check_choice("init", self.init, get_args(Init))
         _check_choice("execution", self.execution, get_args(Execution))
-        if self.seed is None:
-            object.__setattr__(self, "seed", int(os.environ.get("PL_GLOBAL_SEED", "0")))
-        elif isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number or None; received {self.seed!r}. Give seed=0, for instance.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
 
     def local_heads(self, world_size: int) -> int:
         """Heads per device, n = N / world_size.
@@ -182,6 +186,11 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return patterns
 
 
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _check_count(name: str, value: Any, example: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number; received {value!r}. Give {example}, for instance.")
@@ -192,7 +201,7 @@ def _check_count(name: str, value: Any, example: str) -> None:
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number; received {value!r}. Leave it out for a scale of 2.")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf or (isinstance(value, int) and value > sys.float_info.max):
         raise ValueError(f"{name} must be finite and above 0; received {value}. Leave it out for a scale of 2.")
 
 

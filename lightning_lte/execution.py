@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lte import batch as batches
 from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
 
@@ -16,7 +15,7 @@ from lightning_lte.proof import reason_against_batched
 _FIRST_BATCH_TIMEOUT_S = 1800.0
 
 
-def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
+def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any] | None) -> None:
     """Prove on a first batch that one forward may serve all local heads, or have them take turns from now on.
 
     Devices see different batches; where the proof fails on one of them, heads take turns on all.
@@ -25,18 +24,19 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
         explorer: with several local heads.
         step: the user's: takes a batch and returns the loss, or a mapping that has it under "loss".
         batch: a real one, on the device.
+        parts: its slices, of one size, one for each local head; None if it has none.
     """
-    samples = batches.size(batch)
-    if samples % explorer.count:
-        reason: str | None = f"a batch of {samples} can't be split evenly over {explorer.count} heads"
+    if parts is None:
+        reason: str | None = f"the first batch can't be split evenly over {explorer.count} heads"
     else:
         reason = reason_against_batched(
             explorer.module,
             lambda part: _loss(step(part)),
             batch,
-            batches.split(batch, explorer.count),
+            parts,
             explorer.heads,
             explorer.head,
+            explorer.per_head,
         )
     verdict = "batched" if reason is None else "sequential"
     agreed = explorer.transport.agree(verdict, _FIRST_BATCH_TIMEOUT_S)
@@ -46,10 +46,15 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> None:
         explorer.go_sequential(reason or "the proof on the first batch failed on another device")
 
 
-def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:
-    """Run the user's step once for each local head, on its slice of the batch; see `combined` for the result."""
+def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
+    """Run the user's step once for each local head, on its part of the batch; see `combined` for the result."""
+    if len(parts) != explorer.count:
+        raise ValueError(
+            f"A batch is split into one part for each of the {explorer.count} local heads; received {len(parts)} parts."
+            " Return as many from split_batch(batch, heads)."
+        )
     outputs = []
-    for head, part in enumerate(batches.split(batch, explorer.count)):
+    for head, part in enumerate(parts):
         with explorer.head(head):
             output = step(part)
         loss = _loss(output)
@@ -63,26 +68,36 @@ def combined(outputs: Sequence[Any]) -> Any:
     """One output from those of all local heads.
 
     The loss is their mean. Other tensors of a mapping are concatenated along dimension 0, or stacked if they are
-    scalars; what else there is comes as a list.
+    scalars; what else there is comes as a list. An output that can't have a loss is left to whoever asks for it.
 
     Raises:
-        RuntimeError: some heads have a loss and some have none.
+        RuntimeError: some heads have a loss and some have none, or it is not a scalar.
     """
+    first = outputs[0]
+    if isinstance(first, Mapping) and "loss" not in first:
+        return first
     losses = [_loss(output) for output in outputs]
     if all(loss is None for loss in losses):
-        return None
+        return first
     if any(loss is None for loss in losses):
         raise RuntimeError(
             "training_step must return a loss for every head of a device or for none; received None for heads"
             f" {[head for head, loss in enumerate(losses) if loss is None]} of {len(losses)}. Return a loss of zero for"
             " slices to be skipped, or use one head per device."
         )
-    loss = torch.stack([torch.as_tensor(own) for own in losses]).mean()
-    if not isinstance(outputs[0], Mapping):
+    if not all(isinstance(loss, Tensor) for loss in losses):
+        return first
+    shapes = {tuple(loss.shape) for loss in losses}
+    if any(loss.numel() != 1 for loss in losses):
+        raise RuntimeError(
+            f"The loss that training_step returns must be a scalar; received shapes {sorted(shapes)}. Take its mean."
+        )
+    loss = torch.stack([own.reshape(()) for own in losses]).mean()
+    if not isinstance(first, Mapping):
         return loss
     together: dict[str, Any] = {}
-    for key in outputs[0]:
-        together[key] = values = [output[key] for output in outputs]
+    for key in first:
+        together[key] = values = [output.get(key) for output in outputs]
         if all(isinstance(value, Tensor) for value in values):
             together[key] = torch.cat(values) if values[0].dim() else torch.stack(values)
     return {**together, "loss": loss}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,10 +20,11 @@ from lightning_lte.injection import inject
 from lightning_lte.merge import MergeRecord
 from lightning_lte.optimizers import check_optimizers
 from lightning_lte.report import Report, listed
+from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.schedule import as_schedule
 from lightning_lte.substitution import Substitution
 from lightning_lte.transport import Transport
-from lightning_lte.trial import Trial
+from lightning_lte.trial import WRITTEN, Trial
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
@@ -86,6 +88,15 @@ class Explorer:
                 self._trained_by.setdefault(param, number)
         first = self.transport.rank * self.count
         self.injection = inject(module, list(self._trained_by), config, count=self.count, first=first)
+        try:
+            self._set_up(module)
+        except BaseException:
+            self.injection.eject()
+            if hasattr(self, "substitution"):
+                self.substitution.undo()
+            raise
+
+    def _set_up(self, module: nn.Module) -> None:
         self._names = {p: n for n, p in module.named_parameters()}
         kept = {*self.injection.factors, *(replica.param for replica in self.injection.replicas)}
         self._frozen = [p for p in self._trained_by if p not in kept]
@@ -94,6 +105,9 @@ class Explorer:
         self._note_optimizers()
         self._scaled: set[nn.Parameter] = set()
         self._scale_gradients()
+        self.statistics = RunningStatistics(module)
+        if self.execution == "sequential":
+            self.statistics.split(self.count)
         self.guard = Guard(self._watched())
         for f in self.injection.factors.values():
             f.trial = Trial(f.weight)
@@ -101,6 +115,7 @@ class Explorer:
         self.clocks = [Clock() for _ in self.optimizers]
         self.last_record: MergeRecord | None = None
         self.merging = False
+        self._begun = self._starved_known = self._averaged = False
 
     @property
     def report(self) -> Report:
@@ -129,15 +144,22 @@ class Explorer:
 
     @contextmanager
     def heads(self) -> Iterator[None]:
-        """Let all local heads act in forwards inside the block, each on its slice of dimension 0."""
+        """Let all local heads act in forwards inside the block, each on its slice of dimension 0.
+
+        Whether that is right for a module, `execution.decide` can prove.
+        """
         with self.injection.switch.at("all" if self.count > 1 else 0):
             yield
 
     @contextmanager
     def head(self, index: int) -> Iterator[None]:
         """Let one local head act alone in forwards inside the block, with its own replicas."""
-        with self.injection.switch.at(index), self.injection.replicas.of_head(index):
-            yield
+        with self.injection.switch.at(index):
+            self._select(index)
+            try:
+                yield
+            finally:
+                self._select(None)
 
     def follow_backward(self, loss: Tensor, index: int) -> None:
         """Let a local head act while its loss's graph runs backward, where activation checkpointing runs forwards.
@@ -148,7 +170,7 @@ class Explorer:
 
         def enter(_: Tensor) -> None:
             self.injection.switch.position = index
-            self.injection.replicas.select(index)
+            self._select(index)
 
         loss.register_hook(enter)
 
@@ -159,11 +181,17 @@ class Explorer:
             with self.injection.switch.at(self.injection.switch.position):
                 yield
         finally:
-            self.injection.replicas.select(None)
+            self._select(None)
 
     def act(self) -> None:
-        """Show the optimizers what they train. New in their groups: what came there since is trained as a replica."""
+        """Show the optimizers what they train. What came into their groups since is trained as a replica.
+
+        The first time, the module's parameters are taken as they are now: hooks before training may have loaded them.
+        """
         self.substitution.act()
+        if not self._begun:
+            self._begun = True
+            self._take_weights(self.guard.changed())
         for number, optimizer in enumerate(self.optimizers):
             for param in _params(optimizer):
                 if param not in self._trained_by and param not in self.per_head:
@@ -190,10 +218,16 @@ class Explorer:
         self.injection.replicas.collect_gradients()
         if synchronise and settle:
             self.settle()
+        if not self._is_settling:
+            self._check_writes()
         self.guard.check_uses()
-        self.guard.check_starved()
+        if len(self.optimizers) == 1 and not self._starved_known:
+            # With several optimizers, a backward of one says nothing of what the others train.
+            self._starved_known = True
+            self.guard.check_starved()
         if self.config.replicas == "step" and synchronise:
             self.injection.replicas.average_gradients(self.transport)
+            self._averaged = True
 
     def settle(self) -> None:
         """In the first two steps of every optimizer, take heads away from what turns out to be no good for them.
@@ -209,6 +243,7 @@ class Explorer:
         reasons = self.transport.union(self.guard.found(), _SETTLING_TIMEOUT_S)
         if not reasons:
             return
+        reasons = self._with_neighbours(reasons)
         self.make_replicas(reasons)
         if self.transport.rank == 0:
             by_reason: dict[str, list[str]] = {}
@@ -217,17 +252,45 @@ class Explorer:
             why = "; ".join(f"{listed(names)} ({reason})" for reason, names in by_reason.items())
             warnings.warn(f"Trained without heads, as replicas: {why}.", stacklevel=2)
 
-    def clip_grad_norm_(self, max_norm: float, optimizer: Optimizer | None = None) -> Tensor:
+    def before_step(self) -> None:
+        """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
+        self.injection.replicas.collect_gradients()
+        self.settle()
+        if self.config.replicas == "step" and not self._averaged:
+            self.injection.replicas.average_gradients(self.transport)
+
+    def trained_for(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """What is trained in place of parameters of the user's: factors, replicas, or they themselves."""
+        stacks = {replica.param: replica.trained for replica in self.injection.replicas}
+        trained: list[nn.Parameter] = []
+        for param in params:
+            f = self.injection.factors.get(param)
+            trained += [stacks.get(param, param)] if f is None else [f.A, f.B]
+        return trained
+
+    def trains_in_place_of(self, params: Iterable[nn.Parameter]) -> bool:
+        """Whether something else is trained in place of any of these."""
+        params = list(params)
+        trained = self.trained_for(params)
+        return len(trained) != len(params) or any(a is not b for a, b in zip(trained, params, strict=True))
+
+    def clip_grad_norm_(
+        self, max_norm: float, optimizer: Optimizer | None = None, params: Iterable[nn.Parameter] | None = None
+    ) -> Tensor:
         """Clip each local head's gradient by its own 2-norm; returns the (n,) norms before.
 
         Args:
             max_norm: the largest norm of a head.
             optimizer: whose parameters; None for all.
+            params: parameters of the user's; None for all that the optimizer holds.
         """
-        chosen = self.optimizers if optimizer is None else [optimizer]
-        params = [p for opt in chosen for p in self.substitution.held(opt).values()]
+        if params is not None:
+            trained = self.trained_for(params)
+        else:
+            chosen = self.optimizers if optimizer is None else [optimizer]
+            trained = [p for opt in chosen for p in self.substitution.held(opt).values()]
         return clip_grad_norm_(
-            params, self.per_head, max_norm, self.count, self.transport, synchronised=self.config.replicas == "step"
+            trained, self.per_head, max_norm, self.count, self.transport, synchronised=self.config.replicas == "step"
         )
 
     def step(self, optimizer: Optimizer | None = None, measure: bool = True) -> MergeRecord | None:
@@ -238,14 +301,21 @@ class Explorer:
             measure: whether a merge computes what `MergeRecord` calls norm and disagreement.
 
         Raises:
+            ValueError: with several optimizers, none was named.
             RuntimeError: something else than a merge wrote to a factored weight.
             FloatingPointError: a merge found no finite head.
         """
+        if optimizer is None and len(self.optimizers) > 1:
+            raise ValueError(
+                f"With several optimizers each has a clock of its own; received a step of none of the"
+                f" {len(self.optimizers)}. Give explorer.step(optimizer)."
+            )
         number = 0 if optimizer is None else self.optimizers.index(optimizer)
         clock = self.clocks[number]
+        self._averaged = False
         if not self._is_settling:
             self.guard.check_uses()
-            self.guard.check_writes()
+            self._check_writes()
         hidden = self.per_head
         for param in self.substitution.held(self.optimizers[number]).values():
             # Code that zeroes the gradients of module.parameters() would not reach these.
@@ -261,11 +331,15 @@ class Explorer:
             return self._merge(number, measure)
         return None
 
-    def merge(self, measure: bool = True) -> MergeRecord:
+    def merge(self, measure: bool = True, everything: bool = False) -> MergeRecord:
         """Merge now. A collective: every device has to call it.
 
         With several optimizers, what each of them trains is merged if it made a step since its last merge; or all, if
         none did.
+
+        Args:
+            measure: whether to compute what `MergeRecord` calls norm and disagreement.
+            everything: merge what all optimizers train, which devices have to that stopped at different steps.
 
         Returns:
             The record of the last of these merges.
@@ -273,7 +347,7 @@ class Explorer:
         Raises:
             RuntimeError, FloatingPointError: see `step`.
         """
-        numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged]
+        numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         for number in numbers or range(len(self.clocks)):
             record = self._merge(number, measure)
         return record
@@ -286,6 +360,8 @@ class Explorer:
 
     def close(self) -> None:
         """Give the module and the optimizers back without a merge. `state_dict` stays available."""
+        if self._closed is not None:
+            return
         self._closed = checkpoint.local_state(self)
         self.injection.eject()
         self.substitution.undo()
@@ -298,6 +374,7 @@ class Explorer:
         """
         if self.execution != "sequential" or any(r.stack is None for r in self.injection.replicas):
             self.injection.split_replicas()
+            self.statistics.split(self.count)
             self.substitution.replace(self._replacements())
             self._scale_gradients()
             self.guard.watch(self._watched())
@@ -330,6 +407,7 @@ class Explorer:
             raise RuntimeError(
                 f"LTE needs at least one weight that can be factored; none is left after the first steps, as all are"
                 f" used or written elsewhere: {why}. Train this module with another strategy."
+                + ("" if any(f.took_part for f in chosen) else " (Forwards have to run inside `explorer.heads()`.)")
             )
         if self.unmerged:
             merge.add_mean_deltas(chosen, self.transport)
@@ -348,8 +426,12 @@ class Explorer:
 
     def state_dict(self) -> checkpoint.State | None:
         """All that is needed beside the module's and the optimizers' own state; see `checkpoint.gather_state`."""
-        local = self._closed or checkpoint.local_state(self)
-        return checkpoint.gather_state(self, local)
+        return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
+
+    def closed_state(self) -> checkpoint.State:
+        """This device's part of `state_dict` as it was when this was closed."""
+        assert self._closed is not None
+        return self._closed
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
@@ -361,13 +443,13 @@ class Explorer:
     def _merge(self, number: int, measure: bool) -> MergeRecord:
         """Merge what one optimizer trains."""
         if not self._is_settling:
-            self.guard.check_writes(look_at_bits=True)
+            self._check_writes(look_at_bits=True)
         clock = self.clocks[number]
         self.merging = True
         self.last_record = merge.merge(
             [f for f in self.injection.factors.values() if self._trained_by[f.weight] == number],
             self.injection.replicas.of(p for p, own in self._trained_by.items() if own == number),
-            self.module,
+            self.statistics,
             {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
             self.transport,
             self.config,
@@ -385,6 +467,49 @@ class Explorer:
         """Whether roles may still change: until every optimizer has made two steps, or one of them many."""
         steps = [clock.step for clock in self.clocks]
         return min(steps) < 2 and max(steps) < _SETTLING_STEPS
+
+    def _with_neighbours(self, reasons: dict[str, str]) -> dict[str, str]:
+        """Add the replicas of modules all of whose weights are written from outside.
+
+        Those of a momentum teacher may not change in the first steps, and are written all the same.
+        """
+        names = {weight: self._names[weight] for weight in self.injection.factors}
+        written = {names[w] for w, f in self.injection.factors.items() if reasons.get(f.name) == WRITTEN}
+        wholly = {
+            prefix
+            for name in written
+            for prefix in _prefixes(name)
+            if all(other in written for other in names.values() if other.startswith(prefix))
+        }
+        own = [r.name for r in self.injection.replicas if r.stack is not None and r.name not in reasons]
+        return {**reasons, **{n: WRITTEN for n in own if any(n.startswith(prefix) for prefix in wholly)}}
+
+    def _check_writes(self, look_at_bits: bool = False) -> None:
+        if self.guard.check_writes(look_at_bits):
+            warnings.warn(
+                "All weights were written from outside, as by loading others: heads go on from them, and what they had"
+                " learned since the last merge is gone.",
+                stacklevel=2,
+            )
+            self._take_weights({w.name for w in self._watched()})
+
+    def _take_weights(self, names: Collection[str]) -> None:
+        """Have heads go on from the user's parameters as they are now, for those that were written."""
+        with torch.no_grad():
+            for f in self.injection.factors.values():
+                if f.name in names:
+                    f.settle()
+                    if f.anchor_A is None:
+                        f.B.zero_()
+            for replica in self.injection.replicas:
+                if replica.name in names and replica.stack is not None:
+                    replica.stack.copy_(replica.param.expand_as(replica.stack))
+        self.guard.accept_writes()
+
+    def _select(self, head: int | None) -> None:
+        """Let the module show what one head has in place of its own replicas and running statistics."""
+        self.injection.replicas.select(head)
+        self.statistics.select(head)
 
     def _replacements(self) -> dict[nn.Parameter, dict[str, nn.Parameter]]:
         replacements: dict[nn.Parameter, dict[str, nn.Parameter]] = {param: {} for param in self._frozen}
@@ -423,3 +548,9 @@ class Explorer:
 
 def _params(optimizer: Optimizer) -> list[nn.Parameter]:
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _prefixes(name: str) -> list[str]:
+    """Names of the modules around a parameter, each with its dot: "a.b.weight" is in "a." and "a.b."."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) + "." for i in range(len(parts))]

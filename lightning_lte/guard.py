@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lte.heads import Factors
-from lightning_lte.report import listed
+from lightning_lte.report import excluding, listed
 from lightning_lte.trial import USED, WRITTEN, checksum
 
 
@@ -84,24 +84,35 @@ class Guard:
                 reasons[w.name] = reason
         return reasons
 
-    def check_writes(self, look_at_bits: bool = False) -> None:
-        """Raise if anyone but a merge wrote to a parameter, or put something else in its place.
+    def check_writes(self, look_at_bits: bool = False) -> bool:
+        """Raise if anyone but a merge wrote to some of the parameters, or put something else in their places.
 
         Args:
             look_at_bits: also where that went past autograd (`weight.data`).
+
+        Returns:
+            Whether all weights were written, as when a checkpoint is loaded or averaged weights are put in.
 
         Raises:
             RuntimeError: with the names.
         """
         changed = self._changed(look_at_bits)
         written = [w for w in self._watched if w.name in changed or w.module._parameters.get(w.key) is not w.param]
-        if written:
-            raise RuntimeError(
-                "Only merges may write to weights that heads train, and something else wrote to"
-                f" {listed([w.name for w in written])} (masks, normalisation, copies from another network,"
-                " re-initialisation and loading weights do so). Train it without heads:"
-                f" exclude_modules={sorted({w.module_name for w in written})!r}."
-            )
+        if not written:
+            return False
+        factored = {w.name for w in self._watched if w.factors is not None}
+        if factored <= changed and len(factored) > 1:
+            return True
+        raise RuntimeError(
+            "Only merges may write to weights that heads train, and something else wrote to"
+            f" {listed([w.name for w in written])} (masks, normalisation, copies from another network,"
+            " re-initialisation and loading weights do so). Train it without heads:"
+            f" {excluding(w.module_name for w in written)}."
+        )
+
+    def changed(self) -> set[str]:
+        """Names of parameters whose bits are not as they were accepted."""
+        return self._changed(look_at_bits=True)
 
     def check_uses(self) -> None:
         """Raise if a parameter got a gradient.
@@ -114,7 +125,7 @@ class Guard:
             raise RuntimeError(
                 "Heads act where a layer is called, and these weights got a gradient from a use elsewhere (tied to"
                 f" another layer, or used as a tensor): {listed([w.name for w in used])}. Train them without heads:"
-                f" exclude_modules={sorted({w.module_name for w in used})!r}."
+                f" {excluding(w.module_name for w in used)}."
             )
 
     def check_starved(self) -> None:
@@ -128,7 +139,7 @@ class Guard:
             warnings.warn(
                 f"The heads of {listed(starved)} took part in the first step, but got no gradient: they don't learn."
                 " If that is not meant, a custom autograd function may differentiate with respect to"
-                f" self.parameters() alone, which heads are not part of; then exclude_modules={starved!r}.",
+                f" self.parameters() alone, which heads are not part of; then {excluding(starved)}.",
                 stacklevel=2,
             )
 
@@ -139,10 +150,14 @@ class Guard:
                 w.factors.trial.accept_writes()
 
     def _changed(self, look_at_bits: bool) -> set[str]:
-        changed = {w.name for w in self._watched if w.param._version != w.version}
-        if look_at_bits:
-            sums = _checksums(self._watched)
-            changed |= {w.name for w, value in zip(self._watched, sums, strict=True) if w.checksum != value}
+        suspects = [w for w in self._watched if look_at_bits or w.param._version != w.version]
+        changed = set()
+        for w, value in zip(suspects, _checksums(suspects), strict=True):
+            if value != w.checksum:
+                changed.add(w.name)
+            else:
+                # Swapped out and in again, as averaged weights are for validation.
+                w.version = w.param._version
         return changed
 
 
@@ -153,7 +168,7 @@ def _checksums(watched: list[Watched]) -> list[int]:
     sums = [0] * len(watched)
     for indices in by_device.values():
         # One wait for the device, not one for each parameter.
-        found = torch.stack([checksum(watched[i].param, thorough=False) for i in indices]).tolist()
+        found = torch.stack([checksum(watched[i].param) for i in indices]).tolist()
         for i, value in zip(indices, found, strict=True):
             sums[i] = value
     return sums

@@ -126,28 +126,23 @@ class Factors:
 
         It depends on (seed, layer name, head number, merges) alone, and the user's random stream is left untouched.
         """
+        heads = range(self.first, self.first + self.count)
+        return torch.stack([self._draw_one(head, merges) for head in heads])
+
+    def _draw_one(self, head: int, merges: int) -> Tensor:
         m = self.matrices
-        drawn = torch.stack(
-            [
-                torch.randn(
-                    *m.lead,
-                    m.in_features,
-                    self.rank,
-                    generator=_generator(self.seed, self.name, head, merges),
-                    # The user's default dtype and device must not change what is drawn.
-                    dtype=torch.float32,
-                    device="cpu",
-                )
-                for head in range(self.first, self.first + self.count)
-            ]
-        )
+        generator = _generator(self.seed, self.name, head, merges)
+        # In float64 and one by one, so that rounding does not depend on where a head sits; and whatever the user's
+        # default dtype and device are.
+        shape = (*m.lead, m.in_features, self.rank)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if self.init == "orthogonal":
             drawn = torch.linalg.qr(drawn).Q * math.sqrt(m.in_features / self.rank)
         elif self.init == "kaiming":
             drawn = drawn * math.sqrt(2 / m.in_features)
         else:
             drawn = drawn * math.sqrt(2 / (m.in_features + self.rank))
-        return drawn.mT
+        return drawn.mT.to(torch.float32)
 
     def base(self) -> Tensor:
         """W for a forward: detached, but while its trial lasts."""

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.layers import headed_class
-from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave
+from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, made_class
 from lightning_lte.replicas import Replica, Replicas
 from lightning_lte.report import Entry, Report
 from lightning_lte.roles import Role, decide
@@ -105,12 +105,16 @@ class Injection:
 
     def _add_replica(self, role: Role, in_turn: bool) -> Replica:
         owner = role.owner
-        replica = Replica(role.name, role.param, list(role.owners))
+        # Hooks on a parameter, and sparse gradients, are of the user's own parameter alone.
+        hooked = bool(role.param._backward_hooks or role.param._post_accumulate_grad_hooks)
+        shared = hooked or getattr(owner.module, "sparse", False)
+        replica = Replica(role.name, role.param, list(role.owners), shared)
         self.replicas.add(replica)
         self.report.entry(role.name).copies = 1
-        if self._may_split(role.param):
+        if self._may_split(role.param) and not shared:
             known = isinstance(owner.layer, HeadedLayer) or headed_class(owner.layer) is not None
-            tells_apart = known and len(role.owners) == 1 and not self.config.excludes(*owner.names)
+            extensible = known and _extensible(owner.layer)
+            tells_apart = extensible and len(role.owners) == 1 and not self.config.excludes(*owner.names)
             if tells_apart or in_turn:
                 self._split(replica)
             if tells_apart:
@@ -125,6 +129,14 @@ class Injection:
     def _split(self, replica: Replica) -> None:
         replica.split(self.switch.count)
         self.report.entry(replica.name).copies = self.switch.count
+
+
+def _extensible(layer: nn.Module) -> bool:
+    headed = headed_class(layer)
+    try:
+        return isinstance(layer, HeadedLayer) or made_class(headed, type(layer)) is not None  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def inject(
@@ -156,7 +168,7 @@ def inject(
                 scale=config.scale_of(*owner.names),
                 count=count,
                 first=first,
-                seed=config.seed or 0,
+                seed=config.seed,
                 init=config.init,
                 keep=config.after_merge == "keep",
                 matrices=role.matrices,

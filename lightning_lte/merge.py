@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
-from lightning_lte.replicas import Replicas, merge_running_statistics
+from lightning_lte.replicas import Replicas
+from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
 
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -46,7 +47,7 @@ class MergeRecord:
 def merge(
     factors: Sequence[Factors],
     replicas: Replicas,
-    module: nn.Module,
+    statistics: RunningStatistics,
     states: States,
     transport: Transport,
     config: LTEConfig,
@@ -60,7 +61,7 @@ def merge(
     Args:
         factors: of the weights to merge.
         replicas: to merge with them.
-        module: whose running statistics are averaged.
+        statistics: running statistics to average.
         states: of the optimizers, by what they train; a reset or a restart changes moments.
         transport: to the other devices.
         config: the user's choices.
@@ -105,7 +106,7 @@ def merge(
         replicas.merge(transport, good, good_total)
         if restarted:
             _restart_replicas(replicas, states, bad)
-    merge_running_statistics(module, transport)
+    statistics.merge(transport)
 
     norm = disagreement = None
     if measure:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,38 +28,57 @@ def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
                 f"LTE trains with torch optimizers; received {optimizer!r}. Return a torch.optim.Optimizer."
             )
         name = type(optimizer).__name__
-        if isinstance(optimizer, LBFGS) or name == "Muon" or (count > 1 and not acts_per_element(optimizer)):
+        if name == "Muon":
+            raise ValueError(
+                "The factors of heads are not the matrices that Muon was made for, which orthogonalises the update of a"
+                " whole weight; received Muon. Choose an optimizer that updates each element by itself, such as AdamW."
+            )
+        if count > 1 and (isinstance(optimizer, LBFGS) or not acts_per_element(optimizer)):
             raise ValueError(
                 f"With {count} heads on a device the optimizer must update each element by itself, as SGD, Adam, AdamW"
-                f" and Adagrad do; received {name}, which mixes them. Choose another optimizer"
-                + (", or one head per device." if count > 1 and name not in ("LBFGS", "Muon") else ".")
+                f" and Adagrad do; received {name}, which mixes them. Choose another optimizer, or one head per device."
             )
 
 
 def acts_per_element(optimizer: Optimizer) -> bool:
-    """Whether two matrices stacked in one parameter are updated as they are in two.
+    """Whether two matrices stacked in one parameter are updated as they are in two optimizers.
 
-    An optimizer of the same class and settings is tried on six random numbers. One that can't be made from its
-    settings alone gets the benefit of the doubt.
+    Twins of the optimizer, with the settings of each of its groups, are tried on random numbers. One that can't be
+    copied gets the benefit of the doubt.
     """
     generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(4, 2, 3, 4, generator=generator, dtype=torch.float64).unbind()
+    start, *gradients = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64).unbind()
     for gradient in gradients:
         gradient[1] *= 100  # so that norms over both matrices show
-    try:
-        stacked = _trained(optimizer, [start.clone()], [[g] for g in gradients])
-        single = _trained(optimizer, list(start.clone().unbind()), [list(g.unbind()) for g in gradients])
-    except Exception:
-        return True
-    return torch.allclose(stacked[0], torch.stack(single), rtol=1e-6, atol=1e-9)
+    for group in optimizer.param_groups:
+        try:
+            stacked = _trained(optimizer, group, start, gradients)
+            single = [_trained(optimizer, group, start[i], [g[i] for g in gradients]) for i in range(2)]
+        except Exception:
+            continue
+        if not torch.allclose(stacked, torch.stack(single), rtol=1e-6, atol=1e-9):
+            return False
+    return True
 
 
-def _trained(like: Optimizer, starts: list[Any], gradients: list[list[Any]]) -> list[torch.Tensor]:
-    params = [nn.Parameter(s) for s in starts]
-    constructor: Any = type(like)
-    twin: Optimizer = constructor(params, **like.defaults)
-    for step in gradients:
-        for param, gradient in zip(params, step, strict=True):
-            param.grad = gradient.clone()
+def _trained(like: Optimizer, group: Mapping[str, Any], start: torch.Tensor, gradients: list[Any]) -> torch.Tensor:
+    param = nn.Parameter(start.clone())
+    twin = _twin(like, group, param)
+    for gradient in gradients:
+        param.grad = gradient.clone()
         twin.step()
-    return [p.detach() for p in params]
+    return param.detach()
+
+
+def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Optimizer:
+    """An optimizer of the same class and settings over one parameter, with nothing of the user's in it."""
+    # Copied rather than constructed: arguments of constructors are not all kept in `defaults`. The users' parameters
+    # are not copied, but exchanged for the one given.
+    held = [p for own in like.param_groups for p in own["params"]]
+    memo: dict[int, Any] = {id(p): param for p in held}
+    memo.update({id(state): {} for state in like.state.values()})
+    twin: Optimizer = copy.deepcopy(like, memo)
+    twin.state.clear()
+    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    twin.param_groups[:] = [{**copy.deepcopy(settings), "params": [param]}]
+    return twin

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.layers.base import HeadedLayer
+from lightning_lte.rehearsal import Determined, untouched, without_zeros
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
@@ -27,6 +25,7 @@ def reason_against_batched(
     parts: Sequence[Any],
     heads: Callable[[], AbstractContextManager[None]],
     head: Callable[[int], AbstractContextManager[None]],
+    trained: Iterable[Tensor],
 ) -> str | None:
     """Why batched execution would be wrong for this module on this batch; None if it is proved right.
 
@@ -37,8 +36,9 @@ def reason_against_batched(
        and the layers before it compute the same in both ways.
     3. The loss of the batch is the mean of the losses of its slices.
 
-    The module runs in eval mode, once on the batch and once on each slice, which costs two forward
-    passes over the batch. Its parameters, buffers and plain attributes, and the random streams, are put back.
+    The module runs in the mode it is in, with every random draw replaced by a constant, once on the batch and once on
+    each slice, which costs two forward passes over the batch. What starts at zero is filled for the time, so that
+    nothing is hidden behind it. Whatever the step changes is put back; see `untouched`.
 
     Args:
         module: with heads.
@@ -47,13 +47,13 @@ def reason_against_batched(
         parts: its slices, one for each local head, in order.
         heads: a context in which all local heads act.
         head: a context in which one acts alone.
+        trained: factors and replicas of the heads.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
-        with untouched(module) as again:
-            module.eval()
+        with without_zeros([*module.parameters(), *trained]), untouched(module) as again, Determined():
             with heads():
                 seen, loss = _watch(module, partial(step, batch))
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)
@@ -70,10 +70,10 @@ def reason_against_batched(
                 return reason
     except Exception as error:
         return f"it could not be tried: {type(error).__name__}: {error}"
-    if loss is None or any(own is None for own in losses):
+    if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
         return "the step returned no loss on the first batch"
-    mean = torch.stack([own.detach().float() for own in losses if own is not None]).mean()
-    if not torch.isclose(loss.detach().float(), mean, rtol=tolerance, atol=1e-6):
+    mean = torch.stack([own.detach().float().reshape(()) for own in losses if own is not None]).mean()
+    if loss is not None and not torch.isclose(loss.detach().float().reshape(()), mean, rtol=tolerance, atol=1e-6):
         return (
             f"the loss of the batch ({float(loss):.6g}) is not the mean of the losses of the heads' slices"
             f" ({float(mean):.6g})"
@@ -121,84 +121,3 @@ def _compare_inputs(together: _Seen, alone: list[_Seen], tolerance: float) -> st
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     a, b = a.double(), b.double()
     return bool(((a - b).abs() <= tolerance * (b.abs() + b.square().mean().sqrt())).all())
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Undo what a block does to a module's attributes, buffers and modes and to the random streams.
-
-    Yields a function that does so at once, for a block that runs several times from the same start.
-    """
-    kept = [(m, m.training, _kept_attributes(m), _kept(m._buffers)) for m in module.modules()]
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    torch_stream, python_stream, numpy_stream = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    device_streams = [(d, torch.cuda.get_rng_state(d)) for d in devices]
-
-    @torch.no_grad()
-    def again() -> None:
-        for m, _, attributes, buffers in kept:
-            for key in set(m.__dict__) - set(attributes):
-                del m.__dict__[key]
-            m.__dict__.update({key: restore() for key, restore in attributes.items() if key != "training"})
-            buffers()
-        torch.set_rng_state(torch_stream)
-        random.setstate(python_stream)
-        np.random.set_state(numpy_stream)
-        for device, state in device_streams:
-            torch.cuda.set_rng_state(state, device)
-
-    try:
-        yield again
-    finally:
-        again()
-        for m, training, _, _ in kept:
-            m.training = training
-
-
-# PyTorch's registries: parameters, modules and hooks. Buffers are kept by themselves.
-_REGISTRIES = frozenset(vars(nn.Module()))
-
-
-def _kept_attributes(module: nn.Module) -> dict[str, Callable[[], Any]]:
-    return {
-        key: partial(_same, value) if key in _REGISTRIES else _kept(value) for key, value in module.__dict__.items()
-    }
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _kept(value: Any) -> Callable[[], Any]:
-    """A function that returns `value` as it is now: containers and tensors are put back in place, so that whoever else
-    holds them sees it too. Objects of other kinds are taken to be constant."""
-    if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter) or value.is_inference():
-            return partial(_same, value)
-        saved, version = value.detach().clone(), value._version
-        return lambda: value if value._version == version else value.copy_(saved)
-    if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict):
-        return partial(_refill_dict, value, {k: _kept(v) for k, v in value.items()})
-    if type(value) in (list, deque):
-        return partial(_refill_list, value, [_kept(v) for v in value])
-    if type(value) is set:
-        return partial(_refill_set, value, set(value))
-    return partial(_same, value)
-
-
-def _refill_dict(value: dict[Any, Any], items: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    value.clear()
-    value.update({k: restore() for k, restore in items.items()})
-    return value
-
-
-def _refill_list(value: Any, items: list[Callable[[], Any]]) -> Any:
-    value.clear()
-    value.extend(restore() for restore in items)
-    return value
-
-
-def _refill_set(value: set[Any], items: set[Any]) -> set[Any]:
-    value.clear()
-    value.update(items)
-    return value

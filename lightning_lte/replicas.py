@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -120,28 +119,27 @@ class Replicas:
         for replica in self._replicas:
             replica.collect_gradients()
 
-    @contextmanager
-    def of_head(self, head: int) -> Iterator[None]:
-        """Select a head's replicas inside a `with` block."""
-        self.select(head)
-        try:
-            yield
-        finally:
-            self.select(None)
-
     @torch.no_grad()
     def finite(self) -> Tensor | None:
-        """(n,) bool: whether a local head's replicas are finite; None without replicas."""
+        """(n,) bool: whether what a local head trains besides factors is finite; None if that is nothing."""
+        trained = [r for r in self._replicas if r.param.requires_grad and r.param.is_floating_point()]
         # The last dimension added is for parameters that have none.
-        checks = [r.copies.isfinite().unsqueeze(-1).flatten(1).all(1).expand(self.count) for r in self._replicas]
+        checks = [r.copies.isfinite().unsqueeze(-1).flatten(1).all(1).expand(self.count) for r in trained]
         return torch.stack(checks).all(0) if checks else None
 
     @torch.no_grad()
     def merge(self, transport: Transport, good: Tensor, good_total: int) -> None:
         """Replace every replica by the mean over the good heads of all devices, accumulated in float32 or better."""
-        sums = []
+        sums, merged = [], []
         for replica in self._replicas:
+            if not (replica.param.is_floating_point() or replica.param.is_complex()):
+                continue
+            if replica.stack is None and transport.world_size == 1:
+                continue  # its own mean
             wide = torch.promote_types(replica.param.dtype, torch.float32)
+            if not replica.param.requires_grad:
+                # Equal everywhere, unless users write to it; then the mean must not change a bit of it.
+                wide = torch.promote_types(wide, torch.float64)
             if replica.stack is None:
                 # Local heads share it, so it counts once for each of them.
                 total = replica.param.to(wide, copy=True) * good.sum()
@@ -150,8 +148,9 @@ class Replicas:
             else:
                 total = replica.stack[good].to(wide).sum(0)
             sums.append(total)
+            merged.append(replica)
         transport.sum_(sums)
-        for replica, total in zip(self._replicas, sums, strict=True):
+        for replica, total in zip(merged, sums, strict=True):
             replica.param.copy_(total / good_total)
             if replica.stack is not None:
                 replica.stack.copy_(replica.param.expand_as(replica.stack))
@@ -169,27 +168,3 @@ class Replicas:
         transport.sum_(gradients)
         for gradient in gradients:
             gradient /= transport.world_size
-
-
-@torch.no_grad()
-def merge_running_statistics(module: nn.Module, transport: Transport) -> None:
-    """Average the running statistics of normalisation layers over devices; without it every device keeps its own.
-
-    Those of a device whose activations were not finite are left out: they would spoil all others for good.
-    """
-    if transport.world_size == 1:
-        return
-    statistics = [
-        buffer
-        for layer in module.modules()
-        for key in ("running_mean", "running_var")
-        if (buffer := layer._buffers.get(key)) is not None and buffer.is_floating_point()
-    ]
-    if not statistics:
-        return
-    finite = torch.stack([buffer.isfinite().all() for buffer in statistics])
-    sums = [torch.where(ok, buffer, 0) for ok, buffer in zip(finite, statistics, strict=True)]
-    counts = finite.to(torch.float32)
-    transport.sum_([*sums, counts])
-    for buffer, total, count in zip(statistics, sums, counts, strict=True):
-        buffer.copy_(torch.where(count > 0, total / count, buffer))

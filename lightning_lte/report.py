@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -78,3 +78,9 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Names in a sentence; of many, the first few and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def excluding(names: Iterable[str]) -> str:
+    """The argument that takes modules out, as code."""
+    patterns = sorted({name if re.fullmatch(r"[\w.]+", name) else re.escape(name) for name in names})
+    return f"exclude_modules={patterns!r}"

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lte.config import LTEConfig, matches
 from lightning_lte.heads import Matrices
 from lightning_lte.layers import headed_class
+from lightning_lte.layers.base import made_class
 from lightning_lte.report import listed
 
 _BASES = (
@@ -166,6 +167,8 @@ def _role(
         return role("replica", "tied: shared by " + " and ".join(o.module_name or "the module" for o in owners))
     if twins:
         return role("replica", "tied: shares its storage with " + " and ".join(twins))
+    if param._backward_hooks or param._post_accumulate_grad_hooks:
+        return role("replica", "gradient hooks are registered on it")
     matrices = _matrices(owner, config)
     if isinstance(matrices, str):
         return role("replica", matrices)
@@ -184,6 +187,11 @@ def _role(
 
 def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:
     headed, parts = headed_class(owner.layer), config.parts_of(*owner.names)
+    if headed is not None:
+        try:
+            made_class(headed, type(owner.layer))
+        except TypeError as error:
+            return f"{type(owner.layer).__name__} can't be extended ({error})"
     if headed is not None:
         matrices = headed.matrices(owner.layer, owner.layer_key, parts)
         if isinstance(matrices, Matrices) or owner.layer_key != "bias":
@@ -217,6 +225,12 @@ def _check_made(params: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) 
         raise ValueError(
             f"Heads need the shapes of weights; received lazy parameters without one: {listed(lazy)}. Run one"
             " forward on a sample before `fit`, for instance at the end of __init__ or in configure_model."
+        )
+    inference = [names[p] for p in params if not is_lazy(p) and p.is_inference()]
+    if inference:
+        raise ValueError(
+            f"Weights must take part in autograd; received parameters made in inference mode: {listed(inference)}. Make"
+            " the module outside torch.inference_mode()."
         )
     meta = [names[p] for p in params if p.is_meta]
     if meta:

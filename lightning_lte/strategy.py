@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_lte import batch as batches
 from lightning_lte import checkpoint as checkpoints
 from lightning_lte import execution
+from lightning_lte.batch import Layout
 from lightning_lte.callback import LTECallback
+from lightning_lte.clipping import clipping_reaches_heads
 from lightning_lte.config import AfterMerge, Execution, Init, LTEConfig, ReplicaPolicy
 from lightning_lte.explorer import Explorer
 from lightning_lte.merge import MergeRecord
 from lightning_lte.report import Report
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport, destroy_at_exit
+from lightning_lte.turns import MeanLog
 
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
@@ -92,41 +101,39 @@ class LTEStrategy(DDPStrategy):
         execution: Execution = "auto",
         **kwargs: Any,
     ) -> None:
+        _check_ddp_arguments(kwargs)
         self._heads = heads
-        self._choices: dict[str, Any] = {
-            "merge_every": merge_every,
-            "rank": rank,
-            "alpha": alpha,
-            "after_merge": after_merge,
-            "reset_a": reset_a,
-            "reset_moments": reset_moments,
-            "target_modules": target_modules,
-            "exclude_modules": exclude_modules,
-            "rank_pattern": rank_pattern or {},
-            "alpha_pattern": alpha_pattern or {},
-            "split": split or {},
-            "replicas": replicas,
-            "init": init,
-            "seed": seed,
-            "execution": execution,
-        }
-        LTEConfig(heads=1 if heads is None else heads, **self._choices)
-        super().__init__(**kwargs)
-        without_effect = sorted(
-            {*self._ddp_kwargs, *(k for k in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper") if kwargs.get(k))}
-            | ({"model_averaging_period"} if kwargs.get("model_averaging_period") else set())
+        self._config = LTEConfig(
+            heads=1 if heads is None else heads,
+            merge_every=merge_every,
+            rank=rank,
+            alpha=alpha,
+            after_merge=after_merge,
+            reset_a=reset_a,
+            reset_moments=reset_moments,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            rank_pattern={} if rank_pattern is None else rank_pattern,
+            alpha_pattern={} if alpha_pattern is None else alpha_pattern,
+            split={} if split is None else split,
+            replicas=replicas,
+            init=init,
+            seed=0 if seed is None else seed,
+            execution=execution,
         )
-        if without_effect:
-            rank_zero_warn(
-                "LTE does not wrap the module in DistributedDataParallel, so these arguments have no effect:"
-                f" {', '.join(without_effect)}. Leave them out."
-            )
+        self._seed = seed
+        super().__init__(**kwargs)
         self._explorer: Explorer | None = None
-        self._finished: Explorer | None = None
+        # What a checkpoint saved after `fit` needs of the heads, and the weights that it belongs to.
+        self._finished: tuple[checkpoints.State, list[int]] | None = None
         self._report: Report | None = None
-        self._resume_state: Mapping[str, Any] | None = None
+        self._undo: list[Callable[[], Any]] = []
+        self._generators: Mapping[str, Any] | None = None
+        self._resumes_mid_epoch = False
         self._synchronise = True
-        self._checked_batch = False
+        self._layout: Layout | None = None
+        self._stepping = False
+        self._interrupted = False
         self.measure = True
 
     # ---- what users and the callback look at
@@ -134,7 +141,8 @@ class LTEStrategy(DDPStrategy):
     @property
     def config(self) -> LTEConfig:
         """The choices of this run; `heads=None` is resolved once the number of devices is known."""
-        return LTEConfig(heads=self._heads or self._world_size, **self._choices)
+        seed = _global_seed() if self._seed is None else self._config.seed
+        return replace(self._config, heads=self._heads or self._world_size, seed=seed)
 
     @property
     def explorer(self) -> Explorer | None:
@@ -160,6 +168,7 @@ class LTEStrategy(DDPStrategy):
 
     @property
     def _world_size(self) -> int:
+        """Devices; `world_size` of Lightning's is known only once the environment is set up."""
         return self.num_nodes * max(1, self.num_processes)
 
     def _configure_launcher(self) -> None:
@@ -193,9 +202,9 @@ class LTEStrategy(DDPStrategy):
             trainer._accelerator_connector.use_distributed_sampler = False
         if trainer.state.fn == TrainerFn.FITTING:
             # First, so that the callbacks after it see merged weights when training ends.
-            own = [c for c in trainer.callbacks if isinstance(c, LTECallback)] or [LTECallback()]  # type: ignore[attr-defined]
-            others = [c for c in trainer.callbacks if not isinstance(c, LTECallback)]  # type: ignore[attr-defined]
-            trainer.callbacks[:] = [*own, *others]  # type: ignore[attr-defined]
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            own = next((c for c in callbacks if isinstance(c, LTECallback)), None) or LTECallback()
+            callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, LTECallback))]
 
     def setup(self, trainer: Trainer) -> None:
         if self._world_size > 1 or trainer.state.fn == TrainerFn.FITTING:
@@ -225,20 +234,46 @@ class LTEStrategy(DDPStrategy):
             _check_manual_optimization(config.local_heads(self.world_size), config.execution)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
-        self._synchronise, self._checked_batch, self._resume_state = True, False, None
+        self._synchronise, self._layout, self._generators, self._interrupted = True, None, None, False
+        # The norms of a merge cost time, and nobody sees them without a logger.
+        self.measure = bool(trainer.loggers)
         if explorer.count > 1 and config.execution != "auto":
             how = explorer.go_batched if explorer.execution == "batched" else explorer.go_sequential
             how(f"execution={config.execution!r} was given")
-        if explorer.count > 1 or config.replicas == "step":
-            # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
-            self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        self._hook_in(trainer, explorer)
         # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
         explorer.rest()
         if explorer.execution != "auto":
             self._announce()
 
+    def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
+        """Have Lightning and torch reach the heads in places that know nothing of them, until `fit` ends."""
+        undo = self._undo
+        if explorer.count > 1 or explorer.config.replicas == "step":
+            # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
+            self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+            undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
+        users = [*type(self._module).__mro__, *(type(c) for c in trainer.callbacks)]  # type: ignore[attr-defined]
+        clipping = clipping_reaches_heads(explorer, users)
+        clipping.__enter__()
+        undo.append(lambda: clipping.__exit__(None, None, None))
+        for optimizer in explorer.optimizers:
+            before = optimizer.register_step_pre_hook(self._before_raw_step)
+            after = optimizer.register_step_post_hook(self._after_raw_step)
+            undo += [before.remove, after.remove]
+        if self._world_size > 1:
+            # Lightning asks all devices before every batch whether one was told to terminate. Between merges devices
+            # don't talk; they ask each other when they merge.
+            loop: Any = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = lambda: None
+            undo.append(lambda: loop.__dict__.pop("_broadcast_sigterm_tensor", None))
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        if self._resumes_mid_epoch:
+            # Once more, after the loader's own draws.
+            self._resumes_mid_epoch = False
+            self._restore_generators()
         assert self._explorer is not None
         self._explorer.act()
 
@@ -259,47 +294,79 @@ class LTEStrategy(DDPStrategy):
             with explorer.heads():
                 return step(*args, **kwargs)
         batch, *rest = args
-        self._check_batch(batch)
 
         def own_step(part: Any) -> STEP_OUTPUT:
             return step(part, *rest, **kwargs)
 
+        by_hand = getattr(self._module, "split_batch", None)
+        if by_hand is not None:
+            if explorer.execution != "sequential":
+                explorer.go_sequential("split_batch splits the batch")
+                self._announce()
+            return self._in_turn(own_step, by_hand(batch, explorer.count))
+        layout = self._layout or self._first_layout(batch)
+        even = layout.size(batch) % explorer.count == 0
         if explorer.execution == "auto":
-            with _silenced(self._module):
-                execution.decide(explorer, own_step, batch)
+            with self._silenced():
+                execution.decide(explorer, own_step, batch, layout.split(batch, explorer.count) if even else None)
             self._announce()
         if explorer.execution == "batched":
-            even = batches.is_even(batch, explorer.count)
             if not even and not self._module.automatic_optimization:
                 # The step steps optimizers by itself, so heads can't take turns.
-                batch, even = batches.filled_up(batch, explorer.count), True
+                batch, even = layout.filled_up(batch, explorer.count), True
             if even:
                 with explorer.heads():
                     return own_step(batch)
-        return execution.run_in_turn(explorer, own_step, batch)
+        # Batch norm takes no statistics of a single sample.
+        least = 2 if any(isinstance(m, _BatchNorm) and m.training for m in self._module.modules()) else 1
+        return self._in_turn(own_step, layout.split(batch, explorer.count, least))
 
-    def _check_batch(self, batch: Any) -> None:
-        """Raise on the first batch if the local heads don't divide the batch of a device."""
-        if self._checked_batch:
-            return
+    def _in_turn(self, step: Callable[[Any], Any], parts: Sequence[Any]) -> STEP_OUTPUT:
         assert self._explorer is not None
-        count, samples = self._explorer.count, batches.size(batch)
-        loader = self._module.trainer.train_dataloader
-        batch_size = samples
-        if isinstance(loader, DataLoader) and loader.batch_size is not None:
-            batch_size = loader.batch_size
-        if samples > batch_size or (samples < batch_size and _length(loader) > samples):
-            raise ValueError(
-                "The samples of a batch must lie along dimension 0 of its tensors; received a first batch with"
-                f" {samples} along it from a loader with batch_size={batch_size}. Use one head per device."
-            )
-        self._checked_batch = True
-        if batch_size % count:
+        log = MeanLog(self._module.log)
+        self._module.__dict__["log"] = log
+        try:
+            return execution.run_in_turn(self._explorer, step, parts)
+        finally:
+            self._module.__dict__.pop("log", None)
+            if sys.exc_info()[0] is None:
+                log.flush()
+
+    def _first_layout(self, batch: Any) -> Layout:
+        """See how batches are laid out; raise if the local heads don't divide the batch of a device."""
+        assert self._explorer is not None
+        count = self._explorer.count
+        loader: Any = self._module.trainer.train_dataloader
+        batch_size = None
+        if isinstance(loader, DataLoader):
+            batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        length = _length(loader)
+        self._layout = layout = Layout(batch, min(batch_size, length) if batch_size and length else batch_size)
+        if batch_size is None and self._generators is None:
+            # (A run may go on with the last batch of an epoch, which is no sign of what others are like.)
+            batch_size = layout.size(batch)
+        if batch_size is not None and batch_size % count:
             above = -(-batch_size // count) * count
             raise ValueError(
                 f"The batch of a device is split evenly over its {count} heads; received a batch size of {batch_size}."
                 f" Give a multiple of {count}, such as batch_size={above}. (A smaller last batch of an epoch is fine.)"
             )
+        return layout
+
+    @contextmanager
+    def _silenced(self) -> Iterator[None]:
+        """Let the module's logging do nothing."""
+        module, trainer = self._module, self._module.trainer
+        loggers = list(trainer.loggers)
+        for name in ("log", "log_dict"):
+            module.__dict__[name] = lambda *args, **kwargs: None
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            yield
+        finally:
+            trainer.loggers = loggers
+            for name in ("log", "log_dict"):
+                module.__dict__.pop(name)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer
@@ -327,14 +394,35 @@ class LTEStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        assert self._explorer is not None
+        explorer = self._explorer
+        assert explorer is not None
         if not self._module.automatic_optimization:
-            self._explorer.settle()
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._told(self._explorer.step(_bare(optimizer), self.measure))
+            explorer.before_step()
+        self._stepping = True
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._stepping = False
+        self._after_step(explorer.step(_bare(optimizer), self.measure))
         return output
 
-    def _told(self, record: MergeRecord | None) -> None:
+    def _before_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._stepping and self._explorer is not None:
+            self._explorer.before_step()
+
+    def _after_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Count a step that went past Lightning, as in manual optimization `optimizer.optimizer.step()` does."""
+        if not self._stepping and self._explorer is not None:
+            self._after_step(self._explorer.step(optimizer, self.measure))
+
+    def _after_step(self, record: MergeRecord | None) -> None:
+        self._warn_of_restarts(record)
+        if record is not None and self._world_size > 1:
+            signals: Any = self._module.trainer._signal_connector
+            told = torch.tensor([signals.received_sigterm], dtype=torch.uint8, device=self.root_device)
+            signals.received_sigterm = bool(self._transport.stack(told).any())
+
+    def _warn_of_restarts(self, record: MergeRecord | None) -> None:
         if record is not None and record.restarted:
             rank_zero_warn(
                 f"At merge {record.merges} (step {record.step}) heads {', '.join(map(str, record.restarted))} were not"
@@ -353,7 +441,7 @@ class LTEStrategy(DDPStrategy):
         if self._explorer is None:
             raise RuntimeError("There are heads to merge only while `trainer.fit` runs.")
         record = self._explorer.merge(self.measure)
-        self._told(record)
+        self._warn_of_restarts(record)
         return record
 
     def final_merge(self) -> MergeRecord | None:
@@ -365,40 +453,60 @@ class LTEStrategy(DDPStrategy):
         self.final_merge()
 
     def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
+        self._interrupted = True
+        with suppress(Exception):
+            super().on_exception(exception)
+        # Whatever fails here, Lightning's own teardown has to come to its turn.
+        try:
+            self._last_merge_after(exception)
+        except Exception as error:
+            with suppress(Warning):
+                warnings.warn(f"After {type(exception).__name__} the last merge failed: {error}", stacklevel=2)
+        self._close()
+
+    def _last_merge_after(self, exception: BaseException) -> None:
         explorer = self._explorer
         if explorer is None or not explorer.unmerged:
             return
-        where = f"merge {explorer.merges}, steps {[clock.step for clock in explorer.clocks]}"
+        # Devices may have stopped at different steps of the same period.
+        where = f"merge {explorer.merges}"
         if explorer.merging:
             # Devices that were in the midst of different exchanges can't start another.
             where += f", in a merge on rank {explorer.transport.rank}"
+        last = max(clock.last_merge for clock in explorer.clocks)
+        step = max(clock.step for clock in explorer.clocks)
         if not explorer.transport.agree(where, _AGREE_TIMEOUT_S):
             warnings.warn(
-                f"Training was interrupted at step {explorer.clock.step} and the devices could not meet for a last"
-                f" merge: the weights are those of the merge at step {explorer.clock.last_merge}.",
+                f"Training was interrupted at step {step} and the devices could not meet for a last merge: the weights"
+                f" are those of the merge at step {last}.",
                 stacklevel=2,
             )
             return
         try:
-            self.merge()
+            self._warn_of_restarts(explorer.merge(self.measure, everything=True))
         except Exception as error:
             warnings.warn(
                 f"The last merge after {type(exception).__name__} failed, and the weights are those of the merge at"
-                f" step {explorer.clock.last_merge}: {error}",
+                f" step {last}: {error}",
                 stacklevel=2,
             )
 
     def teardown(self) -> None:
+        if not self._interrupted:
+            # A run that was resumed at its end has trained no batch, and never began to end.
+            self.final_merge()
         self._close()
         super().teardown()
 
     def _close(self) -> None:
-        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        while self._undo:
+            self._undo.pop()()
         if self._explorer is not None:
-            self._explorer.close()
+            explorer, self._explorer = self._explorer, None
+            explorer.close()
             # `trainer.save_checkpoint` after `fit` is to be one that training can go on from.
-            self._explorer, self._finished = None, self._explorer
+            state = explorer.closed_state()
+            self._finished = (state, [p._version for p in explorer.module.parameters()])
 
     # ---- checkpoints
 
@@ -409,12 +517,25 @@ class LTEStrategy(DDPStrategy):
         return self._explorer.substitution.plain_state(_bare(optimizer))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        explorer = self._explorer or self._finished
-        if explorer is not None and "optimizer_states" in checkpoint:
-            state = explorer.state_dict()
+        if "optimizer_states" in checkpoint:
+            state = self._state_to_save()
             if state is not None:
                 checkpoint["lte"] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _state_to_save(self) -> checkpoints.State | None:
+        if self._explorer is not None:
+            return self._explorer.state_dict()
+        if self._finished is None:
+            return None
+        state, versions = self._finished
+        if versions != [p._version for p in self._module.parameters()]:
+            rank_zero_warn(
+                "The weights have changed since `fit`, so this checkpoint keeps nothing of the heads, which belong to"
+                " the weights as they were: a run that goes on from it starts fresh heads."
+            )
+            return None
+        return checkpoints.gather_state(state, self._transport)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         explorer = self._explorer
@@ -422,8 +543,8 @@ class LTEStrategy(DDPStrategy):
         for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
             if not explorer.substitution.load_plain_state(optimizer, saved):
                 rank_zero_warn(
-                    f"The param groups of {type(optimizer).__name__} in the checkpoint are not shaped like those of"
-                    " this run, so their settings (learning rate and the like) were not taken over."
+                    f"The param groups of {type(optimizer).__name__} in the checkpoint are not like those of this run,"
+                    " so their settings (learning rate and the like) were not taken over."
                 )
         state = checkpoint.get("lte")
         if state is None:
@@ -434,20 +555,31 @@ class LTEStrategy(DDPStrategy):
             return
         undecided = explorer.execution == "auto"
         explorer.load_state_dict(state)
-        self._resume_state = state
+        explorer.rest()
+        devices, streams = state["devices"], state["generators"]
+        # On another number of devices there is no telling whose stream goes on where.
+        self._generators = streams[self.global_rank] if devices == self.world_size else {}
         if undecided and explorer.execution != "auto":
             self._announce()
 
-    @property
-    def resumed(self) -> bool:
-        """Whether this run goes on from a checkpoint of LTE."""
-        return self._resume_state is not None
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._generators is None:
+            return
+        self._restore_generators()
+        loop = self._module.trainer.fit_loop
+        progress, fetcher = loop.epoch_loop.batch_progress, loop._data_fetcher
+        self._resumes_mid_epoch = progress.current.ready > 0 and not progress.is_last_batch
+        # A loader draws from the random stream when its iterator is made. Lightning has made the first one already,
+        # and the uninterrupted run makes it here, unless an epoch is yet to be closed: then Lightning makes another.
+        yet_to_close = loop.restarted_mid_epoch and progress.is_last_batch
+        if not self._resumes_mid_epoch and not yet_to_close and fetcher is not None:
+            iter(fetcher)
 
-    def restore_generators(self) -> None:
-        """Set the random streams to where the checkpoint has them, if that is of as many devices."""
-        state = self._resume_state
-        if state is not None and state["devices"] == self.world_size:
-            checkpoints.set_generators(state["generators"][self.global_rank])
+    def _restore_generators(self) -> None:
+        """Set the random streams to where the checkpoint has them."""
+        if self._generators:
+            checkpoints.set_generators(self._generators)
 
     @property
     def _module(self) -> LightningModule:
@@ -455,7 +587,7 @@ class LTEStrategy(DDPStrategy):
         return self.lightning_module
 
     def __repr__(self) -> str:
-        text = f"LTEStrategy(heads={self._heads}, merge_every={self._choices['merge_every']!r})"
+        text = f"LTEStrategy(heads={self._heads}, merge_every={self._config.merge_every!r})"
         if "pytorch_lightning" in sys.modules:
             # Its Trainer knows no strategy of `lightning.pytorch` and prints this in its message about a wrong one.
             text += (
@@ -487,14 +619,36 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-@contextmanager
-def _silenced(module: LightningModule) -> Iterator[None]:
-    """Let a module's logging calls do nothing."""
-    names = ("log", "log_dict")
-    for name in names:
-        module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for name in names:
-            module.__dict__.pop(name, None)
+def _global_seed() -> int:
+    """The seed of Lightning's `seed_everything`, if that was called, else 0."""
+    text = os.environ.get("PL_GLOBAL_SEED", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _check_ddp_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Raise for arguments that nobody knows, and warn of those that do nothing here.
+
+    Raises:
+        TypeError: with the closest argument there is.
+    """
+    own = inspect.signature(LTEStrategy.__init__).parameters
+    of_ddp = inspect.signature(DDPStrategy.__init__).parameters
+    of_wrapper = inspect.signature(DistributedDataParallel.__init__).parameters
+    known = {name for name in (*own, *of_ddp, *of_wrapper) if name not in ("self", "kwargs", "module")}
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean {close[0]}?" if close else "Leave it out."
+            raise TypeError(
+                f"LTEStrategy takes the arguments that its documentation lists, and those of DDPStrategy; received"
+                f" {name}={kwargs[name]!r}. {hint}"
+            )
+    # Command lines fill in the defaults of all arguments they know.
+    idle = {n: p.default for n, p in of_wrapper.items() if n not in ("self", "module")}
+    idle |= {n: of_ddp[n].default for n in of_ddp if n.startswith("ddp_comm") or n == "model_averaging_period"}
+    without_effect = sorted(n for n, v in kwargs.items() if n in idle and v is not None and v != idle[n])
+    if without_effect:
+        rank_zero_warn(
+            "LTE does not wrap the module in DistributedDataParallel, so these arguments have no effect:"
+            f" {', '.join(without_effect)}. Leave them out."
+        )

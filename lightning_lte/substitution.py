@@ -147,9 +147,14 @@ class Substitution:
         return {"state": {}, "param_groups": groups}
 
     def load_plain_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
-        """Take over the settings of param groups from a state_dict; False if its groups are not shaped like ours."""
+        """Take over the settings of param groups from a state_dict; False if its groups are of another shape or have
+        other settings than ours."""
         groups = state["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self._user_content(optimizer)]:
+            return False
+        # Schedulers add some; all others say which optimizer it was.
+        others = {"params", "param_names", "initial_lr", "swa_lr"}
+        if any(g.keys() - others != s.keys() - others for g, s in zip(optimizer.param_groups, groups, strict=True)):
             return False
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})

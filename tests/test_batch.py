@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lte import batch as batches
+from lightning_lte.batch import Layout
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -40,37 +41,91 @@ def numbers(n: int) -> torch.Tensor:
     ],
 )
 def test_structures_are_measured_and_kept(batch: Any) -> None:
-    assert batches.size(batch) == 6
-    parts = batches.split(batch, 3)
-    assert len(parts) == 3 and all(type(part) is type(batch) and batches.size(part) == 2 for part in parts)
+    layout = Layout(batch)
+    assert layout.size(batch) == 6
+    parts = layout.split(batch, 3)
+    assert len(parts) == 3 and all(type(part) is type(batch) and layout.size(part) == 2 for part in parts)
 
 
 @pytest.mark.parametrize(
     "batch", [3, "text", [], {"x": numbers(6), "y": numbers(5)}, (numbers(6), object()), [torch.tensor(1.0)]]
 )
 def test_what_can_not_be_measured_is_refused_with_the_remedy(batch: Any) -> None:
-    with pytest.raises(ValueError, match="one head per device"):
-        batches.size(batch)
-    assert batches.is_even(batch, 4)
+    with pytest.raises(ValueError, match="one head per device, or define `split_batch"):
+        Layout(batch)
 
 
-@given(samples=st.integers(1, 40), count=st.integers(1, 9))
-def test_every_sample_is_used_in_order_and_no_head_goes_without(samples: int, count: int) -> None:
-    parts = batches.split(numbers(samples), count)
+@given(samples=st.integers(1, 40), count=st.integers(1, 9), least=st.integers(1, 3))
+def test_every_sample_is_used_in_order_and_no_head_goes_without(samples: int, count: int, least: int) -> None:
+    parts = Layout(numbers(samples)).split(numbers(samples), count, least)
     assert len(parts) == count
     sizes = [len(part) for part in parts]
-    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= least and max(sizes) - min(sizes) <= 1
     dealt = torch.cat(parts).tolist()
-    assert dealt[:samples] == list(range(samples)) and len(dealt) == max(samples, count)
+    assert dealt[:samples] == list(range(samples)) and len(dealt) == max(samples, count * least)
 
 
 @given(samples=st.integers(1, 40), count=st.integers(1, 9))
 def test_filling_up_repeats_from_the_start(samples: int, count: int) -> None:
-    filled = batches.filled_up(numbers(samples), count).tolist()
+    filled = Layout(numbers(samples)).filled_up(numbers(samples), count).tolist()
     assert len(filled) % count == 0 and len(filled) - samples < count
     assert filled[:samples] == list(range(samples))
 
 
+def halves(batch: Any, expected: int | None = None) -> tuple[Any, Any]:
+    first, second = Layout(batch, expected).split(batch, 2)
+    return first, second
+
+
 def test_strings_are_dealt_out_with_their_samples() -> None:
-    first, second = batches.split({"x": numbers(4), "text": ["a", "b", "c", "d"]}, 2)
+    first, second = halves({"x": numbers(4), "text": ["a", "b", "c", "d"]})
     assert first["text"] == ["a", "b"] and second["text"] == ["c", "d"]
+
+
+def test_items_of_any_kind_are_dealt_out_with_their_samples() -> None:
+    meta: list[Any] = [{"id": 0, "box": torch.zeros(3, 4)}, {"id": 1}, {"id": 2}, {"id": 3}]
+    first, second = halves({"x": numbers(4), "meta": meta, "pairs": [(0, 1)] * 4, "maybe": ["a", None, "b", None]})
+    assert [m["id"] for m in first["meta"]] == [0, 1] and [m["id"] for m in second["meta"]] == [2, 3]
+    assert first["meta"][0]["box"].shape == (3, 4)
+    assert len(first["pairs"]) == len(second["pairs"]) == 2 and first["maybe"] == ["a", None]
+
+
+def test_images_of_different_sizes_and_of_one_size_are_dealt_out_whole() -> None:
+    """As detection has them: Lightning takes the three channels for the batch."""
+    for sizes in ([5, 6, 7, 8], [5, 5, 5, 5]):
+        images = [torch.full((3, size, 4), float(i)) for i, size in enumerate(sizes)]
+        targets = [{"boxes": torch.zeros(i, 4), "labels": torch.zeros(i)} for i in range(4)]
+        for batch in ((images, targets), [images, tuple(targets)]):
+            first, second = halves(batch, expected=4)
+            assert [int(image.max()) for image in first[0]] == [0, 1] and second[0][0] is images[2]
+            assert len(second[1]) == 2 and second[1][1]["boxes"].shape == (3, 4)
+        layout = Layout((images, targets), 4)
+        assert layout.size((images[:3], targets[:3])) == 3  # as the channels, and yet a list of images
+
+
+def test_a_loader_may_leave_samples_out_but_not_hold_more() -> None:
+    assert Layout((numbers(15), numbers(15)), expected=16).size((numbers(16), numbers(16))) == 16
+    with pytest.raises(ValueError, match="sizes \\[32\\] from a loader with batch_size=16"):
+        Layout(numbers(32), expected=16)
+
+
+def test_batches_that_are_made_otherwise_later_are_refused() -> None:
+    layout = Layout({"x": numbers(4), "y": numbers(4)})
+    for other in ({"x": numbers(4), "y": numbers(5)}, {"x": numbers(4), "z": numbers(4)}):
+        with pytest.raises(ValueError, match="made as the first one is"):
+            layout.size(other)
+
+
+def test_empty_batches_are_left_alone() -> None:
+    layout = Layout(numbers(4))
+    assert [len(part) for part in layout.split(numbers(0), 3)] == [0, 0, 0]
+
+
+def test_mappings_of_other_classes() -> None:
+    class Encoding(UserDict):  # type: ignore[type-arg]
+        """As transformers' BatchEncoding is."""
+
+    first, second = halves(Encoding(ids=torch.arange(8).view(4, 2), mask=numbers(4)))
+    assert isinstance(first, Encoding) and second["ids"].tolist() == [[4, 5], [6, 7]]
+    first, _ = halves(MappingProxyType({"x": numbers(4)}))
+    assert first["x"].tolist() == [0, 1]

@@ -80,7 +80,7 @@ def test_the_progress_bar_shows_the_count_of_merges() -> None:
 
     class Bar(Callback):
         def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
-            seen.append(t.progress_bar_metrics.get("merges"))
+            seen.append(t.progress_bar_metrics.get("lte/merges"))
 
     trainer(LTEStrategy(4, 3, rank=RANK), max_steps=7, callbacks=[Bar()]).fit(Module(), loader(160, 16))
     assert seen == [0, 0, 1, 1, 1, 2, 2]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_lte import LTEStrategy
 from lightning_lte.config import LTEConfig, matches
 
 BAD: list[tuple[dict[str, Any], type[Exception]]] = [
@@ -154,10 +155,10 @@ def test_everything_is_wanted_unless_the_user_says_otherwise() -> None:
 
 def test_the_seed_is_that_of_seed_everything_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "17")
-    assert LTEConfig(heads=1).seed == 17
-    assert LTEConfig(heads=1, seed=3).seed == 3
+    assert LTEStrategy(1).config.seed == 17
+    assert LTEStrategy(1, seed=3).config.seed == 3
     monkeypatch.delenv("PL_GLOBAL_SEED")
-    assert LTEConfig(heads=1).seed == 0
+    assert LTEStrategy(1).config.seed == 0
 
 
 def test_a_config_does_not_change_with_what_it_was_made_from() -> None:

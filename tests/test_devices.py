@@ -34,9 +34,7 @@ def count_collectives(replicas: str) -> list[tuple[int, int, Counter[str]]]:
 
     def counted(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            # Lightning asks in every batch whether any process received SIGTERM; that is not ours.
-            if sys._getframe(1).f_code.co_name != "_broadcast_sigterm_tensor":
-                counts[name] += 1
+            counts[name] += 1
             return function(*args, **kwargs)
 
         return call

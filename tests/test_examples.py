@@ -18,6 +18,7 @@ from examples.vit import ViTClassifier
 from lightning_lte import LTEConfig, transport
 from lightning_lte.injection import inject
 from lightning_lte.merge import merge
+from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -69,7 +70,14 @@ def test_computed_bytes_are_those_a_merge_counts(rank: int, devices: int, monkey
     monkeypatch.setattr(transport, "dist", _NobodyThere(devices))
 
     record = merge(
-        list(alone.factors.values()), alone.replicas, alone.module, {}, Transport(devices), config, step=1, merges=0
+        list(alone.factors.values()),
+        alone.replicas,
+        RunningStatistics(alone.module),
+        {},
+        Transport(devices),
+        config,
+        step=1,
+        merges=0,
     )
 
     flags_and_norm = (devices - 1) * 1 + 8

@@ -178,11 +178,12 @@ def test_a_head_sees_its_own_replicas_under_every_name_they_are_tied_to() -> Non
     assert tied.stack is not None
     with torch.no_grad():
         tied.stack[1] += 1
-    with injection.replicas.of_head(1):
-        assert torch.equal(model.embedding.weight, tied.stack[1])
-        assert model.head.weight is model.embedding.weight
-        assert isinstance(model.head.weight, nn.Parameter) and model.head.weight.is_leaf
-        model.head(torch.ones(1, 8)).sum().backward()
+    injection.replicas.select(1)
+    assert torch.equal(model.embedding.weight, tied.stack[1])
+    assert model.head.weight is model.embedding.weight
+    assert isinstance(model.head.weight, nn.Parameter) and model.head.weight.is_leaf
+    model.head(torch.ones(1, 8)).sum().backward()
+    injection.replicas.select(None)
     injection.replicas.collect_gradients()
     assert model.head.weight is model.embedding.weight is tied.param
     assert tied.stack.grad is not None and tied.stack.grad[1].any() and not tied.stack.grad[0].any()

@@ -16,6 +16,7 @@ from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.injection import Injection, inject
 from lightning_lte.merge import MergeRecord, dense_is_cheaper, merge
+from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
 from tests.processes import run
 
@@ -68,7 +69,8 @@ def merge_all(
     injection: Injection, chosen: LTEConfig, transport: Transport, states: Any = None, **more: Any
 ) -> MergeRecord:
     factors = list(injection.factors.values())
-    return merge(factors, injection.replicas, injection.module, states or {}, transport, chosen, **more)
+    statistics = RunningStatistics(injection.module)
+    return merge(factors, injection.replicas, statistics, states or {}, transport, chosen, **more)
 
 
 def merged(

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import LTEStrategy
-from lightning_lte.proof import untouched
+from lightning_lte.rehearsal import untouched
 from tests.modules import RANK, Module, clone, loader, make_net, trainer
 
 WIDTH = 16
@@ -158,18 +158,64 @@ def test_losses_that_are_sums_are_sequential() -> None:
     assert verdict(Pooled(Windows()), images(), summed)[0] == "sequential"
 
 
-def test_batches_of_unknown_structure_are_refused_with_the_remedy() -> None:
-    class Pictures(Module):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return torch.stack([self.net(x.double()).mean() for x in batch[0]]).mean()
+class Pictures(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.batch_sizes.append(len(batch[0]))
+        return torch.stack([self.net(x.double()).mean() for x in batch[0]]).mean()
 
-    pictures = [(torch.randn(3 + i, 10), i) for i in range(8)]
+
+@pytest.mark.parametrize("grow", [0, 1])
+def test_lists_of_images_are_dealt_out_by_the_loaders_batch_size(grow: int) -> None:
+    """3 channels, or rows, of 8 images; Lightning would take 3 for the batch size."""
+    pictures = [(torch.randn(3 + grow * i, 10), i) for i in range(8)]
     data = DataLoader(pictures, 8, collate_fn=lambda rows: ([x for x, _ in rows], torch.arange(8)))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one head per device"):
-        trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(Pictures(), data)
-    alike = DataLoader([(torch.randn(3, 10), i) for i in range(8)], 8, collate_fn=lambda rows: [x for x, _ in rows])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"3 along it from a loader with batch_size=8\. Use one head per device"):
-        trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(Pictures(), alike)
+    module = Pictures()
+    trainer(LTEStrategy(4, rank=RANK), max_steps=1).fit(module, data)
+    assert module.batch_sizes[-4:] == [2] * 4
+
+
+class Graph:
+    """As PyTorch Geometric has them: nodes of several graphs in one tensor."""
+
+    def __init__(self, nodes: Tensor, of: Tensor) -> None:
+        self.nodes, self.of = nodes, of
+
+    def to(self, *args: Any, **kwargs: Any) -> Graph:
+        return self
+
+
+class Graphs(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        pooled = torch.zeros(int(batch.of.max()) + 1, 3, dtype=torch.float64).index_add(
+            0, batch.of, self.net(batch.nodes)
+        )
+        self.batch_sizes.append(len(pooled))
+        return pooled.square().mean()
+
+
+def graphs() -> DataLoader[Any]:
+    graph = Graph(torch.randn(11, 10, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3]))
+    return DataLoader([0] * 4, 4, collate_fn=lambda rows: graph)  # type: ignore[arg-type]
+
+
+def test_objects_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"objects of kind Graph .*one head per device, or define `split_batch"):
+        trainer(LTEStrategy(2, rank=RANK), max_steps=1).fit(Graphs(), graphs())
+
+
+def test_a_hook_splits_what_nobody_else_can() -> None:
+    class Split(Graphs):
+        def split_batch(self, batch: Graph, heads: int) -> list[Graph]:
+            parts = []
+            for own in torch.arange(4).chunk(heads):
+                mine = (batch.of >= own[0]) & (batch.of <= own[-1])
+                parts.append(Graph(batch.nodes[mine], batch.of[mine] - own[0]))
+            return parts
+
+    module, strategy = Split(), LTEStrategy(2, rank=RANK)
+    trainer(strategy, max_steps=1).fit(module, graphs())
+    assert module.batch_sizes == [2, 2]
+    assert "in turn (sequential): split_batch splits the batch" in strategy.report().notes[-1]
 
 
 def test_the_trial_leaves_no_trace() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, LayerState, check_not_split, check_slices, computes_as, state_of
+from lightning_lte.layers.base import HeadedLayer, LayerState, acting_state, check_not_split, check_slices, computes_as
 from lightning_lte.layers.linear import project
 
 _PARTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -71,8 +71,8 @@ class HeadedMultiheadAttention(HeadedLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        state = state_of(self)
-        if not state.acts:
+        state = acting_state(self)
+        if state is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lte.heads import Factors, Matrices
@@ -23,18 +25,14 @@ class LayerState:
         factors: factored weight -> its factors.
         stacks: replica -> (n, *shape), one for each local head; filled only where n > 1.
         users: replica -> the user's own parameter, whose `requires_grad` counts for all of them.
+        slots: where the factored weights sit, (module, name, weight).
     """
 
     switch: Switch
     factors: dict[str, Factors] = field(default_factory=dict)
     stacks: dict[str, nn.Parameter] = field(default_factory=dict)
     users: dict[str, nn.Parameter] = field(default_factory=dict)
-
-    @property
-    def acts(self) -> bool:
-        """Whether the layer has to compute otherwise than its own class does."""
-        position = self.switch.position
-        return position == "all" or (position is not None and bool(self.factors))
+    slots: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     @property
     def head(self) -> int | None:
@@ -124,28 +122,60 @@ def state_of(layer: nn.Module) -> LayerState:
     return state
 
 
+def acting_state(layer: nn.Module) -> LayerState | None:
+    """The state of a layer that has to compute otherwise than its own class does, in this forward; else None."""
+    # A layer made by `type(self)(...)` in code of the user's has the class and no state.
+    state: LayerState | None = layer.__dict__.get(_STATE)
+    if state is None or state.switch.position is None or not (state.factors or state.switch.position == "all"):
+        return None
+    # torch.func.functional_call, pruning and parametrizations put other tensors in a weight's place, and mean them.
+    # (Not looked at inside torch.compile, which would guard each of them.)
+    if not torch.compiler.is_compiling():
+        for module, key, weight in state.slots:
+            if module._parameters.get(key) is not weight:
+                return None
+    return state
+
+
 def original_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the user wrote."""
-    return type(layer).__bases__[1] if isinstance(layer, HeadedLayer) else type(layer)
+    cls = type(layer)
+    return cls.__bases__[1] if cls in _classes.values() else cls
 
 
 _classes: dict[tuple[type, type], type] = {}
 
 
-def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> None:
-    """Change `layer` in place to a subclass of `headed` and of its own class, under its own class's name."""
-    own = type(layer)
+def made_class(headed: type[HeadedLayer], own: type[nn.Module]) -> type:
+    """A subclass of both, under the own class's name.
+
+    Raises:
+        TypeError: the own class can't be extended.
+    """
     if (headed, own) not in _classes:
         _classes[headed, own] = type(
             own.__name__, (headed, own), {"__module__": own.__module__, "__doc__": own.__doc__}
         )
-    layer.__class__ = _classes[headed, own]
+    return _classes[headed, own]
+
+
+def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> None:
+    """Change `layer` in place to a subclass of `headed` and of its own class, under its own class's name."""
+    layer.__class__ = made_class(headed, type(layer))
     layer.__dict__[_STATE] = state
+    for path, f in state.factors.items():
+        name, _, key = path.rpartition(".")
+        state.slots.append((layer.get_submodule(name), key, f.weight))
 
 
 def leave(layer: nn.Module) -> None:
     """The inverse of `enter`."""
-    layer.__class__ = original_class(layer)
+    cls = type(layer)
+    if cls in _classes.values():
+        layer.__class__ = original_class(layer)
+    elif issubclass(cls, HeadedLayer):
+        # Someone else has changed the class since, to a subclass of ours made on the fly (parametrizations do).
+        cls.__bases__ = tuple(b.__bases__[1] if b in _classes.values() else b for b in cls.__bases__)
     layer.__dict__.pop(_STATE, None)
 
 
@@ -176,7 +206,7 @@ def slices(layer: nn.Module, x: Tensor, count: int) -> Tensor:
         ValueError: dimension 0 can't be dealt out evenly.
     """
     check_slices(layer, x, count)
-    return x.reshape(count, -1, x.shape[-1])
+    return x.reshape(count, math.prod(x.shape[:-1]) // count, x.shape[-1])
 
 
 def add_per_head(y: Tensor, own: Tensor) -> Tensor:

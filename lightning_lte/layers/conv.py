@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, add_per_head, check_not_split, check_slices, computes_as, state_of
+from lightning_lte.layers.base import (
+    HeadedLayer,
+    acting_state,
+    add_per_head,
+    check_not_split,
+    check_slices,
+    computes_as,
+)
 
 _CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -38,8 +45,8 @@ class HeadedConv(HeadedLayer):
         return Matrices.of(own.weight, max(parts, own.groups))
 
     def forward(self, input: Tensor) -> Tensor:
-        state = state_of(self)
-        if not state.acts:
+        state = acting_state(self)
+        if state is None:
             return super().forward(input)
         own: Any = self
         bias: Tensor | None = own.bias

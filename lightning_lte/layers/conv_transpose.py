@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, add_per_head, check_not_split, check_slices, computes_as, state_of
+from lightning_lte.layers.base import (
+    HeadedLayer,
+    acting_state,
+    add_per_head,
+    check_not_split,
+    check_slices,
+    computes_as,
+)
 from lightning_lte.layers.conv import _CONVOLUTIONS, below_each_other, side_by_side
 
 _TRANSPOSED: dict[int, Any] = {
@@ -42,8 +49,8 @@ class HeadedConvTranspose(HeadedLayer):
         return Matrices(weight[0].numel(), weight.shape[0] // groups, lead, transposed=True)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        state = state_of(self)
-        if not state.acts:
+        state = acting_state(self)
+        if state is None:
             return super().forward(input, output_size)
         own: Any = self
         bias: Tensor | None = own.bias

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, check_not_split, check_slices, computes_as, state_of
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as
 
 
 class HeadedEmbedding(HeadedLayer):
@@ -40,8 +40,8 @@ class HeadedEmbedding(HeadedLayer):
         return Matrices.of(own.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        state = state_of(self)
-        if not state.acts:
+        state = acting_state(self)
+        if state is None:
             return super().forward(input)
         own: Any = self
         if state.head is None:
@@ -50,7 +50,7 @@ class HeadedEmbedding(HeadedLayer):
         factors = state.factors.get("weight")
         if factors is None and own_weight is None:
             return super().forward(input)
-        index = input.reshape(state.count, -1)
+        index = input.reshape(state.count, input.numel() // state.count)
         if factors is None:
             assert own_weight is not None
             y = _rows(own, index, own_weight)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, check_not_split, computes_as, state_of
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, computes_as
 from lightning_lte.layers.linear import project
 
 
@@ -32,8 +32,8 @@ class HeadedConv1D(HeadedLayer):
         return Matrices(out, inside, transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        state = state_of(self)
-        if not state.acts:
+        state = acting_state(self)
+        if state is None:
             return super().forward(x)
         layer: Any = self
         factors, own = state.factors.get("weight"), state.stack("weight")

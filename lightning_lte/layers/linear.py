@@ -7,13 +7,14 @@ y_h = W_h x_h + b_h.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Factors, Matrices
-from lightning_lte.layers.base import HeadedLayer, computes_as, slices, state_of
+from lightning_lte.layers.base import HeadedLayer, acting_state, computes_as, slices, state_of
 
 
 class HeadedLinear(HeadedLayer):
@@ -28,8 +29,8 @@ class HeadedLinear(HeadedLayer):
         return Matrices.of(layer.weight, parts) if key == "weight" else "a bias"  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
-        state = state_of(self)
-        if not state.acts:
+        state = acting_state(self)
+        if state is None:
             return super().forward(input)
         own: Any = self
         factors = state.factors.get("weight")
@@ -60,7 +61,7 @@ def project(
         part: which of the matrices of `factors` the weight is; None where it is all of them.
     """
     state = state_of(layer)
-    rows = slices(layer, x, state.count) if state.head is None else x.reshape(1, -1, x.shape[-1])
+    rows = slices(layer, x, state.count) if state.head is None else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
     if own_bias is not None:
         bias = None
     if factors is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.layers.base import HeadedLayer, check_slices, computes_as, state_of
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_slices, computes_as
 
 _CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -29,8 +29,8 @@ class HeadedNorm(HeadedLayer):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        state = state_of(self)
-        if state.head is not None or not state.acts:
+        state = acting_state(self)
+        if state is None or state.head is not None:
             return super().forward(input)
         own: Any = self
         check_slices(self, input, state.count)

@@ -1,0 +1,64 @@
+"""torch's own functions for clipping gradients, made to reach heads.
+
+`torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)` is common in training code, and heads are not among
+`module.parameters()`: it would clip everything but them, without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad
+
+from lightning_lte.explorer import Explorer
+
+_NORM, _VALUE = clip_grad.clip_grad_norm_, clip_grad.clip_grad_value_
+
+
+@contextmanager
+def clipping_reaches_heads(explorer: Explorer, users: Iterable[type]) -> Iterator[None]:
+    """Exchange the functions while the block runs, in torch and wherever users' modules have imported them.
+
+    Args:
+        explorer: whose heads are meant where parameters of its module are clipped; others are clipped as always.
+        users: classes whose modules may have the functions under names of their own.
+    """
+
+    def norm(parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Tensor:
+        params = _listed(parameters)
+        if not explorer.trains_in_place_of(params):
+            return _NORM(params, max_norm, norm_type, *args, **kwargs)
+        if float(norm_type) != 2.0:
+            raise ValueError(
+                f"Each head is clipped by its 2-norm; received norm_type={norm_type!r}. Leave it out, or clip by value."
+            )
+        return explorer.clip_grad_norm_(float(max_norm), params=params).max()
+
+    def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
+        _VALUE(explorer.trained_for(_listed(parameters)), clip_value, *args, **kwargs)
+
+    exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
+    modules = [torch.nn.utils, clip_grad]
+    modules += [sys.modules[cls.__module__] for cls in users if cls.__module__ in sys.modules]
+    places = [
+        (module, name, function)
+        for module in dict.fromkeys(modules)
+        for name, function in vars(module).items()
+        if function is _NORM or function is _VALUE
+    ]
+    for module, name, function in places:
+        setattr(module, name, exchanged[function])
+    try:
+        yield
+    finally:
+        for module, name, function in places:
+            setattr(module, name, function)
+
+
+def _listed(parameters: Any) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)

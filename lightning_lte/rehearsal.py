@@ -1,0 +1,280 @@
+"""Running the user's step to see what it does, without leaving a trace and without chance."""
+
+from __future__ import annotations
+
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Containers with more items are data, and taken to be constant.
+_MOST_ITEMS = 10_000
+
+Restore = Callable[[], Any]
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Undo what a block does to a module's parameters, buffers, attributes and modes and to the random streams.
+
+    Attributes are followed into containers, arrays, generators and the user's own objects. What can't be put back:
+    iterators, files, and whatever is outside the process.
+
+    Yields a function that does so at once, for a block that runs several times from the same start.
+    """
+    memo: set[int] = set()
+    modes = [(m, m.training) for m in module.modules()]
+    kept = [_kept_module(m, memo) for m in module.modules()]
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    torch_stream, python_stream, numpy_stream = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    device_streams = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    with _CopyOnWrite(module.parameters()) as parameters:
+
+        @torch.no_grad()
+        def again() -> None:
+            for restore in kept:
+                restore()
+            parameters.restore()
+            torch.set_rng_state(torch_stream)
+            random.setstate(python_stream)
+            np.random.set_state(numpy_stream)
+            for device, state in device_streams:
+                torch.cuda.set_rng_state(state, device)
+
+        try:
+            yield again
+        finally:
+            again()
+            for m, training in modes:
+                m.training = training
+
+
+class _CopyOnWrite(TorchDispatchMode):
+    """Keeps a copy of each parameter that is about to be written to, past autograd's eyes (`weight.data`), too."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self._params = {p.untyped_storage().data_ptr(): p for p in params if p.numel()}
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in value if isinstance(value, list | tuple) else (value,):
+                        self._keep(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+            address = tensor.untyped_storage().data_ptr()
+            if address in self._params and address not in self._copies:
+                self._copies[address] = self._params[address].detach().clone()
+
+    def restore(self) -> None:
+        copies, self._copies = self._copies, {}
+        for address, copy in copies.items():
+            self._params[address].data.copy_(copy)
+        self._copies = {}
+
+
+class Determined(TorchDispatchMode):
+    """Replaces every random draw by a constant that does not depend on how many samples there are.
+
+    Dropout drops nothing, noise is constant, and permutations turn everything round. So a module can run in train mode
+    and compute the same for a batch as for its slices.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func._schema.name.removeprefix("aten::")
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        names = [argument.name for argument in func._schema.arguments]
+        if "dropout_p" in names:
+            where = names.index("dropout_p")
+            if where < len(args):
+                args = (*args[:where], 0.0, *args[where + 1 :])
+            else:
+                kwargs["dropout_p"] = 0.0
+        result = func(*args, **kwargs)
+        if name == "randperm" or name.startswith("randperm."):
+            return result.copy_(torch.arange(len(result) - 1, -1, -1, device=result.device))
+        constant = _CONSTANTS.get(name)
+        if constant is None or not isinstance(result, Tensor):
+            return result
+        if name in ("randint", "random_", "randint_like"):
+            bounds = [value for value in args if isinstance(value, int) and not isinstance(value, bool)]
+            constant = bounds[0] if len(bounds) > 1 else 0
+        elif name == "uniform_" and len(args) == 3:
+            constant = (args[1] + args[2]) / 2
+        elif name == "normal_" and len(args) == 3:
+            constant = args[1] + args[2] / 2
+        return result.fill_(constant)
+
+
+_CONSTANTS: dict[str, float] = {
+    "bernoulli": 1,
+    "bernoulli_": 1,
+    "rand": 0.5,
+    "rand_like": 0.5,
+    "randn": 0.5,
+    "randn_like": 0.5,
+    "normal": 0.5,
+    "normal_": 0.5,
+    "uniform_": 0.5,
+    "exponential_": 0.5,
+    "log_normal_": 0.5,
+    "cauchy_": 0.5,
+    "geometric_": 1,
+    "poisson": 1,
+    "multinomial": 0,
+    "randint": 0,
+    "randint_like": 0,
+    "random_": 0,
+}
+
+
+@contextmanager
+def without_zeros(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Fill tensors that are all zero with small numbers: layers that start at zero would hide what comes before them.
+
+    Each is written past autograd's eyes, and zero again when the block ends.
+    """
+    generator = torch.Generator().manual_seed(0)
+    zero = [t for t in tensors if t.is_floating_point() and t.numel() and not bool(t.detach().any())]
+    for tensor in zero:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+        tensor.data.copy_(0.02 * noise)
+    try:
+        yield
+    finally:
+        for tensor in zero:
+            tensor.data.zero_()
+
+
+# PyTorch's registries: parameters, modules and hooks. Buffers are kept by themselves.
+_REGISTRIES = frozenset(vars(nn.Module()))
+_CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")
+
+
+def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
+    if id(module) in memo:
+        return partial(_same, module)
+    memo.add(id(module))
+    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in _REGISTRIES}
+    buffers = _kept(module._buffers, memo)
+
+    def restore() -> nn.Module:
+        for key in module.__dict__.keys() - attributes.keys() - _REGISTRIES:
+            del module.__dict__[key]
+        module.__dict__.update({key: own() for key, own in attributes.items()})
+        buffers()
+        return module
+
+    return restore
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _kept(value: Any, memo: set[int]) -> Restore:
+    """A function that returns `value` as it is now: what can be changed is put back in place, so that whoever else
+    holds it sees that, too."""
+    if isinstance(value, Tensor):
+        if isinstance(value, nn.Parameter) or value.is_inference() or value.is_meta:
+            return partial(_same, value)
+        return partial(_refill_tensor, value, value.detach().clone())
+    if isinstance(value, nn.Module):
+        inner = [_kept_module(m, memo) for m in value.modules()]
+        return partial(_after, inner, value)
+    if isinstance(value, dict | list | deque | set | np.ndarray):
+        if id(value) in memo or len(value) > _MOST_ITEMS:
+            return partial(_same, value)
+        memo.add(id(value))
+        if isinstance(value, dict):
+            return partial(_refill_dict, value, {k: _kept(v, memo) for k, v in value.items()})
+        if isinstance(value, np.ndarray):
+            return partial(_refill_array, value, value.copy())
+        if isinstance(value, set):
+            return partial(_refill_set, value, set(value))
+        return partial(_refill_list, value, [_kept(v, memo) for v in value])
+    if isinstance(value, torch.Generator):
+        return partial(_call_and_return, value, value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(_call_and_return, value, value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return partial(_call_and_return, value, value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(
+            _call_and_return, value, partial(setattr, value.bit_generator, "state"), value.bit_generator.state
+        )
+    if _is_users(value) and id(value) not in memo:
+        memo.add(id(value))
+        attributes = {k: _kept(v, memo) for k, v in vars(value).items()}
+        return partial(_after, [partial(_refill_dict, vars(value), attributes)], value)
+    return partial(_same, value)
+
+
+def _is_users(value: Any) -> bool:
+    package = type(value).__module__.partition(".")[0]
+    return (
+        hasattr(value, "__dict__")
+        and package not in _CONSTANT_PACKAGES
+        and not isinstance(value, type | types.ModuleType | types.FunctionType)
+    )
+
+
+def _after(restores: list[Restore], value: Any) -> Any:
+    for restore in restores:
+        restore()
+    return value
+
+
+def _call_and_return(value: Any, call: Callable[[Any], Any], state: Any) -> Any:
+    call(state)
+    return value
+
+
+@torch.no_grad()
+def _refill_tensor(value: Tensor, saved: Tensor) -> Tensor:
+    if value.shape != saved.shape:
+        value.resize_(saved.shape)
+    value.copy_(saved)
+    return value
+
+
+def _refill_array(value: Any, saved: Any) -> Any:
+    value[...] = saved
+    return value
+
+
+def _refill_dict(value: dict[Any, Any], items: dict[Any, Restore]) -> dict[Any, Any]:
+    new = {k: restore() for k, restore in items.items()}
+    # As a dict, whatever the subclass does when it is filled.
+    dict.clear(value)
+    dict.update(value, new)
+    return value
+
+
+def _refill_list(value: Any, items: list[Restore]) -> Any:
+    new = [restore() for restore in items]
+    value.clear()
+    value.extend(new)
+    return value
+
+
+def _refill_set(value: set[Any], items: set[Any]) -> set[Any]:
+    value.clear()
+    value.update(items)
+    return value

@@ -1,0 +1,86 @@
+"""Running statistics of normalisation layers: each head's own while heads take turns, averaged at merges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lte.transport import Transport
+
+_KEYS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class _Statistic:
+    """One buffer.
+
+    Attributes:
+        name: in the user's module.
+        module: the buffer is module.`key`.
+        buffer: the user's own, which holds the mean as of the last merge where heads have their own.
+        own: one for each local head; empty while they share the user's.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
+    buffer: Tensor
+    own: list[Tensor] = field(default_factory=list)
+
+
+class RunningStatistics:
+    """All running statistics of a module.
+
+    Args:
+        module: the user's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._statistics = [
+            _Statistic(f"{name}.{key}" if name else key, layer, key, buffer)
+            for name, layer in module.named_modules()
+            for key in _KEYS
+            if (buffer := layer._buffers.get(key)) is not None
+        ]
+
+    def split(self, count: int) -> None:
+        """Give each local head its own."""
+        for s in self._statistics:
+            s.own = s.own or [s.buffer.clone() for _ in range(count)]
+
+    def select(self, head: int | None) -> None:
+        """Let the module see one head's own in place of its buffers; None undoes it."""
+        for s in self._statistics:
+            if s.own:
+                s.module._buffers[s.key] = s.buffer if head is None else s.own[head]
+
+    @torch.no_grad()
+    def merge(self, transport: Transport) -> None:
+        """Average over all heads of all devices, leaving out those that are not finite: they would spoil all others."""
+        averaged = [s for s in self._statistics if s.buffer.is_floating_point()]
+        if averaged and (transport.world_size > 1 or averaged[0].own):
+            stacks = [torch.stack(s.own or [s.buffer]) for s in averaged]
+            finite = torch.stack([stack.isfinite().flatten(1).all(1) for stack in stacks])  # (statistics, heads)
+            wide = [torch.where(ok.view(-1, *[1] * (s.dim() - 1)), s, 0) for s, ok in zip(stacks, finite, strict=True)]
+            sums = [stack.sum(0) for stack in wide]
+            counts = finite.sum(1).to(torch.float32)
+            transport.sum_([*sums, counts])
+            for s, total, count in zip(averaged, sums, counts, strict=True):
+                s.buffer.copy_(torch.where(count > 0, total / count, s.buffer))
+        for s in self._statistics:
+            if s.own and not s.buffer.is_floating_point():
+                s.buffer.copy_(s.own[0])
+            for own in s.own:
+                own.copy_(s.buffer)
+
+    def rows(self) -> dict[str, Tensor]:
+        """What local heads have of their own, by name: (n, *shape)."""
+        return {s.name: torch.stack(s.own).cpu() for s in self._statistics if s.own}
+
+    def load_rows(self, rows: dict[str, Tensor]) -> None:
+        """The inverse of `rows`."""
+        for s in self._statistics:
+            for own, saved in zip(s.own, rows.get(s.name, ()), strict=False):
+                own.copy_(saved)
