@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -353,3 +354,158 @@ def test_a_plain_loop_goes_on_exactly_too() -> None:
     steps(other, opt, range(5, 11))
     assert_equal(clone(one.module.state_dict()), clone(other.module.state_dict()))
     assert_equal(one.state_dict()["optimizers"], other.state_dict()["optimizers"])  # type: ignore[index]
+
+
+# ---- what was found by attacking the package
+
+
+class Scaled(Net):
+    """A parameter without dimensions, as CLIP's logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class SaveAt(Callback):
+    """Saves once, when a hook is called in an epoch."""
+
+    def __init__(self, hook: str, path: Path, epoch: int = 1) -> None:
+        def save(t: Trainer, *_: Any) -> None:
+            if t.current_epoch == epoch and not t.sanity_checking and not path.exists():
+                t.save_checkpoint(path)
+
+        setattr(self, hook, save)
+
+
+def fit_in_part(
+    folder: str, make: Callable[[], Module], heads: int, devices: int = 1, execution: Any = "auto"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Three epochs of three steps with a merge every 2; and the same after stopping when the first was over."""
+    path = Path(folder, "first.ckpt")
+
+    def fit(resume: Any, *callbacks: Callback) -> dict[str, Tensor]:
+        module = make()
+        strategy = LTEStrategy(heads, 2, rank=RANK, execution=execution)
+        t = trainer(strategy, devices=devices, max_epochs=3, callbacks=list(callbacks))
+        t.fit(module, loader(48 * devices), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    return fit(None, SaveAt("on_train_epoch_end", path, epoch=0)), fit(path)
+
+
+def scaled() -> Module:
+    return Module(make_net(Scaled))
+
+
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched"), (4, "sequential")])
+def test_a_parameter_without_dimensions_is_resumed_exactly(tmp_path: Path, heads: int, execution: str) -> None:
+    assert_equal(*fit_in_part(str(tmp_path), scaled, heads, execution=execution))
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_parameter_without_dimensions_is_resumed_exactly_on_two_devices(tmp_path: Path, heads: int) -> None:
+    for whole, resumed in run(fit_in_part, 2, str(tmp_path), scaled, heads, 2, group=False, timeout_s=120):
+        assert_equal(whole, resumed)
+
+
+def with_adafactor() -> Module:
+    return Module(optimizer=lambda p: torch.optim.Adafactor(p, lr=0.01))
+
+
+def test_moments_of_other_shapes_than_their_parameters_are_resumed(tmp_path: Path) -> None:
+    for whole, resumed in run(fit_in_part, 2, str(tmp_path), with_adafactor, 2, 2, group=False, timeout_s=120):
+        assert_equal(whole, resumed)
+
+
+class Dropping(Module):
+    """Draws random numbers in each step, so that the random stream shows in the weights."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((nn.functional.dropout(batch[0], 0.3), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_end"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_resuming_equals_not_stopping_wherever_it_was_saved(tmp_path: Path, hook: str, every: int) -> None:
+    def fit(resume: Any = None, callbacks: Any = ()) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        module = Dropping()
+        strategy = LTEStrategy(4, 4, rank=RANK, execution="batched")
+        t = trainer(
+            strategy,
+            max_epochs=4,
+            callbacks=list(callbacks),
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=every,
+        )
+        data = loader(16 * 5, shuffle=True)
+        t.fit(module, data, loader(16), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    path = tmp_path / "saved.ckpt"
+    whole = fit(callbacks=[SaveAt(hook, path)])
+    assert_equal(whole, fit(resume=path))
+
+
+def saved_after(tmp_path: Path, steps: int = 4, **choices: Any) -> dict[str, Any]:
+    t = trainer(LTEStrategy(4, 3, rank=RANK, **choices), max_steps=steps)
+    t.fit(Module(), loader(160))
+    t.save_checkpoint(tmp_path / "whole.ckpt")
+    return torch.load(tmp_path / "whole.ckpt", weights_only=True)  # type: ignore[no-any-return]
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no clocks": lambda lte: lte.pop("clocks"),
+    "no factors": lambda lte: lte["factors"].clear(),
+    "factors of other heads": lambda lte: lte["factors"]["net.first"].update(A=torch.zeros(1, 3, 10)),
+    "no version": lambda lte: lte.update(version=None),
+    "replicas of a list": lambda lte: lte.update(replicas=[]),
+    "one row of moments": lambda lte: lte["optimizers"][0]["net.first.weight.A"].update(
+        exp_avg={"heads": torch.zeros(1, 3, 10)}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path, damage: str) -> None:
+    saved = saved_after(tmp_path)
+    DAMAGES[damage](saved["lte"])
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    module = Module()
+    with pytest.raises(ValueError, match=r"damaged .*fit without ckpt_path"):
+        trainer(LTEStrategy(4, 3, rank=RANK), max_steps=6).fit(module, loader(160), ckpt_path=tmp_path / "damaged.ckpt")
+    assert all(type(m).__module__.startswith(("torch.nn", "tests")) for m in module.modules())
+
+
+def test_another_optimizer_is_named(tmp_path: Path) -> None:
+    saved_after(tmp_path)
+    with pytest.raises(ValueError, match="optimizers AdamW there, SGD here"):
+        trainer(LTEStrategy(4, 3, rank=RANK), max_steps=6).fit(
+            Module(optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), loader(160), ckpt_path=tmp_path / "whole.ckpt"
+        )
+
+
+def test_a_run_that_is_resumed_at_its_end_is_merged(tmp_path: Path) -> None:
+    module = Module()
+    keep = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=5)
+    trainer(LTEStrategy(4, 100, rank=RANK), max_steps=5, callbacks=[keep], enable_checkpointing=True).fit(
+        module, loader(160)
+    )
+    again = Module()
+    trainer(LTEStrategy(4, 100, rank=RANK), max_steps=5).fit(again, loader(160), ckpt_path=tmp_path / "last.ckpt")
+    assert_equal(clone(module.state_dict()), clone(again.state_dict()))
+
+
+def test_weights_that_were_changed_after_fit_are_saved_without_heads(tmp_path: Path) -> None:
+    t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4)
+    module = Module()
+    t.fit(module, loader(160))
+    with torch.no_grad():
+        module.net.norm.weight.fill_(7)
+    with pytest.warns(UserWarning, match="have changed since `fit`"):
+        t.save_checkpoint(tmp_path / "edited.ckpt")
+    assert "lte" not in torch.load(tmp_path / "edited.ckpt", weights_only=True)
