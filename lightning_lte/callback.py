@@ -54,6 +54,11 @@ class LTECallback(Callback):
         _strategy(trainer).final_merge()
         self._log_merge(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Before the callbacks that save a checkpoint now, or raise an exception of their own.
+        if hasattr(trainer.strategy, "end_after"):
+            trainer.strategy.end_after(exception)
+
     def _log_merge(self, trainer: Trainer) -> None:
         record = _strategy(trainer).last_record
         if record is None or record.merges <= self._logged:

@@ -362,9 +362,11 @@ class Explorer:
         """Give the module and the optimizers back without a merge. `state_dict` stays available."""
         if self._closed is not None:
             return
-        self._closed = checkpoint.local_state(self)
-        self.injection.eject()
-        self.substitution.undo()
+        try:
+            self._closed = checkpoint.local_state(self)
+        finally:
+            self.injection.eject()
+            self.substitution.undo()
 
     def go_sequential(self, reason: str) -> None:
         """Have each local head run by itself from now on, with replicas of its own.
@@ -402,14 +404,15 @@ class Explorer:
             RuntimeError: no factored weight would be left.
         """
         chosen = [f for f in self.injection.factors.values() if f.name in reasons]
-        if len(chosen) == len(self.injection.factors):
+        if chosen and len(chosen) == len(self.injection.factors):
             why = "; ".join(f"{f.name} ({reasons[f.name]})" for f in chosen)
             raise RuntimeError(
                 f"LTE needs at least one weight that can be factored; none is left after the first steps, as all are"
-                f" used or written elsewhere: {why}. Train this module with another strategy."
+                f" used or written elsewhere: {why}. Train this module with another strategy; or, if the loss has a"
+                " penalty on the parameters, leave that to the optimizer's weight_decay."
                 + ("" if any(f.took_part for f in chosen) else " (Forwards have to run inside `explorer.heads()`.)")
             )
-        if self.unmerged:
+        if self.unmerged and chosen:
             merge.add_mean_deltas(chosen, self.transport)
         self.substitution.rest()
         for f in chosen:
@@ -485,13 +488,17 @@ class Explorer:
         return {**reasons, **{n: WRITTEN for n in own if any(n.startswith(prefix) for prefix in wholly)}}
 
     def _check_writes(self, look_at_bits: bool = False) -> None:
-        if self.guard.check_writes(look_at_bits):
+        everything, replicas = self.guard.check_writes(look_at_bits)
+        if everything:
             warnings.warn(
                 "All weights were written from outside, as by loading others: heads go on from them, and what they had"
                 " learned since the last merge is gone.",
                 stacklevel=2,
             )
             self._take_weights({w.name for w in self._watched()})
+        elif replicas:
+            self.make_replicas({name: WRITTEN for name in replicas})
+            warnings.warn(f"Shared by the heads from now on: {listed(sorted(replicas))} ({WRITTEN}).", stacklevel=2)
 
     def _take_weights(self, names: Collection[str]) -> None:
         """Have heads go on from the user's parameters as they are now, for those that were written."""

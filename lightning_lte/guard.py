@@ -73,7 +73,8 @@ class Guard:
     def found(self) -> dict[str, str]:
         """Names of what heads can't train, with the reason, as far as the first steps show."""
         reasons: dict[str, str] = {}
-        changed = self._changed(look_at_bits=True)
+        # Who clamps a parameter after each step writes to it, even while that changes nothing.
+        changed = {w.name for w in self._watched if w.param._version != w.version} | self._changed(look_at_bits=True)
         for w in self._watched:
             reason = WRITTEN if w.name in changed else USED if w.param.grad is not None else None
             if w.factors is not None and w.factors.trial is not None:
@@ -84,25 +85,27 @@ class Guard:
                 reasons[w.name] = reason
         return reasons
 
-    def check_writes(self, look_at_bits: bool = False) -> bool:
-        """Raise if anyone but a merge wrote to some of the parameters, or put something else in their places.
+    def check_writes(self, look_at_bits: bool = False) -> tuple[bool, set[str]]:
+        """Raise if anyone but a merge wrote to some of the weights, or put something else in their places.
 
         Args:
             look_at_bits: also where that went past autograd (`weight.data`).
 
         Returns:
-            Whether all weights were written, as when a checkpoint is loaded or averaged weights are put in.
+            Whether all weights were written, as when a checkpoint is loaded or averaged weights are put in; and the
+            names of parameters written of which each head has a replica, and which it can share.
 
         Raises:
-            RuntimeError: with the names.
+            RuntimeError: with the names of weights.
         """
         changed = self._changed(look_at_bits)
-        written = [w for w in self._watched if w.name in changed or w.module._parameters.get(w.key) is not w.param]
-        if not written:
-            return False
+        changed |= {w.name for w in self._watched if w.module._parameters.get(w.key) is not w.param}
         factored = {w.name for w in self._watched if w.factors is not None}
         if factored <= changed and len(factored) > 1:
-            return True
+            return True, set()
+        written = [w for w in self._watched if w.name in changed & factored]
+        if not written:
+            return False, changed
         raise RuntimeError(
             "Only merges may write to weights that heads train, and something else wrote to"
             f" {listed([w.name for w in written])} (masks, normalisation, copies from another network,"

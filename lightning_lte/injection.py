@@ -58,7 +58,9 @@ class Injection:
         """
         role = self.roles[weight]
         self.factors.pop(weight).end_trial()
-        del self.states[role.owner.layer].factors[role.owner.layer_key]
+        state = self.states[role.owner.layer]
+        del state.factors[role.owner.layer_key]
+        state.slots = [slot for slot in state.slots if slot[2] is not weight]
         self._leave_if_plain(role.owner.layer)
         entry = self.report.entry(role.name)
         entry.role, entry.reason, entry.copies = "frozen", reason, 0
@@ -77,6 +79,7 @@ class Injection:
         state = self.states.get(owner.layer)
         if state is not None and owner.layer_key in state.stacks:
             del state.stacks[owner.layer_key], state.users[owner.layer_key]
+            state.user_slots = [slot for slot in state.user_slots if slot[2] is not replica.param]
             self._leave_if_plain(owner.layer)
 
     def adopt(self, name: str, param: nn.Parameter) -> Replica:

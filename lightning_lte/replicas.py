@@ -49,6 +49,8 @@ class Replica:
         """Let the module see one head's own in place of the user's parameter; None undoes it."""
         assert self.stack is not None
         for owner in self.owners:
+            if owner.key not in owner.module._parameters:
+                continue  # pruned, or parametrized since
             shown = owner.module._parameters[owner.key]
             # Whoever freezes the module, or a part of it, in a head's turn means all heads.
             if shown is not self.param and shown is not None:

@@ -278,7 +278,9 @@ class LTEStrategy(DDPStrategy):
         self._explorer.act()
 
     def _announce(self) -> None:
-        rank_zero_info(f"LTE trains through {self.config.heads} heads:\n{self.report().summary()}")
+        heads = self.config.heads
+        # Begins on a line of its own: the progress bar may hold the one before.
+        rank_zero_info(f"\nLTE trains through {heads} head{'s' * (heads > 1)}:\n{self.report().summary()}")
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         assert self._explorer is not None
@@ -306,7 +308,8 @@ class LTEStrategy(DDPStrategy):
             return self._in_turn(own_step, by_hand(batch, explorer.count))
         layout = self._layout or self._first_layout(batch)
         even = layout.size(batch) % explorer.count == 0
-        if explorer.execution == "auto":
+        # A loader of its own making may begin with a batch of odd size; on one device, the trial can wait for another.
+        if explorer.execution == "auto" and (even or self._world_size > 1):
             with self._silenced():
                 execution.decide(explorer, own_step, batch, layout.split(batch, explorer.count) if even else None)
             self._announce()
@@ -342,9 +345,6 @@ class LTEStrategy(DDPStrategy):
             batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         length = _length(loader)
         self._layout = layout = Layout(batch, min(batch_size, length) if batch_size and length else batch_size)
-        if batch_size is None and self._generators is None:
-            # (A run may go on with the last batch of an epoch, which is no sign of what others are like.)
-            batch_size = layout.size(batch)
         if batch_size is not None and batch_size % count:
             above = -(-batch_size // count) * count
             raise ValueError(
@@ -453,20 +453,27 @@ class LTEStrategy(DDPStrategy):
         self.final_merge()
 
     def on_exception(self, exception: BaseException) -> None:
-        self._interrupted = True
         with suppress(Exception):
             super().on_exception(exception)
-        # Whatever fails here, Lightning's own teardown has to come to its turn.
-        try:
-            self._last_merge_after(exception)
-        except Exception as error:
-            with suppress(Warning):
-                warnings.warn(f"After {type(exception).__name__} the last merge failed: {error}", stacklevel=2)
-        self._close()
+        # LTECallback has done so already, unless a user took it away.
+        self.end_after(exception)
+
+    def end_after(self, exception: BaseException) -> None:
+        """Merge what can be merged and give the module back, as training ends with an exception.
+
+        Nothing is raised here: Lightning's own teardown has to come to its turn.
+        """
+        self._interrupted = True
+        for end in (lambda: self._last_merge_after(exception), self._close):
+            try:
+                end()
+            except Exception as error:
+                with suppress(Warning):
+                    warnings.warn(f"After {type(exception).__name__}, another error came: {error}", stacklevel=2)
 
     def _last_merge_after(self, exception: BaseException) -> None:
         explorer = self._explorer
-        if explorer is None or not explorer.unmerged:
+        if explorer is None or not (explorer.unmerged or self._world_size > 1):
             return
         # Devices may have stopped at different steps of the same period.
         where = f"merge {explorer.merges}"
@@ -474,11 +481,11 @@ class LTEStrategy(DDPStrategy):
             # Devices that were in the midst of different exchanges can't start another.
             where += f", in a merge on rank {explorer.transport.rank}"
         last = max(clock.last_merge for clock in explorer.clocks)
+        weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
         step = max(clock.step for clock in explorer.clocks)
         if not explorer.transport.agree(where, _AGREE_TIMEOUT_S):
             warnings.warn(
-                f"Training was interrupted at step {step} and the devices could not meet for a last merge: the weights"
-                f" are those of the merge at step {last}.",
+                f"Training was interrupted at step {step} and the devices could not meet for a last merge: {weights}.",
                 stacklevel=2,
             )
             return
@@ -486,8 +493,7 @@ class LTEStrategy(DDPStrategy):
             self._warn_of_restarts(explorer.merge(self.measure, everything=True))
         except Exception as error:
             warnings.warn(
-                f"The last merge after {type(exception).__name__} failed, and the weights are those of the merge at"
-                f" step {last}: {error}",
+                f"The last merge after {type(exception).__name__} failed, and {weights}: {error}",
                 stacklevel=2,
             )
 

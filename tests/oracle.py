@@ -199,6 +199,11 @@ class Oracle:
             self.merged.get_parameter(name).copy_(mean)
             for worker in self.workers:
                 worker.replicas[name].copy_(mean)
+        for name, buffer in self.merged.named_buffers():
+            own = [dict(worker.model.named_buffers())[name] for worker in self.workers]
+            buffer.copy_(sum(own) / len(own) if buffer.is_floating_point() else own[0])
+            for other in own:
+                other.copy_(buffer)
         self.merges += 1
         self._last_merge = self.steps
 

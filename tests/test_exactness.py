@@ -17,6 +17,7 @@ from tests.modules import (
     FACTORED,
     IN,
     RANK,
+    WIDTH,
     Kinds,
     Module,
     Net,
@@ -317,3 +318,25 @@ def test_replicas_stay_equal_on_all_devices_where_their_gradients_are_averaged_a
     states = run(on_devices, 2, 4, "keep", "step", 0.05, "batched")
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+def test_a_head_on_each_device_gives_the_same_as_all_on_one() -> None:
+    args = (4, "keep", "merge", None, "batched")
+    alone = on_devices(*args)
+    for state in run(on_devices, 4, *args):
+        for name, value in state.items():
+            torch.testing.assert_close(value, alone[name], **TOLERANCE)
+
+
+class BatchNormed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.second(torch.tanh(self.batch_norm(self.first(x))))))
+
+
+def test_heads_that_take_turns_have_running_statistics_of_their_own() -> None:
+    """As workers have, each with a copy of the whole model; merges average them."""
+    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), adamw, kind=BatchNormed, steps=10)

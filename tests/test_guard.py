@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -50,13 +51,59 @@ class Normalised(torch.optim.Optimizer):
                     p.data -= group["lr"] * p.grad / p.grad.norm()
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, Normalised])
+class Global(torch.optim.Optimizer):
+    """Steps along the gradient over the norm of all of it."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in held]).norm()
+        for p in held:
+            p.data -= 0.1 * p.grad / norm
+
+
+def lamb(params: Any) -> torch.optim.Optimizer:
+    return timm.optim.Lamb(params)
+
+
+def cautious(params: Any) -> torch.optim.Optimizer:
+    return timm.optim.create_optimizer_v2(params, opt="cadamw", lr=0.1)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, Normalised, Global, lamb, cautious])
 def test_updates_that_mix_elements_are_refused_for_several_heads_only(make: Any) -> None:
     optimizer = make(params())
     assert not acts_per_element(optimizer)
     check_optimizers([optimizer], 1)
-    with pytest.raises(ValueError, match=f"received {make.__name__}.*one head per device"):
+    with pytest.raises(ValueError, match=f"received {type(optimizer).__name__}.*one head per device"):
         check_optimizers([optimizer], 4)
+
+
+def test_trying_an_optimizer_leaves_it_alone() -> None:
+    own = params()
+    optimizer = torch.optim.AdamW(own, weight_decay=0.5)
+    own[0].grad = torch.ones(4, 4)
+    optimizer.step()
+    before, state = own[0].detach().clone(), optimizer.state_dict()
+    for gradient in (None, torch.ones(4, 4)):
+        own[0].grad = gradient
+        assert acts_per_element(optimizer)
+    assert torch.equal(own[0], before)
+    assert optimizer.state_dict()["state"][0]["step"] == state["state"][0]["step"] == 1
+
+
+def test_settings_of_a_group_count() -> None:
+    class Sometimes(Normalised):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.data -= p.grad / (p.grad.norm() if group.get("normalise") else 1)
+
+    assert acts_per_element(Sometimes(params()))
+    assert not acts_per_element(Sometimes([{"params": params(), "normalise": True}]))
 
 
 def test_what_is_no_optimizer_is_refused() -> None:

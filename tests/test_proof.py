@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_lte import LTEStrategy
 from lightning_lte.rehearsal import untouched
@@ -315,3 +318,135 @@ def test_the_proof_costs_two_forward_passes() -> None:
     assert verdict(Pooled(Windows()), images(), counted)[0] == "batched"
     proof, steps = rows[:-2], rows[-2:]
     assert sum(proof) == 2 * 8 and steps == [8, 8]
+
+
+class TrainOnly(nn.Module):
+    """Samples meet in train mode alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner = how, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            if self.how == "centred":
+                x = x - x.mean(0)
+            elif self.how == "normalised":
+                x = nn.functional.batch_norm(x.mT, None, None, training=True).mT
+            elif self.how == "mixed up":
+                x = 0.7 * x + 0.3 * x[torch.randperm(len(x))]
+            else:
+                x = 0.5 * x + 0.5 * x.roll(1, 0)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["centred", "normalised", "mixed up", "rolled"])
+def test_samples_that_meet_in_train_mode_alone_are_sequential(how: str) -> None:
+    assert verdict(Pooled(TrainOnly(how)), images())[0] == "sequential"
+
+
+def test_layers_that_start_at_zero_hide_nothing() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.zero, self.inner = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            nn.init.zeros_(self.zero.weight)
+            nn.init.zeros_(self.zero.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.zero(x)
+            return x + self.inner(y + y.roll(1, 0))
+
+    net = Pooled(Hidden())
+    assert verdict(net, images())[0] == "sequential"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2)),
+        lambda: nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.3, batch_first=True),
+        lambda: SelfAttention(),
+        lambda: DropPath(),
+        lambda: Noisy(),
+    ],
+    ids=["dropout", "transformer", "attention", "drop path", "noise"],
+)
+def test_chance_is_no_reason_against_batched(body: Callable[[], nn.Module]) -> None:
+    assert verdict(Pooled(body()), images())[0] == "batched"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, as timm draws it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = x.new_empty(len(x), 1, 1).bernoulli_(0.8) if self.training else 1
+        return x + self.inner(x) * keep
+
+
+class Noisy(nn.Module):
+    """Noise of a strength drawn for each sample, as diffusion models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.level = nn.Linear(WIDTH, WIDTH), nn.Embedding(50, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = torch.randint(0, 50, (len(x),))
+        return self.inner(x + torch.randn_like(x) * 0.1 + self.level(level).unsqueeze(1))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, dropout=0.3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_the_trial_puts_back_what_the_users_own_objects_hold() -> None:
+    class Log:
+        def __init__(self) -> None:
+            self.lines = 0
+
+    class Holder(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counter, self.log_book = Counter(), Log()
+            self.array, self.metrics = np.zeros(2), [MeanMetric()]
+            self.generator, self.numpy_generator = torch.Generator().manual_seed(1), np.random.default_rng(1)
+            self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+            self.drawn: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.counter["calls"] += 1
+            self.log_book.lines += 1
+            self.array += 1
+            self.metrics[0].update(1.0)
+            self.frozen.data += 1
+            self.drawn += [torch.rand(1, generator=self.generator).item(), float(self.numpy_generator.random())]
+            assert self.logger is not None
+            self.logger.log_metrics({"own": 1.0})
+            return super().training_step(batch, batch_idx)
+
+    logged: list[Any] = []
+
+    class Kept(DummyLogger):
+        def log_metrics(self, metrics: Any, step: Any = None) -> None:
+            logged.append(metrics)
+
+    module = Holder()
+    array = module.array
+    trainer(LTEStrategy(4, rank=RANK), max_steps=1, logger=Kept()).fit(module, loader(16))
+    assert module.counter["calls"] == module.log_book.lines == module.frozen.item() == 1
+    assert module.array is array and array.tolist() == [1, 1]
+    assert module.metrics[0].weight == 1
+    assert module.drawn == [
+        torch.rand(1, generator=torch.Generator().manual_seed(1)).item(), float(np.random.default_rng(1).random())
+    ]  # fmt: skip
+    assert sum("own" in metrics for metrics in logged) == 1

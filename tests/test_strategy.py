@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import datetime
 import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_lte import Every, LTEStrategy, MergeSchedule
+from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
 from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
 
 
@@ -311,17 +313,23 @@ def test_a_dataset_smaller_than_a_batch_trains() -> None:
     trainer(strategy(), max_epochs=2).fit(Module(), loader(10, 16))
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: loader(48, 6), lambda: DataLoader(loader(48, 6).dataset, batch_sampler=[[0, 1, 2, 3, 4, 5]])]
-)
-def test_a_batch_that_the_heads_do_not_divide_is_refused(make: Callable[[], DataLoader]) -> None:
+def test_a_batch_that_the_heads_do_not_divide_is_refused() -> None:
     module = Module()
     before = clone(module.state_dict())
     with pytest.raises(
         ValueError, match=r"4 heads; received a batch size of 6\. Give a multiple of 4, such as batch_size=8"
     ):
-        trainer(strategy(), max_epochs=1).fit(module, make())
+        trainer(strategy(), max_epochs=1).fit(module, loader(48, 6))
     assert_untouched(module, before)
+
+
+def test_a_loader_whose_batches_differ_in_size_is_dealt_out_as_it_comes() -> None:
+    sizes = [[0, 1, 2, 3, 4, 5], list(range(8)), list(range(8, 12)), [1, 2, 3]]
+    s, module = strategy(), Module()
+    trainer(s, max_epochs=1).fit(module, DataLoader(loader(48).dataset, batch_sampler=sizes))
+    assert s.explorer is None and "proved on the first batch" in s.report().notes[-1]
+    # In turn; the trial and a forward for all; a forward for all; in turn, and one sample twice.
+    assert module.batch_sizes == [2, 2, 1, 1, *[8, 2, 2, 2, 2], 8, 4, 1, 1, 1, 1]
 
 
 # ---- bad input
@@ -591,3 +599,149 @@ def test_importing_the_package_is_enough_in_a_fresh_process() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("LTEStrategy")
+
+
+# ---- what was found by attacking the package
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"merge_evry": 1}, "received merge_evry=1. Did you mean merge_every?"),
+        ({"bucket_cap": 1}, "Did you mean bucket_cap_mb?"),
+        ({"wholly_unknown": 1}, "Leave it out"),
+    ],
+)
+def test_unknown_arguments_are_refused_and_the_closest_is_named(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        LTEStrategy(4, **choices)
+
+
+@pytest.mark.filterwarnings("error")
+def test_defaults_of_the_ddp_wrapper_are_not_warned_of() -> None:
+    """As command lines fill them in."""
+    LTEStrategy(4, find_unused_parameters=False, bucket_cap_mb=None, static_graph=False, process_group_backend="gloo")
+
+
+def test_iterators_are_taken_as_what_they_hold() -> None:
+    names = ("first", "second")
+    s = LTEStrategy(4, exclude_modules=(n for n in names[:1]), target_modules=map(str, names))  # type: ignore[arg-type]
+    assert s.config.exclude_modules == ("first",) and s.config.target_modules == names
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    s = LTEStrategy(np.int64(8), np.int32(5), rank=np.int64(4), alpha=np.float32(8))  # type: ignore[arg-type]
+    assert (s.config.heads, s.config.merge_every, s.config.rank, s.config.alpha) == (8, 5, 4, 8.0)
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.second(torch.tanh(self.batch_norm(self.first(x))))))
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 6])
+def test_batch_norm_bears_a_small_last_batch(last: int) -> None:
+    trainer(strategy(), max_epochs=1).fit(Module(make_net(Normed)), loader(16 * 2 + last))
+
+
+@pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
+@pytest.mark.parametrize("output", [{"logits": 1}, {}])
+def test_an_output_without_a_loss_is_refused_as_ever(execution: str, output: dict[str, Any]) -> None:
+    class Without(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return output
+
+    with pytest.raises(Exception, match="'loss' key needs to be present"):
+        trainer(strategy(execution=execution), max_steps=1).fit(Without(), loader())
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    class Vector(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(RuntimeError, match="must be a scalar; received shapes"):
+        trainer(strategy(execution="sequential"), max_steps=1).fit(Vector(), loader())
+
+
+def test_what_heads_log_in_turn_is_logged_once_and_for_all_of_them() -> None:
+    class Logging(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, _ = batch
+            self.log("mean", x.mean())
+            self.log("largest", x.max(), reduce_fx="max")
+            self.log_dict({"rows": float(len(x))}, on_step=True, on_epoch=True, batch_size=len(x))
+            return super().training_step(batch, batch_idx)
+
+    seen = Recorder(lambda t, _: dict(t.callback_metrics))
+    t = trainer(strategy(execution="sequential"), max_epochs=1, callbacks=[seen])
+    t.fit(Logging(), loader(16))
+    x, _ = make_data(16)
+    assert float(seen.seen[0]["mean"]) == pytest.approx(float(x.mean()))
+    assert float(seen.seen[0]["largest"]) == pytest.approx(float(x.max()))
+    assert float(seen.seen[0]["rows_step"]) == 4
+
+
+@pytest.mark.parametrize("where", ["strategy", "callback"])
+def test_errors_while_training_ends_with_an_error_leave_a_clean_module(where: str) -> None:
+    class Bad(Callback):
+        def on_train_batch_end(self, t: Any, m: Any, *args: Any) -> None:
+            if where == "strategy":
+                next(iter(t.strategy.explorer.injection.factors.values())).name = 3  # so that the last merge fails
+            raise OSError("first")
+
+        def on_exception(self, *args: Any) -> None:
+            if where == "callback":
+                raise KeyError("second")
+
+    module = Module()
+    with pytest.raises((OSError, KeyError)), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*val_dataloader.*")
+        trainer(strategy(), max_epochs=1, callbacks=[Bad()]).fit(module, loader())
+    assert_untouched(module)
+
+
+def test_the_callback_minds_evaluation_with_other_strategies_no_more() -> None:
+    trainer("auto", callbacks=[LTECallback()]).validate(Module(), loader())
+
+
+def test_two_callbacks_are_one() -> None:
+    t = trainer(strategy(), max_steps=1, callbacks=[LTECallback(), LTECallback()])
+    t.fit(Module(), loader())
+    assert sum(isinstance(c, LTECallback) for c in t.callbacks) == 1
+
+
+def test_empty_inputs_of_a_layer_are_let_through() -> None:
+    class Empty(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.first(x[:, :0].new_zeros(len(x), 0, 10)).shape == (len(x), 0, 16)
+            return super().forward(x)
+
+    for execution in ("batched", "sequential"):
+        trainer(strategy(execution=execution), max_steps=1).fit(Module(make_net(Empty)), loader())
+
+
+def test_remedies_work_for_names_of_any_kind() -> None:
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("weird name[0]", nn.Linear(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            odd = self._modules["weird name[0]"]
+            assert odd is not None
+            if self.training:
+                self.calls = getattr(self, "calls", 0) + 1
+                if self.calls > 5:
+                    odd.weight.data *= 0.9  # type: ignore[operator, union-attr]
+            return self.out(odd(torch.tanh(self.first(x))))
+
+    with pytest.raises(RuntimeError) as raised:
+        trainer(strategy(1, 2), max_steps=9).fit(Module(make_net(Odd)), loader(160))
+    choices = eval(f"dict({re.search(r'exclude_modules=.*]', str(raised.value))[0]})")  # type: ignore[index]
+    trainer(strategy(1, 2, **choices), max_steps=9).fit(Module(make_net(Odd)), loader(160))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelPruning
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelPruning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parametrizations
+from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
 
 from lightning_lte import LTEStrategy
 from tests.modules import IN, RANK, WIDTH, Module, Net, Recorder, clone, loader, make_net, sgd, trainer
@@ -498,3 +498,312 @@ def test_gradient_penalties_go_through_the_heads_twice() -> None:
         assert role(strategy, "net.first.weight")[0] == role(strategy, "net.second.weight")[0] == "factored"
         states.append(clone(module.state_dict()))
     torch.testing.assert_close(states[0], states[1], rtol=1e-10, atol=1e-12)
+
+
+def test_functional_calls_compute_with_what_they_are_given() -> None:
+    """A teacher whose weights live outside the module, as EMA by torch.func has them."""
+
+    class Outside(Module):
+        def __init__(self) -> None:
+            super().__init__(optimizer=sgd)
+            self.teacher = {n: p.detach().clone() * 0.5 for n, p in self.net.named_parameters()}
+            self.worst = 0.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            plain = make_net()
+            plain.load_state_dict({**plain.state_dict(), **self.teacher})
+            with torch.no_grad():
+                found = torch.func.functional_call(self.net, self.teacher, batch[0])
+                self.worst = max(self.worst, float((found - plain(batch[0])).abs().max()))
+            return super().training_step(batch, batch_idx)
+
+    for heads, execution in ((1, "auto"), (4, "batched"), (4, "sequential")):
+        module = Outside()
+        strategy = train(module, heads=heads, execution=execution)
+        assert module.worst < 1e-12
+        assert role(strategy, "net.first.weight")[0] == "factored"
+
+
+def clip_in_hook(module: Module) -> None:
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1e-7)
+
+
+def clip_by_name_in_hook(module: Module) -> None:
+    clip_grad_norm_(module.net.parameters(), max_norm=1e-7)
+
+
+def clip_values_in_hook(module: Module) -> None:
+    nn.utils.clip_grad_value_(module.parameters(), 1e-8)
+
+
+@pytest.mark.parametrize("clip", [clip_in_hook, clip_by_name_in_hook, clip_values_in_hook])
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched"), (4, "sequential")])
+def test_clipping_by_hand_reaches_the_heads(clip: Callable[[Module], None], heads: int, execution: Any) -> None:
+    class Clipping(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            clip(self)
+
+    module = Clipping(optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    before = clone(module.state_dict())
+    train(module, heads=heads, execution=execution)
+    moved = [float((value - before[name]).abs().max()) for name, value in module.state_dict().items()]
+    assert 0 < max(moved) < 1e-5
+    assert (
+        torch.nn.utils.clip_grad_norm_ is clip_grad_norm_ and clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
+    )
+
+
+def test_clipping_other_modules_is_left_alone() -> None:
+    norms: list[float] = []
+
+    class Beside(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            own = nn.Parameter(torch.zeros(3))
+            own.grad = torch.tensor([3.0, 4.0, 0.0])
+            norms.append(float(nn.utils.clip_grad_norm_([own], 1.0, norm_type=1)))
+            assert own.grad.abs().sum() <= 1
+
+    train(Beside(), heads=4)
+    assert set(norms) == {7.0}
+
+
+def test_hooks_on_parameters_keep_their_meaning() -> None:
+    module = Module(optimizer=sgd)
+    frozen_rows = torch.ones(WIDTH, 1, dtype=torch.float64)
+    frozen_rows[:5] = 0
+    module.net.second.weight.register_hook(lambda g: g * frozen_rows)
+    module.net.first.bias.register_hook(lambda g: g * 0)
+    before = clone(module.state_dict())
+    strategy = train(module, heads=4)
+    assert role(strategy, "net.second.weight") == ("replica", "gradient hooks are registered on it")
+    assert torch.equal(module.net.second.weight[:5], before["net.second.weight"][:5])
+    assert not torch.equal(module.net.second.weight[5:], before["net.second.weight"][5:])
+    assert torch.equal(module.net.first.bias, before["net.first.bias"])
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int) -> None:
+    class Freezing(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            if self.trainer.global_step == 3:  # just merged
+                self.net.first.requires_grad_(False)
+                self.at = clone(self.state_dict())
+
+    module = Freezing(optimizer=sgd)
+    train(module, heads=heads)
+    for name in ("net.first.weight", "net.first.bias"):
+        assert torch.equal(module.state_dict()[name], module.at[name])
+    assert not torch.equal(module.net.second.weight, module.at["net.second.weight"])
+
+
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched"), (4, "sequential")])
+def test_a_clamp_after_each_step_holds(heads: int, execution: Any) -> None:
+    """CLIP's logit scale."""
+
+    class Scale(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    class Clamped(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            with torch.no_grad():
+                self.net.scale.clamp_(0.99, 1.01)
+
+    module = Clamped(make_net(Scale), sgd)
+    train(module, heads=heads, execution=execution, steps=10)
+    assert 0.99 <= float(module.net.scale) <= 1.01
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_weights_that_are_loaded_before_the_first_step_are_the_start(heads: int) -> None:
+    class Loading(Module):
+        def on_train_start(self) -> None:
+            with torch.no_grad():
+                for own in self.parameters():
+                    own.data.fill_(0.25)
+
+    module = Loading(optimizer=lambda p: torch.optim.SGD(p, lr=1e-12))
+    strategy = train(module, heads=heads)
+    assert role(strategy, "net.first.weight")[0] == "factored"
+    for value in module.state_dict().values():
+        torch.testing.assert_close(value, torch.full_like(value, 0.25))
+
+
+def test_weights_that_are_loaded_half_way_are_gone_on_from() -> None:
+    class Loading(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 4:
+                self.load_state_dict({n: torch.full_like(v, 0.25) for n, v in self.state_dict().items()})
+
+    module = Loading(optimizer=lambda p: torch.optim.SGD(p, lr=1e-12))
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        train(module, heads=4)
+    for value in module.state_dict().values():
+        torch.testing.assert_close(value, torch.full_like(value, 0.25))
+
+
+@pytest.mark.parametrize("way", ["the bare optimizer", "around Lightning's"])
+def test_steps_that_go_past_lightning_are_counted(way: str) -> None:
+    class Raw(Module):
+        def __init__(self) -> None:
+            super().__init__(optimizer=sgd)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            opt = (
+                self.optimizers(use_pl_optimizer=False) if way == "the bare optimizer" else self.optimizers().optimizer
+            )
+            opt.zero_grad()
+            cross_entropy(self.net(batch[0]), batch[1]).backward()
+            opt.step()
+
+    module, automatic = Raw(), Module(optimizer=sgd)
+    clocks = Recorder(lambda t, _: (t.strategy.explorer.clock.step, t.strategy.explorer.merges))
+    trainer(LTEStrategy(1, 3, rank=RANK), max_epochs=1, callbacks=[clocks], limit_train_batches=7).fit(
+        module, loader(160)
+    )
+    assert clocks.seen == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 2), (7, 2)]
+    train(automatic)
+    torch.testing.assert_close(clone(module.state_dict()), clone(automatic.state_dict()), rtol=1e-12, atol=1e-14)
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.second(torch.tanh(self.batch_norm(self.first(x))))))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("net", [Net, Normed])
+def test_stochastic_weight_averaging(net: Callable[[], nn.Module], heads: int) -> None:
+    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    module = Module(make_net(net), sgd)
+    trainer(LTEStrategy(heads, 2, rank=RANK), max_epochs=4, callbacks=[swa]).fit(module, loader(48))
+    assert type(module.net.first) is nn.Linear
+    if net is Net:  # with batch norm, Lightning itself goes on for an epoch
+        averaged = dict(swa._average_model.named_parameters())  # type: ignore[union-attr]
+        for name, value in module.named_parameters():
+            torch.testing.assert_close(value, averaged[name])
+
+
+def test_weights_that_are_swapped_for_validation_and_back() -> None:
+    class Swap(Callback):
+        def on_validation_start(self, t: Any, m: Any) -> None:
+            self.kept = clone(m.state_dict())
+            m.load_state_dict({n: v * 0.5 for n, v in self.kept.items()})
+
+        def on_validation_end(self, t: Any, m: Any) -> None:
+            m.load_state_dict(self.kept)
+
+    states = []
+    for callbacks in ([Swap()], []):
+        module = Module(optimizer=sgd)
+        strategy = LTEStrategy(4, 3, rank=RANK)
+        t = trainer(strategy, max_epochs=3, callbacks=callbacks, val_check_interval=2, num_sanity_val_steps=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*from outside.*")
+            t.fit(module, loader(16 * 4), loader(16))
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_parametrizations_that_come_while_training_leave_a_clean_module() -> None:
+    class Late(Module):
+        def on_train_start(self) -> None:
+            parametrizations.weight_norm(self.net.first)
+
+    module = Late(optimizer=sgd)
+    strategy = train(module, heads=4)
+    assert role(strategy, "net.first.weight")[0] == "replica"
+    assert [c.__name__ for c in type(module.net.first).__mro__[:3]] == ["ParametrizedLinear", "Linear", "Module"]
+    parametrize.remove_parametrizations(module.net.first, "weight")
+    assert type(module.net.first) is nn.Linear
+
+
+def test_copies_that_users_make_by_their_own_rules_are_plain() -> None:
+    class Copied(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Copied:
+            twin = type(self)(self.in_features, self.out_features)
+            twin.load_state_dict(self.state_dict())
+            return twin.double()
+
+    class Copying(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            twin = copy.deepcopy(self.net.first)
+            expected = nn.functional.linear(batch[0], self.net.first.weight, twin.bias)
+            torch.testing.assert_close(twin(batch[0]), expected)
+            return super().training_step(batch, batch_idx)
+
+    net = make_net()
+    net.first = Copied(IN, WIDTH).double()
+    train(Copying(net, sgd), heads=4, execution="batched")
+
+
+def test_classes_that_cannot_be_extended_are_replicas() -> None:
+    class Final(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("final")
+
+    net = make_net()
+    net.first = Final(IN, WIDTH).double()
+    strategy = train(Module(net, sgd), heads=4)
+    assert role(strategy, "net.first.weight") == ("replica", "Final can't be extended (final)")
+
+
+def test_layers_in_eval_mode_are_trained_as_ever() -> None:
+    """transformers' from_pretrained leaves models in eval mode, and Lightning keeps them there."""
+    states = []
+    for mode in (True, False):
+        module = Module(optimizer=sgd)
+        module.net.train(mode)
+        strategy = train(module, heads=4, execution="batched")
+        assert role(strategy, "net.first.weight")[0] == "factored"
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_layers_that_are_called_often_or_not_at_all() -> None:
+    class Uneven(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rare, self.never = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            y = self.first(x)
+            for _ in range(60):
+                y = torch.tanh(self.second(y))
+            return self.out(y + (self.rare(y) if self.calls % 4 == 3 else 0))
+
+    states = []
+    for execution in ("batched", "sequential"):
+        module = Module(make_net(Uneven), sgd)
+        before = clone(module.state_dict())
+        if execution == "sequential":
+            module.net.calls = 0
+        strategy = train(module, heads=1, execution=execution)
+        assert role(strategy, "net.rare.weight")[0] == role(strategy, "net.never.weight")[0] == "factored"
+        assert torch.equal(module.net.never.weight, before["net.never.weight"])
+        assert not torch.equal(module.net.rare.weight, before["net.rare.weight"])
+        states.append(clone(module.state_dict()))
+
+
+def test_second_order_optimizers_run_with_one_head() -> None:
+    class Newton(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    module = Newton()
+    losses = Recorder(lambda t, _: float(t.callback_metrics["loss"]))
+    strategy = LTEStrategy(1, 2, rank=RANK)
+    trainer(strategy, max_epochs=8, callbacks=[losses]).fit(module, loader(16))
+    assert role(strategy, "net.first.weight")[0] == "factored"
+    assert losses.seen[-1] < 0.8 * losses.seen[0]

@@ -16,6 +16,10 @@ from lightning_lte.switch import Switch
 _STATE = "_lte"
 
 
+# Where a parameter sits: (module, name in the module, parameter).
+Slot = tuple[nn.Module, str, nn.Parameter]
+
+
 @dataclass
 class LayerState:
     """What a layer knows of its heads. Parameters go by their names in the layer, such as "weight".
@@ -25,14 +29,16 @@ class LayerState:
         factors: factored weight -> its factors.
         stacks: replica -> (n, *shape), one for each local head; filled only where n > 1.
         users: replica -> the user's own parameter, whose `requires_grad` counts for all of them.
-        slots: where the factored weights sit, (module, name, weight).
+        slots: where the factored weights sit.
+        user_slots: where `users` sit.
     """
 
     switch: Switch
     factors: dict[str, Factors] = field(default_factory=dict)
     stacks: dict[str, nn.Parameter] = field(default_factory=dict)
     users: dict[str, nn.Parameter] = field(default_factory=dict)
-    slots: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    user_slots: list[Slot] = field(default_factory=list)
 
     @property
     def head(self) -> int | None:
@@ -131,9 +137,10 @@ def acting_state(layer: nn.Module) -> LayerState | None:
     # torch.func.functional_call, pruning and parametrizations put other tensors in a weight's place, and mean them.
     # (Not looked at inside torch.compile, which would guard each of them.)
     if not torch.compiler.is_compiling():
-        for module, key, weight in state.slots:
-            if module._parameters.get(key) is not weight:
-                return None
+        # The replicas of a head that acts alone are put in their users' places by whoever runs it.
+        slots = state.slots if state.head is not None else state.slots + state.user_slots
+        if any(module._parameters.get(key) is not param for module, key, param in slots):
+            return None
     return state
 
 
@@ -163,9 +170,13 @@ def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> Non
     """Change `layer` in place to a subclass of `headed` and of its own class, under its own class's name."""
     layer.__class__ = made_class(headed, type(layer))
     layer.__dict__[_STATE] = state
-    for path, f in state.factors.items():
-        name, _, key = path.rpartition(".")
-        state.slots.append((layer.get_submodule(name), key, f.weight))
+    state.slots = [_slot(layer, path, f.weight) for path, f in state.factors.items()]
+    state.user_slots = [_slot(layer, path, param) for path, param in state.users.items()]
+
+
+def _slot(layer: nn.Module, path: str, param: nn.Parameter) -> Slot:
+    name, _, key = path.rpartition(".")
+    return layer.get_submodule(name), key, param
 
 
 def leave(layer: nn.Module) -> None:
