@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
+import timm.layers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -343,6 +344,7 @@ def test_attention_of_one_head_takes_every_layout(batch_first: bool) -> None:
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer": (lambda: nn.LayerNorm(4), (5, 4)),
     "layer of two dimensions": (lambda: nn.LayerNorm((2, 3)), (5, 2, 3)),
+    "layer of timm": (lambda: timm.layers.LayerNorm(4), (5, 4)),
     "layer without bias": (lambda: nn.LayerNorm(4, bias=False), (4,)),
     "root mean square": (lambda: nn.RMSNorm(4), (5, 4)),
     "group": (lambda: nn.GroupNorm(2, 4), (4, 3, 2)),

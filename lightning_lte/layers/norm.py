@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from lightning_lte.layers.base import HeadedLayer, acting_state, check_slices, computes_as
 
+# Subclasses that compute the same by a forward of their own.
+_ALIKE = ("timm.layers.norm.LayerNorm",)
 _CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -21,8 +23,10 @@ class HeadedNorm(HeadedLayer):
 
     @classmethod
     def knows(cls, layer: nn.Module) -> bool:
+        kind = type(layer)
+        alike = f"{kind.__module__}.{kind.__qualname__}" in _ALIKE and not getattr(layer, "_fast_norm", False)
         return (
-            computes_as(layer, nn.LayerNorm, nn.RMSNorm, *_CHANNELS)
+            (alike or computes_as(layer, nn.LayerNorm, nn.RMSNorm, *_CHANNELS))
             and layer._parameters.get("weight") is not None
             # Running statistics are shared by the heads of a device.
             and not getattr(layer, "track_running_stats", False)
