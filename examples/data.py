@@ -28,13 +28,13 @@ class ImagesInMemory(LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*self.train), self.batch_size, shuffle=True)
+        return DataLoader(TensorDataset(*self.train), batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*self.val), self.batch_size)
+        return DataLoader(TensorDataset(*self.val), batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*self.test), self.batch_size)
+        return DataLoader(TensorDataset(*self.test), batch_size=self.batch_size)
 
     def predict_dataloader(self) -> DataLoader:
         return self.test_dataloader()

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_lte import Explorer, LTEConfig
+from lightning_lte.execution import run
 
 
 def main(args: Sequence[str] | None = None) -> float:
@@ -25,8 +26,7 @@ def main(args: Sequence[str] | None = None) -> float:
     digits = load_digits()
     images = (torch.from_numpy(digits.images).float().unsqueeze(1) - 4.9) / 6.0
     train, test = random_split(TensorDataset(images, torch.from_numpy(digits.target).long()), [1437, 360])
-    # The heads share out a batch evenly. A smaller last batch would have to be a multiple of 8 too.
-    loader = DataLoader(train, batch_size=128, shuffle=True, drop_last=True)
+    loader = DataLoader(train, batch_size=128, shuffle=True)
 
     model = VisionTransformer(img_size=8, in_chans=1, num_classes=10, patch_size=2, embed_dim=64, depth=4, num_heads=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
@@ -36,11 +36,16 @@ def main(args: Sequence[str] | None = None) -> float:
     explorer = Explorer(model, optimizer, LTEConfig(heads=8, merge_every=10, seed=options.seed))
     print(explorer.report.summary())
 
+    def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        x, y = batch
+        return functional.cross_entropy(model(x), y)
+
     for epoch in range(options.epochs):
-        for x, y in loader:
-            with explorer.heads():  # slice h of the batch goes through head h
-                loss = functional.cross_entropy(model(x), y)
-            loss.backward()
+        for batch in loader:
+            # Slice h of the batch goes through head h: in one forward, if the first batch shows that this is right.
+            loss = run(explorer, step, batch)
+            with explorer.backward():
+                loss.backward()
             explorer.after_backward()  # checks that gradients reached the heads, and no base weight
             optimizer.step()
             optimizer.zero_grad()

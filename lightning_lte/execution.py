@@ -8,11 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lte.batch import Layout
 from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
 
 # Seconds that devices wait for each other's first batch.
 _FIRST_BATCH_TIMEOUT_S = 1800.0
+
+
+def run(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:
+    """Run a step on a batch through all local heads, in the way that is right for the module; for plain loops.
+
+    With `execution="auto"` the first batch that the heads divide shows which way that is.
+
+    Args:
+        explorer: whose heads act.
+        step: takes a batch and returns the loss, or a mapping that has it under "loss".
+        batch: on the device.
+
+    Returns:
+        What the step returned, or what it returned for all heads; see `combined`.
+    """
+    if explorer.count == 1:
+        with explorer.heads():
+            return step(batch)
+    layout = explorer.layout = explorer.layout or Layout(batch)
+    parts = layout.split(batch, explorer.count)
+    even = layout.size(batch) % explorer.count == 0
+    if explorer.execution == "auto" and (even or explorer.transport.world_size > 1):
+        decide(explorer, step, batch, parts if even else None)
+    if explorer.execution == "batched" and even:
+        with explorer.heads():
+            return step(batch)
+    return run_in_turn(explorer, step, parts)
 
 
 def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any] | None) -> None:
@@ -34,7 +62,7 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
             lambda part: _loss(step(part)),
             batch,
             parts,
-            explorer.heads,
+            explorer.all_heads,
             explorer.head,
             explorer.per_head,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lte import checkpoint, merge
+from lightning_lte.batch import Layout
 from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
 from lightning_lte.gradients import clip_grad_norm_, scale_gradient
@@ -36,10 +37,10 @@ class Explorer:
     """Gives heads to a module and trains them in place of its weights.
 
         explorer = Explorer(model, optimizer, LTEConfig(heads=8, merge_every=10))
-        for x, y in loader:
-            with explorer.heads():
-                loss = cross_entropy(model(x), y)
-            loss.backward()
+        for batch in loader:
+            loss = execution.run(explorer, lambda own: cross_entropy(model(own[0]), own[1]), batch)
+            with explorer.backward():
+                loss.backward()
             explorer.after_backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -58,6 +59,7 @@ class Explorer:
         clocks: steps and merges done, for each optimizer.
         made_replicas: weights that lost their heads in the first steps, and why.
         merging: whether a merge has begun and not ended.
+        layout: how batches are laid out, once one was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
 
@@ -87,6 +89,7 @@ class Explorer:
             for param in _params(optimizer):
                 self._trained_by.setdefault(param, number)
         first = self.transport.rank * self.count
+        self.layout: Layout | None = None
         self.injection = inject(module, list(self._trained_by), config, count=self.count, first=first)
         try:
             self._set_up(module)
@@ -142,14 +145,23 @@ class Explorer:
         factors = [p for f in self.injection.factors.values() for p in (f.A, f.B)]
         return {*factors, *(r.stack for r in self.injection.replicas if r.stack is not None)}
 
-    @contextmanager
-    def heads(self) -> Iterator[None]:
-        """Let all local heads act in forwards inside the block, each on its slice of dimension 0.
+    def heads(self) -> AbstractContextManager[None]:
+        """A context in whose forwards all local heads act, each on its slice of dimension 0.
 
-        Whether that is right for a module, `execution.decide` can prove.
+        Raises:
+            RuntimeError: it has not been decided whether that is right for the module.
         """
-        with self.injection.switch.at("all" if self.count > 1 else 0):
-            yield
+        if self.execution == "auto":
+            raise RuntimeError(
+                "Whether one forward may serve all local heads has to be tried on a batch; received execution='auto'"
+                " and no trial. Use `execution.run(explorer, step, batch)`, which tries it, or give execution='batched' if"
+                " every layer sees the batch outermost in dimension 0 and the loss is a mean over samples."
+            )
+        return self.all_heads()
+
+    def all_heads(self) -> AbstractContextManager[None]:
+        """The context of `heads`, for a trial."""
+        return self.injection.switch.at("all" if self.count > 1 else 0)
 
     @contextmanager
     def head(self, index: int) -> Iterator[None]:

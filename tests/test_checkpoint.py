@@ -341,7 +341,7 @@ def test_a_plain_loop_goes_on_exactly_too() -> None:
     def start() -> tuple[Explorer, torch.optim.Optimizer]:
         model = make_net()
         opt = adamw(model.parameters())
-        return Explorer(model, opt, LTEConfig(4, 3, rank=RANK)), opt
+        return Explorer(model, opt, LTEConfig(4, 3, rank=RANK, execution="batched")), opt
 
     one, opt = start()
     steps(one, opt, range(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +72,8 @@ def train_both(
     steps: int = 23,
     clip: float | None = None,
 ) -> None:
+    if config.execution == "auto":
+        config = replace(config, execution="batched")
     model = make_net(kind)
     plain = copy.deepcopy(model)
     opt = optimizer(model.parameters())
@@ -179,7 +182,7 @@ def test_merging_every_step_is_multi_head_lora() -> None:
         p.requires_grad_(False)
     plain = copy.deepcopy(model)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    explorer = Explorer(model, opt, LTEConfig(HEADS, 1, rank=RANK))
+    explorer = Explorer(model, opt, LTEConfig(HEADS, 1, rank=RANK, execution="batched"))
     A = {n: nn.Parameter(a) for n, a in first_A(explorer).items()}
     B = {n: nn.Parameter(torch.zeros(HEADS, plain.get_submodule(n).out_features, RANK).double()) for n in A}
     start = {n: plain.get_submodule(n).weight.detach().clone() for n in A}

@@ -113,7 +113,7 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 def explorer_over(net: nn.Module, heads: int = 4, **choices: Any) -> tuple[Explorer, torch.optim.Optimizer]:
     opt = sgd([p for p in net.parameters() if p.requires_grad])
-    return Explorer(net, opt, LTEConfig(heads, 3, rank=RANK, **choices)), opt
+    return Explorer(net, opt, LTEConfig(heads, 3, rank=RANK, **{"execution": "batched", **choices})), opt
 
 
 class Starving(torch.autograd.Function):

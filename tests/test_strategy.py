@@ -578,7 +578,7 @@ def test_compiled_modules_keep_their_graphs_over_merges() -> None:
     from lightning_lte import Explorer, LTEConfig
 
     opt = adamw(model.parameters())
-    explorer = Explorer(model, opt, LTEConfig(4, 2, rank=RANK))
+    explorer = Explorer(model, opt, LTEConfig(4, 2, rank=RANK, execution="batched"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch._dynamo.utils.counters.clear()
     for step in range(6):

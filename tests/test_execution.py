@@ -1,0 +1,72 @@
+"""Heads that share a device in a plain loop: tried, and run in the way that is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.execution import combined, run, run_in_turn
+from tests.modules import RANK, Net, clone, make_data, make_net, sgd
+
+
+class TimeFirst(Net):
+    """A net that takes its samples along dimension 1 inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.unsqueeze(0).repeat(4, 1, 1)
+        return super().forward(steps).mean(0)
+
+
+def fit(net: nn.Module, sizes: list[int], **choices: Any) -> Explorer:
+    opt = sgd(net.parameters())
+    explorer = Explorer(net, opt, LTEConfig(4, 2, rank=RANK, **choices))
+    for seed, size in enumerate(sizes):
+        loss = run(explorer, lambda batch: cross_entropy(net(batch[0]), batch[1]), make_data(size, seed))
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+    explorer.finish()
+    return explorer
+
+
+@pytest.mark.parametrize(("kind", "execution"), [(Net, "batched"), (TimeFirst, "sequential")])
+def test_a_plain_loop_tries_the_module_first(kind: type[Net], execution: str) -> None:
+    nets = make_net(kind), make_net(kind)
+    assert fit(nets[0], [16, 16, 16]).execution == execution
+    fit(nets[1], [16, 16, 16], execution="sequential")
+    torch.testing.assert_close(clone(nets[0].state_dict()), clone(nets[1].state_dict()), rtol=1e-9, atol=1e-11)
+
+
+def test_batches_that_the_heads_do_not_divide_are_dealt_out_all_the_same() -> None:
+    assert fit(make_net(), [7, 16, 3, 16]).execution == "batched"
+
+
+def test_all_heads_at_once_without_a_trial_are_refused() -> None:
+    net = make_net()
+    explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK))
+    with pytest.raises(RuntimeError, match=r"received execution='auto' and no trial\. Use `execution\.run"):
+        explorer.heads()
+
+
+def test_parts_are_as_many_as_heads() -> None:
+    net = make_net()
+    explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK))
+    with pytest.raises(ValueError, match="each of the 4 local heads; received 3 parts"):
+        run_in_turn(explorer, lambda batch: batch, [1, 2, 3])
+
+
+def test_outputs_of_heads_become_one() -> None:
+    outputs = [{"loss": torch.tensor(float(i)), "rows": torch.ones(i + 1), "note": i} for i in range(3)]
+    together = combined(outputs)
+    assert together["loss"] == 1 and together["rows"].shape == (6,) and together["note"] == [0, 1, 2]
+    assert combined([None, None]) is None
+    with pytest.raises(RuntimeError, match=r"received None for heads \[1\] of 2"):
+        combined([torch.tensor(1.0), None])
