@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Outcome]:
     parser.add_argument("--heads", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--rank", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--merge-every", type=int, default=10, help="optimizer steps (default: %(default)s)")
-    # Either is the best of 1e-3, 2e-3, 3e-3 and 5e-3 by accuracy on the validation data, one run each.
+    # README.md says what other learning rates give.
     parser.add_argument("--full-rank-lr", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--heads-lr", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
