@@ -154,8 +154,8 @@ class Explorer:
         if self.execution == "auto":
             raise RuntimeError(
                 "Whether one forward may serve all local heads has to be tried on a batch; received execution='auto'"
-                " and no trial. Use `execution.run(explorer, step, batch)`, which tries it, or give execution='batched' if"
-                " every layer sees the batch outermost in dimension 0 and the loss is a mean over samples."
+                " and no trial. Use `execution.run(explorer, step, batch)`, which tries it, or give execution='batched'"
+                " if every layer sees the batch outermost in dimension 0 and the loss is a mean over samples."
             )
         return self.all_heads()
 
