@@ -1,14 +1,18 @@
 """Train networks from scratch through parallel low-rank heads: LoRA-the-Explorer as a Lightning strategy."""
 
-from lightning.pytorch.strategies import StrategyRegistry
-
-from lightning_lte.callback import LTECallback
 from lightning_lte.config import LTEConfig
 from lightning_lte.explorer import Explorer
 from lightning_lte.merge import MergeRecord
 from lightning_lte.schedule import Every, MergeSchedule
-from lightning_lte.strategy import LTEStrategy
 from lightning_lte.transport import Transport
+
+# Projects that import `pytorch_lightning` take these two from `lightning_lte.pytorch_lightning`.
+try:
+    from lightning_lte.lightning_pytorch import LTECallback, LTEStrategy
+except ModuleNotFoundError as error:
+    if error.name not in ("lightning", "lightning.pytorch"):
+        raise
+    from lightning_lte.pytorch_lightning import LTECallback, LTEStrategy  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -22,7 +26,3 @@ __all__ = [
     "MergeSchedule",
     "Transport",
 ]
-
-StrategyRegistry.register(
-    "lte", LTEStrategy, description="Parallel low-rank heads with periodic merges (LoRA-the-Explorer)", override=True
-)

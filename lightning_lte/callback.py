@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from lightning_lte.metrics import merge_metrics
 
 if TYPE_CHECKING:
-    from lightning_lte.strategy import LTEStrategy
+    from lightning.pytorch import Callback as _Base
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_lte.strategy import HeadsStrategy
+else:
+    _Base = object
 
 
-class LTECallback(Callback):
+class HeadsCallback(_Base):
     """Logs every merge to the user's own loggers and shows the count of merges in the progress bar.
 
     `LTEStrategy` adds one by itself if the user gave none. The metrics are those of `merge_metrics`, at the step that
@@ -28,7 +31,7 @@ class LTECallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # By name, as the strategy imports this module.
         kinds = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if stage == "fit" and "LTEStrategy" not in kinds:
+        if stage == "fit" and "HeadsStrategy" not in kinds:
             raise TypeError(
                 f"LTECallback watches LTEStrategy; received a Trainer with {type(trainer.strategy).__name__}. Give"
                 " Trainer(strategy=LTEStrategy(...)), or leave the callback out."
@@ -68,5 +71,5 @@ class LTECallback(Callback):
             logger.log_metrics(merge_metrics(record), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _strategy(trainer: Trainer) -> LTEStrategy:
+def _strategy(trainer: Trainer) -> HeadsStrategy:
     return trainer.strategy  # type: ignore[return-value]

@@ -11,7 +11,10 @@ from __future__ import annotations
 import os
 import sys
 
-from lightning.pytorch.cli import ArgsType, LightningCLI
+try:
+    from lightning.pytorch.cli import ArgsType, LightningCLI
+except ModuleNotFoundError:  # under its older name
+    from pytorch_lightning.cli import ArgsType, LightningCLI  # type: ignore[assignment, no-redef]
 
 STRATEGY = {"class_path": "lightning_lte.LTEStrategy"}
 

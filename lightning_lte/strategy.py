@@ -1,4 +1,8 @@
-"""The Lightning strategy: where things sit, and in which order they happen."""
+"""The Lightning strategy: where things sit, and in which order they happen.
+
+It imports no package of Lightning's: there are two, `lightning.pytorch` and `pytorch_lightning`, and each takes
+strategies of its own only. The modules of these names beside this one have a class for each.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_lte import checkpoint as checkpoints
 from lightning_lte import execution
 from lightning_lte.batch import Layout
-from lightning_lte.callback import LTECallback
+from lightning_lte.callback import HeadsCallback
 from lightning_lte.clipping import clipping_reaches_heads
 from lightning_lte.config import AfterMerge, Execution, Init, LTEConfig, ReplicaPolicy
 from lightning_lte.explorer import Explorer
@@ -39,11 +37,18 @@ from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy as _Base
+    from lightning.pytorch.utilities.types import STEP_OUTPUT
+else:
+    _Base = object
+
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
 
 
-class LTEStrategy(DDPStrategy):
+class HeadsStrategy(_Base):
     """Trains a LightningModule through parallel low-rank heads (LoRA-the-Explorer, arXiv 2402.16828).
 
         Trainer(strategy=LTEStrategy(heads=32, merge_every=10))
@@ -79,6 +84,9 @@ class LTEStrategy(DDPStrategy):
     """
 
     strategy_name = "lte"
+    # The package of Lightning's that the class is for, and its callback.
+    package: ModuleType
+    callback_class: type[HeadsCallback]
 
     def __init__(
         self,
@@ -101,7 +109,7 @@ class LTEStrategy(DDPStrategy):
         execution: Execution = "auto",
         **kwargs: Any,
     ) -> None:
-        _check_ddp_arguments(kwargs)
+        self._check_ddp_arguments(kwargs)
         self._heads = heads
         self._config = LTEConfig(
             heads=1 if heads is None else heads,
@@ -200,14 +208,14 @@ class LTEStrategy(DDPStrategy):
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == "fit":
             # First, so that the callbacks after it see merged weights when training ends.
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            own = next((c for c in callbacks if isinstance(c, LTECallback)), None) or LTECallback()
-            callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, LTECallback))]
+            own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
+            callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
 
     def setup(self, trainer: Trainer) -> None:
-        if self._world_size > 1 or trainer.state.fn == TrainerFn.FITTING:
+        if self._world_size > 1 or trainer.state.fn == "fit":
             super().setup(trainer)
             return
         # What DDPStrategy does where it does not fit, less the process group.
@@ -280,11 +288,11 @@ class LTEStrategy(DDPStrategy):
     def _announce(self) -> None:
         heads = self.config.heads
         # Begins on a line of its own: the progress bar may hold the one before.
-        rank_zero_info(f"\nLTE trains through {heads} head{'s' * (heads > 1)}:\n{self.report().summary()}")
+        self._say(f"\nLTE trains through {heads} head{'s' * (heads > 1)}:\n{self.report().summary()}")
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         assert self._explorer is not None
-        self._explorer.clip_grad_norm_(float(clip_val), _bare(optimizer))
+        self._explorer.clip_grad_norm_(float(clip_val), self._bare(optimizer))
 
     # ---- a batch
 
@@ -360,7 +368,7 @@ class LTEStrategy(DDPStrategy):
         loggers = list(trainer.loggers)
         for name in ("log", "log_dict"):
             module.__dict__[name] = lambda *args, **kwargs: None
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [self.package.loggers.logger.DummyLogger() for _ in loggers]
         try:
             yield
         finally:
@@ -403,7 +411,7 @@ class LTEStrategy(DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = False
-        self._after_step(explorer.step(_bare(optimizer), self.measure))
+        self._after_step(explorer.step(self._bare(optimizer), self.measure))
         return output
 
     def _before_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -424,7 +432,7 @@ class LTEStrategy(DDPStrategy):
 
     def _warn_of_restarts(self, record: MergeRecord | None) -> None:
         if record is not None and record.restarted:
-            rank_zero_warn(
+            self._warn(
                 f"At merge {record.merges} (step {record.step}) heads {', '.join(map(str, record.restarted))} were not"
                 " finite. They took no part in it and start again from the merged weights; lower the learning rate or"
                 " alpha, or clip gradients, if this comes back."
@@ -520,7 +528,7 @@ class LTEStrategy(DDPStrategy):
         """The settings of the user's param groups; the heads' moments are in checkpoint["lte"]."""
         if self._explorer is None:
             return super().optimizer_state(optimizer)
-        return self._explorer.substitution.plain_state(_bare(optimizer))
+        return self._explorer.substitution.plain_state(self._bare(optimizer))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if "optimizer_states" in checkpoint:
@@ -536,7 +544,7 @@ class LTEStrategy(DDPStrategy):
             return None
         state, versions = self._finished
         if versions != [p._version for p in self._module.parameters()]:
-            rank_zero_warn(
+            self._warn(
                 "The weights have changed since `fit`, so this checkpoint keeps nothing of the heads, which belong to"
                 " the weights as they were: a run that goes on from it starts fresh heads."
             )
@@ -548,13 +556,13 @@ class LTEStrategy(DDPStrategy):
         assert explorer is not None
         for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
             if not explorer.substitution.load_plain_state(optimizer, saved):
-                rank_zero_warn(
+                self._warn(
                     f"The param groups of {type(optimizer).__name__} in the checkpoint are not like those of this run,"
                     " so their settings (learning rate and the like) were not taken over."
                 )
         state = checkpoint.get("lte")
         if state is None:
-            rank_zero_info(
+            self._say(
                 "This checkpoint was not written by LTE: its weights were loaded and heads start fresh from them; its"
                 " optimizer state was not kept, for it belongs to the weights and not to heads."
             )
@@ -594,13 +602,53 @@ class LTEStrategy(DDPStrategy):
 
     def __repr__(self) -> str:
         text = f"LTEStrategy(heads={self._heads}, merge_every={self._config.merge_every!r})"
-        if "pytorch_lightning" in sys.modules:
-            # Its Trainer knows no strategy of `lightning.pytorch` and prints this in its message about a wrong one.
+        imports = {"lightning.pytorch": "lightning_lte", "pytorch_lightning": "lightning_lte.pytorch_lightning"}
+        others = [name for name in imports if name != self.package.__name__ and name in sys.modules]
+        if others:
+            # A Trainer of the other package prints this in its message about a strategy that it does not know.
             text += (
-                " [made for `lightning.pytorch`: import Trainer from there, a Trainer of the package"
-                " `pytorch_lightning` takes no strategies of it]"
+                f" [made for `{self.package.__name__}`; a Trainer of `{others[0]}` takes"
+                f" `from {imports[others[0]]} import LTEStrategy`]"
             )
         return text
+
+    def _check_ddp_arguments(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise for arguments that nobody knows, and warn of those that do nothing here.
+
+        Raises:
+            TypeError: with the closest argument there is.
+        """
+        own = inspect.signature(HeadsStrategy.__init__).parameters
+        of_ddp = inspect.signature(self.package.strategies.DDPStrategy.__init__).parameters
+        of_wrapper = inspect.signature(DistributedDataParallel.__init__).parameters
+        known = {name for name in (*own, *of_ddp, *of_wrapper) if name not in ("self", "kwargs", "module")}
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"Did you mean {close[0]}?" if close else "Leave it out."
+                raise TypeError(
+                    f"LTEStrategy takes the arguments that its documentation lists, and those of DDPStrategy; received"
+                    f" {name}={kwargs[name]!r}. {hint}"
+                )
+        # Command lines fill in the defaults of all arguments they know.
+        idle = {n: p.default for n, p in of_wrapper.items() if n not in ("self", "module")}
+        idle |= {n: of_ddp[n].default for n in of_ddp if n.startswith("ddp_comm") or n == "model_averaging_period"}
+        without_effect = sorted(n for n, v in kwargs.items() if n in idle and v is not None and v != idle[n])
+        if without_effect:
+            self._warn(
+                "LTE does not wrap the module in DistributedDataParallel, so these arguments have no effect:"
+                f" {', '.join(without_effect)}. Leave them out."
+            )
+
+    def _bare(self, optimizer: Optimizer) -> Optimizer:
+        wrapper = self.package.core.optimizer.LightningOptimizer
+        return optimizer._optimizer if isinstance(optimizer, wrapper) else optimizer
+
+    def _say(self, text: str) -> None:
+        self.package.utilities.rank_zero.rank_zero_info(text)
+
+    def _warn(self, text: str) -> None:
+        self.package.utilities.rank_zero.rank_zero_warn(text)
 
 
 def _check_manual_optimization(count: int, execution: Execution) -> None:
@@ -621,40 +669,7 @@ def _length(loader: Any) -> int:
         return 0
 
 
-def _bare(optimizer: Optimizer) -> Optimizer:
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
 def _global_seed() -> int:
     """The seed of Lightning's `seed_everything`, if that was called, else 0."""
     text = os.environ.get("PL_GLOBAL_SEED", "0")
     return int(text) if text.isdecimal() else 0
-
-
-def _check_ddp_arguments(kwargs: Mapping[str, Any]) -> None:
-    """Raise for arguments that nobody knows, and warn of those that do nothing here.
-
-    Raises:
-        TypeError: with the closest argument there is.
-    """
-    own = inspect.signature(LTEStrategy.__init__).parameters
-    of_ddp = inspect.signature(DDPStrategy.__init__).parameters
-    of_wrapper = inspect.signature(DistributedDataParallel.__init__).parameters
-    known = {name for name in (*own, *of_ddp, *of_wrapper) if name not in ("self", "kwargs", "module")}
-    for name in kwargs:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"Did you mean {close[0]}?" if close else "Leave it out."
-            raise TypeError(
-                f"LTEStrategy takes the arguments that its documentation lists, and those of DDPStrategy; received"
-                f" {name}={kwargs[name]!r}. {hint}"
-            )
-    # Command lines fill in the defaults of all arguments they know.
-    idle = {n: p.default for n, p in of_wrapper.items() if n not in ("self", "module")}
-    idle |= {n: of_ddp[n].default for n in of_ddp if n.startswith("ddp_comm") or n == "model_averaging_period"}
-    without_effect = sorted(n for n, v in kwargs.items() if n in idle and v is not None and v != idle[n])
-    if without_effect:
-        rank_zero_warn(
-            "LTE does not wrap the module in DistributedDataParallel, so these arguments have no effect:"
-            f" {', '.join(without_effect)}. Leave them out."
-        )

@@ -421,7 +421,7 @@ def test_mps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_trainer_of_the_other_package_is_told_what_is_wrong() -> None:
     other = pytest.importorskip("pytorch_lightning")
-    with pytest.raises(Exception, match=r"made for `lightning\.pytorch`"):
+    with pytest.raises(Exception, match=r"takes `from lightning_lte\.pytorch_lightning import LTEStrategy`"):
         other.Trainer(strategy=strategy(), accelerator="cpu", devices=1)
 
 
