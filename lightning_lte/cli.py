@@ -14,7 +14,7 @@ import sys
 try:
     from lightning.pytorch.cli import ArgsType, LightningCLI
 except ModuleNotFoundError:  # under its older name
-    from pytorch_lightning.cli import ArgsType, LightningCLI  # type: ignore[assignment, no-redef]
+    from pytorch_lightning.cli import ArgsType, LightningCLI  # type: ignore[assignment]
 
 STRATEGY = {"class_path": "lightning_lte.LTEStrategy"}
 
