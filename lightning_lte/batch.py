@@ -133,6 +133,13 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
         children = _children(value)
         if children is None:
             return isinstance(value, str | bytes | int | float | bool | complex | None)
+        # Images beside a list of targets, one for each: as many as they have channels, perhaps.
+        targets = known and any(_is_list_of_mappings(child, samples) for _, child in children)
+        if targets:
+            for key, child in children:
+                if type(child) in (list, tuple) and len(child) == samples:
+                    items.add((*path, key))
+            children = [(key, child) for key, child in children if (*path, key) not in items]
         if type(value) in (list, tuple) and len(value) == samples and (path or known):
             found = (set(rows), set(items))
             if not all(isinstance(item, Mapping) for item in value) or not value:
@@ -146,6 +153,10 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
         return all(read(child, (*path, key)) for key, child in children)
 
     return (rows, items) if read(batch, ()) and (rows or items) else None
+
+
+def _is_list_of_mappings(value: Any, length: int) -> bool:
+    return type(value) in (list, tuple) and len(value) == length and all(isinstance(v, Mapping) for v in value)
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:

@@ -29,15 +29,27 @@ def clipping_reaches_heads(explorer: Explorer, users: Iterable[type]) -> Iterato
         users: classes whose modules may have the functions under names of their own.
     """
 
-    def norm(parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Tensor:
+    def norm(
+        parameters: Any,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
         params = _listed(parameters)
         if not explorer.trains_in_place_of(params):
-            return _NORM(params, max_norm, norm_type, *args, **kwargs)
+            return _NORM(params, max_norm, norm_type, error_if_nonfinite, foreach)
         if float(norm_type) != 2.0:
             raise ValueError(
                 f"Each head is clipped by its 2-norm; received norm_type={norm_type!r}. Leave it out, or clip by value."
             )
-        return explorer.clip_grad_norm_(float(max_norm), params=params).max()
+        norms = explorer.clip_grad_norm_(float(max_norm), params=params)
+        if error_if_nonfinite and not bool(norms.isfinite().all()):
+            raise RuntimeError(
+                f"The norms of the heads' gradients must be finite, as error_if_nonfinite=True was given; received"
+                f" {norms.tolist()}."
+            )
+        return norms.max()
 
     def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
         _VALUE(explorer.trained_for(_listed(parameters)), clip_value, *args, **kwargs)

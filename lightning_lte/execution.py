@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.batch import Layout
-from lightning_lte.explorer import Explorer
+from lightning_lte.explorer import TIMEOUT_S, Explorer
 from lightning_lte.proof import reason_against_batched
 
-# Seconds that devices wait for each other's first batch.
-_FIRST_BATCH_TIMEOUT_S = 1800.0
 
-
-def run(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:
-    """Run a step on a batch through all local heads, in the way that is right for the module; for plain loops.
+def run(
+    explorer: Explorer,
+    step: Callable[[Any], Any],
+    batch: Any,
+    *,
+    trial: Callable[[], AbstractContextManager[None]] = nullcontext,
+    turns: Callable[[], AbstractContextManager[None]] = nullcontext,
+    fill_up: bool = False,
+) -> Any:
+    """Run a step on a batch through all local heads, in the way that is right for the module.
 
     With `execution="auto"` the first batch that the heads divide shows which way that is.
 
@@ -25,6 +32,9 @@ def run(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:
         explorer: whose heads act.
         step: takes a batch and returns the loss, or a mapping that has it under "loss".
         batch: on the device.
+        trial: a context for the trial.
+        turns: a context while heads take turns.
+        fill_up: repeat samples of a batch that the heads don't divide, in place of taking turns.
 
     Returns:
         What the step returned, or what it returned for all heads; see `combined`.
@@ -33,14 +43,21 @@ def run(explorer: Explorer, step: Callable[[Any], Any], batch: Any) -> Any:
         with explorer.heads():
             return step(batch)
     layout = explorer.layout = explorer.layout or Layout(batch)
-    parts = layout.split(batch, explorer.count)
     even = layout.size(batch) % explorer.count == 0
+    # A loader may begin with a batch of odd size; on one device, the trial can wait for another.
     if explorer.execution == "auto" and (even or explorer.transport.world_size > 1):
-        decide(explorer, step, batch, parts if even else None)
-    if explorer.execution == "batched" and even:
-        with explorer.heads():
-            return step(batch)
-    return run_in_turn(explorer, step, parts)
+        with trial():
+            decide(explorer, step, batch, layout.split(batch, explorer.count) if even else None)
+    if explorer.execution == "batched":
+        if fill_up and not even:
+            batch, even = layout.filled_up(batch, explorer.count), True
+        if even:
+            with explorer.heads():
+                return step(batch)
+    # Batch norm takes no statistics of a single sample.
+    least = 2 if any(isinstance(m, _BatchNorm) and m.training for m in explorer.module.modules()) else 1
+    with turns():
+        return run_in_turn(explorer, step, layout.split(batch, explorer.count, least))
 
 
 def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any] | None) -> None:
@@ -54,24 +71,36 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
         batch: a real one, on the device.
         parts: its slices, of one size, one for each local head; None if it has none.
     """
+    left_out = explorer.injection.switch.left_out
     if parts is None:
         reason: str | None = f"the first batch can't be split evenly over {explorer.count} heads"
     else:
-        reason = reason_against_batched(
-            explorer.module,
-            lambda part: _loss(step(part)),
-            batch,
-            parts,
-            explorer.all_heads,
-            explorer.head,
-            explorer.per_head,
-        )
+        reason = _try(explorer, step, batch, parts)
+        if reason is not None and left_out:
+            # What follows a layer was judged while that had heads of its own.
+            reason = _try(explorer, step, batch, parts)
     verdict = "batched" if reason is None else "sequential"
-    agreed = explorer.transport.agree(verdict, _FIRST_BATCH_TIMEOUT_S)
+    agreed = explorer.transport.agree(verdict, TIMEOUT_S)
     if reason is None and agreed:
+        explorer.share_layers(left_out)
         explorer.go_batched("proved on the first batch")
     else:
         explorer.go_sequential(reason or "the proof on the first batch failed on another device")
+    left_out.clear()
+
+
+def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any]) -> str | None:
+    return reason_against_batched(
+        explorer.module,
+        lambda part: _loss(step(part)),
+        batch,
+        parts,
+        explorer.all_heads,
+        explorer.head,
+        [t for f in explorer.injection.factors.values() for t in (f.A, f.B)],
+        [(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
+        explorer.injection.switch.left_out,
+    )
 
 
 def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:

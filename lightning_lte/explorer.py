@@ -17,7 +17,7 @@ from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
 from lightning_lte.gradients import clip_grad_norm_, scale_gradient
 from lightning_lte.guard import Guard, Watched
-from lightning_lte.injection import inject
+from lightning_lte.injection import eject, inject
 from lightning_lte.merge import MergeRecord
 from lightning_lte.optimizers import check_optimizers
 from lightning_lte.report import Report, listed
@@ -29,8 +29,8 @@ from lightning_lte.trial import WRITTEN, Trial
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
-# Seconds that devices wait for each other's word on the first steps.
-_SETTLING_TIMEOUT_S = 1800.0
+# Seconds that devices wait for each other's word on first batches and steps.
+TIMEOUT_S = 1800.0
 
 
 class Explorer:
@@ -88,18 +88,18 @@ class Explorer:
         for number, optimizer in enumerate(self.optimizers):
             for param in _params(optimizer):
                 self._trained_by.setdefault(param, number)
-        first = self.transport.rank * self.count
         self.layout: Layout | None = None
-        self.injection = inject(module, list(self._trained_by), config, count=self.count, first=first)
         try:
             self._set_up(module)
         except BaseException:
-            self.injection.eject()
+            eject(module)
             if hasattr(self, "substitution"):
                 self.substitution.undo()
             raise
 
     def _set_up(self, module: nn.Module) -> None:
+        first = self.transport.rank * self.count
+        self.injection = inject(module, list(self._trained_by), self.config, count=self.count, first=first)
         self._names = {p: n for n, p in module.named_parameters()}
         kept = {*self.injection.factors, *(replica.param for replica in self.injection.replicas)}
         self._frozen = [p for p in self._trained_by if p not in kept]
@@ -119,6 +119,11 @@ class Explorer:
         self.last_record: MergeRecord | None = None
         self.merging = False
         self._begun = self._starved_known = self._averaged = False
+        # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
+        self._late: dict[str, str] = {}
+        self._taken = False
+        self._taken_at = -2
+        self._asked_at: list[int] | None = None
 
     @property
     def report(self) -> Report:
@@ -167,8 +172,8 @@ class Explorer:
     def head(self, index: int) -> Iterator[None]:
         """Let one local head act alone in forwards inside the block, with its own replicas."""
         with self.injection.switch.at(index):
-            self._select(index)
             try:
+                self._select(index)
                 yield
             finally:
                 self._select(None)
@@ -218,21 +223,20 @@ class Explorer:
         self.substitution.rest()
 
     def after_backward(self, synchronise: bool = True, settle: bool = True) -> None:
-        """Check the gradients; with `replicas="step"`, average those of replicas over devices.
+        """Look at the gradients; with `replicas="step"`, average those of replicas over devices.
 
         Args:
             synchronise: False on all but the last of several backwards that accumulate.
             settle: whether to call `settle`; False where that is done when the step is taken.
 
         Raises:
-            RuntimeError: see `settle` and `Guard.check_uses`.
+            RuntimeError: see `settle`.
         """
         self.injection.replicas.collect_gradients()
         if synchronise and settle:
             self.settle()
         if not self._is_settling:
-            self._check_writes()
-        self.guard.check_uses()
+            self._look(look_at_bits=False)
         if len(self.optimizers) == 1 and not self._starved_known:
             # With several optimizers, a backward of one says nothing of what the others train.
             self._starved_known = True
@@ -244,25 +248,23 @@ class Explorer:
     def settle(self) -> None:
         """In the first two steps of every optimizer, take heads away from what turns out to be no good for them.
 
-        That is, from weights that are used or written elsewhere than by their layers and merges; later that is an
-        error. Call it between backward and the optimizer's step; `after_backward` does.
+        That is, from weights that are used or written elsewhere than by their layers and merges; they are trained
+        without heads from this very step on. What is found later loses its heads then, or at the next merge where there
+        are several devices. Call it between backward and the optimizer's step; `after_backward` does.
 
         Raises:
             RuntimeError: no factored weight is left.
         """
         if not self._is_settling:
             return
-        reasons = self.transport.union(self.guard.found(), _SETTLING_TIMEOUT_S)
-        if not reasons:
+        steps = [clock.step for clock in self.clocks]
+        if self.transport.world_size > 1 and steps == self._asked_at:
+            return  # devices need not run closures, or backwards, equally often
+        self._asked_at = steps
+        found = self.guard.found(settling=True)
+        if self.transport.world_size == 1 and self._takes_all(found):
             return
-        reasons = self._with_neighbours(reasons)
-        self.make_replicas(reasons)
-        if self.transport.rank == 0:
-            by_reason: dict[str, list[str]] = {}
-            for name, reason in reasons.items():
-                by_reason.setdefault(reason, []).append(name)
-            why = "; ".join(f"{listed(names)} ({reason})" for reason, names in by_reason.items())
-            warnings.warn(f"Trained without heads, as replicas: {why}.", stacklevel=2)
+        self._demote(self.transport.union(found, TIMEOUT_S))
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
@@ -314,7 +316,7 @@ class Explorer:
 
         Raises:
             ValueError: with several optimizers, none was named.
-            RuntimeError: something else than a merge wrote to a factored weight.
+            RuntimeError: no factored weight is left; or weights were written on some devices only.
             FloatingPointError: a merge found no finite head.
         """
         if optimizer is None and len(self.optimizers) > 1:
@@ -326,8 +328,7 @@ class Explorer:
         clock = self.clocks[number]
         self._averaged = False
         if not self._is_settling:
-            self.guard.check_uses()
-            self._check_writes()
+            self._look(look_at_bits=False)
         hidden = self.per_head
         for param in self.substitution.held(self.optimizers[number]).values():
             # Code that zeroes the gradients of module.parameters() would not reach these.
@@ -359,6 +360,7 @@ class Explorer:
         Raises:
             RuntimeError, FloatingPointError: see `step`.
         """
+        self._select(None)  # an exception may have come in the turn of a head
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         for number in numbers or range(len(self.clocks)):
             record = self._merge(number, measure)
@@ -375,6 +377,8 @@ class Explorer:
         if self._closed is not None:
             return
         try:
+            # An exception may have come in the turn of a head.
+            self._select(None)
             self._closed = checkpoint.local_state(self)
         finally:
             self.injection.eject()
@@ -393,7 +397,7 @@ class Explorer:
             self._scale_gradients()
             self.guard.watch(self._watched())
         self.execution = "sequential"
-        self.report.notes.append(f"{self.count} heads share this device in turn (sequential): {reason}.")
+        self.report.notes.append(f"{self.count} heads share this device in turn (sequential): {reason.rstrip('.')}.")
 
     def go_batched(self, reason: str) -> None:
         """Have all local heads run in one forward from now on.
@@ -402,7 +406,9 @@ class Explorer:
             reason: why, for the report.
         """
         self.execution = "batched"
-        self.report.notes.append(f"{self.count} heads share this device in one forward (batched): {reason}.")
+        self.report.notes.append(
+            f"{self.count} heads share this device in one forward (batched): {reason.rstrip('.')}."
+        )
 
     def make_replicas(self, reasons: Mapping[str, str]) -> None:
         """Train parameters themselves, once for all local heads, that turn out to be no good for heads. A collective.
@@ -439,6 +445,18 @@ class Explorer:
         self.guard.watch(self._watched())
         self.made_replicas.update(reasons)
 
+    def share_layers(self, layers: Collection[nn.Module]) -> None:
+        """Have all local heads share layers whose input is not the batch, on all devices if on one."""
+        reasons: dict[str, str] = {}
+        for layer in layers:
+            state = self.injection.states[layer]
+            names = [f.name for f in state.factors.values()]
+            names += [r.name for r in self.injection.replicas if any(r.stack is own for own in state.stacks.values())]
+            reasons.update({name: "its layer's input is not the batch" for name in names})
+        reasons = self.transport.union(reasons, TIMEOUT_S)
+        if reasons:
+            self.make_replicas(reasons)
+
     def state_dict(self) -> checkpoint.State | None:
         """All that is needed beside the module's and the optimizers' own state; see `checkpoint.gather_state`."""
         return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
@@ -457,10 +475,12 @@ class Explorer:
 
     def _merge(self, number: int, measure: bool) -> MergeRecord:
         """Merge what one optimizer trains."""
-        if not self._is_settling:
-            self._check_writes(look_at_bits=True)
         clock = self.clocks[number]
-        self.merging = True
+        again, self.merging = self.merging, True
+        if not again:  # an interrupted merge has written itself
+            if not self._is_settling:
+                self._look(look_at_bits=True)
+            self._tell_of_late()
         self.last_record = merge.merge(
             [f for f in self.injection.factors.values() if self._trained_by[f.weight] == number],
             self.injection.replicas.of(p for p, own in self._trained_by.items() if own == number),
@@ -499,18 +519,63 @@ class Explorer:
         own = [r.name for r in self.injection.replicas if r.stack is not None and r.name not in reasons]
         return {**reasons, **{n: WRITTEN for n in own if any(n.startswith(prefix) for prefix in wholly)}}
 
-    def _check_writes(self, look_at_bits: bool = False) -> None:
-        everything, replicas = self.guard.check_writes(look_at_bits)
-        if everything:
-            warnings.warn(
-                "All weights were written from outside, as by loading others: heads go on from them, and what they had"
-                " learned since the last merge is gone.",
-                stacklevel=2,
+    def _look(self, look_at_bits: bool) -> None:
+        """Look for what heads can't train, after the first steps."""
+        found = self.guard.found(settling=False, look_at_bits=look_at_bits)
+        if not found or self._takes_all(found):
+            return
+        if self.transport.world_size == 1:
+            self._demote(found)
+        else:
+            self._late.update(found)
+            for w in self._watched():
+                if w.name in found:
+                    w.param.grad = None
+
+    def _tell_of_late(self) -> None:
+        """Let all devices act alike on what some of them found."""
+        if self.transport.world_size == 1 or self._is_settling:
+            return
+        device = next(iter(self.injection.factors)).device
+        mine = torch.tensor([[bool(self._late), self._taken]], dtype=torch.uint8, device=device)
+        late, taken = self.transport.stack(mine).bool().unbind(1)
+        if taken.any() and not taken.all():
+            raise RuntimeError(
+                "Whoever writes to all weights has to do so on all devices alike; they were written on ranks"
+                f" {taken.nonzero().flatten().tolist()} only. Write them in a hook that runs on every rank."
             )
-            self._take_weights({w.name for w in self._watched()})
-        elif replicas:
-            self.make_replicas({name: WRITTEN for name in replicas})
-            warnings.warn(f"Shared by the heads from now on: {listed(sorted(replicas))} ({WRITTEN}).", stacklevel=2)
+        self._taken = False
+        if late.any():
+            found, self._late = self._late, {}
+            self._demote(self.transport.union(found, TIMEOUT_S))
+
+    def _demote(self, reasons: dict[str, str]) -> None:
+        if not reasons:
+            return
+        reasons = self._with_neighbours(reasons)
+        self.make_replicas(reasons)
+        if self.transport.rank == 0:
+            by_reason: dict[str, list[str]] = {}
+            for name, reason in reasons.items():
+                by_reason.setdefault(reason, []).append(name)
+            why = "; ".join(f"{listed(names)} ({reason})" for reason, names in by_reason.items())
+            frozen = self.config.replicas == "freeze"
+            what = "Not trained any more, as replicas are frozen" if frozen else "Trained without heads, as replicas"
+            warnings.warn(f"{what}: {why}.", stacklevel=2)
+
+    def _takes_all(self, found: Mapping[str, str]) -> bool:
+        """Whether all weights were written at once, and heads go on from them."""
+        # Who does so again and again leaves heads nothing to learn.
+        if not self.guard.all_written(found) or self.merges <= self._taken_at + 1:
+            return False
+        warnings.warn(
+            "All weights were written from outside, as by loading others: heads go on from them, and what they had"
+            " learned since the last merge is gone.",
+            stacklevel=2,
+        )
+        self._take_weights({w.name for w in self._watched()})
+        self._taken, self._taken_at = True, self.merges
+        return True
 
     def _take_weights(self, names: Collection[str]) -> None:
         """Have heads go on from the user's parameters as they are now, for those that were written."""
@@ -544,7 +609,16 @@ class Explorer:
         for number, optimizer in enumerate(self.optimizers):
             if number not in factored:
                 kind = type(optimizer).__name__
-                self.report.notes.append(f"Optimizer {number} ({kind}) holds no heads: it trains no factored weight.")
+                self.report.notes.append(
+                    f"Optimizer {number} ({kind}) holds no heads: it trains no factored weight. If it should, lower"
+                    " `rank`, or change target_modules or exclude_modules; the reasons are above."
+                )
+            inner = [type(v).__name__ for v in vars(optimizer).values() if isinstance(v, Optimizer)]
+            if inner:
+                self.report.notes.append(
+                    f"Optimizer {number} wraps {', '.join(inner)}, whose own state checkpoints don't keep: a resumed"
+                    " run starts it anew."
+                )
 
     def _scale_gradients(self) -> None:
         if self.count > 1:

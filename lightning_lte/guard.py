@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +70,20 @@ class Guard:
         """Take the parameters as they are now: after a merge or after loading a checkpoint."""
         self._accept(self._watched)
 
-    def found(self) -> dict[str, str]:
-        """Names of what heads can't train, with the reason, as far as the first steps show."""
+    def found(self, settling: bool, look_at_bits: bool = True) -> dict[str, str]:
+        """Names of what heads can't train, with the reason.
+
+        Args:
+            settling: whether these are the first steps, in which a write counts though it changes nothing (who clamps a
+                parameter after each step writes to it); later on, weights may be swapped out and in again.
+            look_at_bits: also for writes that went past autograd (`weight.data`).
+        """
         reasons: dict[str, str] = {}
-        # Who clamps a parameter after each step writes to it, even while that changes nothing.
-        changed = {w.name for w in self._watched if w.param._version != w.version} | self._changed(look_at_bits=True)
+        versions = {w.name for w in self._watched if w.param._version != w.version} if settling else set()
+        changed = versions | self._changed(look_at_bits)
         for w in self._watched:
             reason = WRITTEN if w.name in changed else USED if w.param.grad is not None else None
-            if w.factors is not None and w.factors.trial is not None:
+            if settling and w.factors is not None and w.factors.trial is not None:
                 reason = w.factors.trial.conclude() or reason
             if w.module._parameters.get(w.key) is not w.param:
                 reason = "another tensor was put in its place"
@@ -85,51 +91,14 @@ class Guard:
                 reasons[w.name] = reason
         return reasons
 
-    def check_writes(self, look_at_bits: bool = False) -> tuple[bool, set[str]]:
-        """Raise if anyone but a merge wrote to some of the weights, or put something else in their places.
-
-        Args:
-            look_at_bits: also where that went past autograd (`weight.data`).
-
-        Returns:
-            Whether all weights were written, as when a checkpoint is loaded or averaged weights are put in; and the
-            names of parameters written of which each head has a replica, and which it can share.
-
-        Raises:
-            RuntimeError: with the names of weights.
-        """
-        changed = self._changed(look_at_bits)
-        changed |= {w.name for w in self._watched if w.module._parameters.get(w.key) is not w.param}
-        factored = {w.name for w in self._watched if w.factors is not None}
-        if factored <= changed and len(factored) > 1:
-            return True, set()
-        written = [w for w in self._watched if w.name in changed & factored]
-        if not written:
-            return False, changed
-        raise RuntimeError(
-            "Only merges may write to weights that heads train, and something else wrote to"
-            f" {listed([w.name for w in written])} (masks, normalisation, copies from another network,"
-            " re-initialisation and loading weights do so). Train it without heads:"
-            f" {excluding(w.module_name for w in written)}."
-        )
+    def all_written(self, reasons: Mapping[str, str]) -> bool:
+        """Whether that is so for all weights, as when a checkpoint is loaded or averaged weights are put in."""
+        factored = [w.name for w in self._watched if w.factors is not None]
+        return len(factored) > 1 and all(reasons.get(name) == WRITTEN for name in factored)
 
     def changed(self) -> set[str]:
         """Names of parameters whose bits are not as they were accepted."""
         return self._changed(look_at_bits=True)
-
-    def check_uses(self) -> None:
-        """Raise if a parameter got a gradient.
-
-        Raises:
-            RuntimeError: with the names.
-        """
-        used = [w for w in self._watched if w.param.grad is not None]
-        if used:
-            raise RuntimeError(
-                "Heads act where a layer is called, and these weights got a gradient from a use elsewhere (tied to"
-                f" another layer, or used as a tensor): {listed([w.name for w in used])}. Train them without heads:"
-                f" {excluding(w.module_name for w in used)}."
-            )
 
     def check_starved(self) -> None:
         """On the first call, warn of factors that took part in the forward and got no gradient."""

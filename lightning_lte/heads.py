@@ -42,7 +42,7 @@ class Matrices:
                 f" {tuple(weight.shape)}. Give a divisor of {weight.shape[0]}."
             )
         rows = weight.shape[0] // parts
-        return cls(rows, weight[0].numel(), () if parts == 1 else (parts,))
+        return cls(rows, math.prod(weight.shape[1:]), () if parts == 1 else (parts,))
 
     @property
     def count(self) -> int:
@@ -84,6 +84,7 @@ class Factors:
         B: (n, *lead, out, rank), trained, zero at the start, so that the effective weight starts as W.
         anchor_A, anchor_B: shapes as A and B, or None with `reset`.
         remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
+        merging_from: while a merge writes to W, autograd's count of writes to it before; else None.
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients has used the factors.
     """
@@ -113,6 +114,7 @@ class Factors:
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self.remainder = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if half else None
+        self.merging_from: int | None = None
         self.trial: Trial | None = None
         self.took_part = False
 

@@ -94,8 +94,7 @@ class Injection:
 
     def eject(self) -> None:
         """Give every layer its own class back."""
-        for layer in self.states:
-            leave(layer)
+        eject(self.module)
         for f in self.factors.values():
             f.end_trial()
         self.states = {}
@@ -132,6 +131,13 @@ class Injection:
     def _split(self, replica: Replica) -> None:
         replica.split(self.switch.count)
         self.report.entry(replica.name).copies = self.switch.count
+
+
+def eject(module: nn.Module) -> None:
+    """Give every layer of a module its own class back."""
+    for layer in module.modules():
+        if isinstance(layer, HeadedLayer):
+            leave(layer)
 
 
 def _extensible(layer: nn.Module) -> bool:

@@ -73,6 +73,10 @@ def merge(
         FloatingPointError: no head is finite. W stays as it was.
     """
     start, sent = time.perf_counter(), transport.bytes_sent
+    for f in factors:
+        if f.merging_from is not None and f.weight._version != f.merging_from:
+            # An earlier try was interrupted after it had written W.
+            _settle(f, states, config, None, merges + 1)
     count = replicas.count
     local = _finite(factors, replicas)
     device = local.device
@@ -100,6 +104,7 @@ def merge(
             if measure:
                 squared_mean += delta.square().sum().to(wide)
             # Settled at once, so that a merge that was interrupted can be run again: this weight's delta is zero then.
+            f.merging_from = f.weight._version
             f.add(delta)
             _settle(f, states, config, bad if restarted else None, merges + 1)
     if config.replicas == "merge":
@@ -194,6 +199,7 @@ def _settle(f: Factors, states: States, config: LTEConfig, bad: Tensor | None, m
         for p in (f.A, f.B):
             _prune_moments(p, states.get(p, {}), config.reset_moments)
     f.settle()
+    f.merging_from = None
 
 
 def _restart_replicas(replicas: Replicas, states: States, bad: Tensor) -> None:
@@ -213,10 +219,15 @@ def _zero_moments(param: nn.Parameter, state: Mapping[str, Any], heads: Tensor) 
 
 
 def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:
-    for value in state.values():
-        if not isinstance(value, Tensor) or value.shape != param.shape:
-            continue
-        for own in value:
-            count = round(fraction * own.numel())
-            if count:
-                own.view(-1)[own.abs().flatten().topk(count, largest=False).indices] = 0
+    """Zero a fraction of each head's moments, the smallest first, and all moments of an element together.
+
+    An element with a first moment and no second one would make a step of any size.
+    """
+    moments = [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape]
+    if not moments or not fraction:
+        return
+    # Second moments, where there are some, say how large the gradients of an element are.
+    size = next((m for m in reversed(moments) if bool((m >= 0).all())), moments[0]).abs().flatten(1)
+    smallest = size.topk(round(fraction * size.shape[1]), dim=1, largest=False).indices
+    for moment in moments:
+        moment.view(len(moment), -1).scatter_(1, smallest, 0)

@@ -25,7 +25,9 @@ def reason_against_batched(
     parts: Sequence[Any],
     heads: Callable[[], AbstractContextManager[None]],
     head: Callable[[int], AbstractContextManager[None]],
-    trained: Iterable[Tensor],
+    factors: Iterable[Tensor],
+    replicas: Iterable[tuple[Tensor, Tensor]],
+    left_out: set[nn.Module],
 ) -> str | None:
     """Why batched execution would be wrong for this module on this batch; None if it is proved right.
 
@@ -47,25 +49,29 @@ def reason_against_batched(
         parts: its slices, one for each local head, in order.
         heads: a context in which all local heads act.
         head: a context in which one acts alone.
-        trained: factors and replicas of the heads.
+        factors: of the heads.
+        replicas: pairs of what the heads have for a parameter, (n, *shape), and the parameter.
+        left_out: of the switch of the module's layers. In the end it has the layers whose input is not the batch (a
+            table of positions, say); the others are proved right without heads in them.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
-        with without_zeros([*module.parameters(), *trained]), untouched(module) as again, Determined():
+        zeros = without_zeros([*module.parameters(), *factors], replicas)
+        with zeros, untouched(module) as again, Determined():
             with heads():
-                seen, loss = _watch(module, partial(step, batch))
+                seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)
             tolerance = _HALF_TOLERANCE if half else _TOLERANCE
             seen_alone, losses = [], []
             for number, part in enumerate(parts):
                 again()
                 with head(number):
-                    seen_part, loss_part = _watch(module, partial(step, part))
+                    seen_part, loss_part = _watch(module, partial(step, part), 1, left_out)
                 seen_alone.append(seen_part)
                 losses.append(loss_part)
-            reason = _compare_inputs(seen, seen_alone, tolerance)
+            reason = _compare_inputs(module, seen, seen_alone, tolerance, left_out)
             if reason is not None:
                 return reason
     except Exception as error:
@@ -84,8 +90,11 @@ def reason_against_batched(
 _Seen = list[tuple[str, Tensor]]
 
 
-def _watch(module: nn.Module, run: Callable[[], Any]) -> tuple[_Seen, Any]:
-    """Run and keep what every layer with heads receives of the batch, call by call."""
+def _watch(module: nn.Module, run: Callable[[], Any], count: int, left_out: set[nn.Module]) -> tuple[_Seen, Any]:
+    """Run and keep what every layer with heads receives of the batch, call by call.
+
+    A layer whose input can't be the batch of `count` heads is left out from then on.
+    """
     seen: _Seen = []
     handles = []
     for name, layer in module.named_modules():
@@ -93,7 +102,10 @@ def _watch(module: nn.Module, run: Callable[[], Any]) -> tuple[_Seen, Any]:
 
             def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 assert isinstance(layer, HeadedLayer)
-                seen.extend((name, x.detach().clone()) for x in layer.of_the_batch(*args, **kwargs))
+                inputs = layer.of_the_batch(*args, **kwargs)
+                if any(x.dim() < layer.least_dims() or x.shape[0] % count for x in inputs[:1]):
+                    left_out.add(layer)
+                seen.extend((name, x.detach().clone()) for x in inputs)
 
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
@@ -104,17 +116,21 @@ def _watch(module: nn.Module, run: Callable[[], Any]) -> tuple[_Seen, Any]:
             handle.remove()
 
 
-def _compare_inputs(together: _Seen, alone: list[_Seen], tolerance: float) -> str | None:
+def _compare_inputs(
+    module: nn.Module, together: _Seen, alone: list[_Seen], tolerance: float, left_out: set[nn.Module]
+) -> str | None:
     if any([name for name, _ in own] != [name for name, _ in together] for own in alone):
         return "the layers that are called depend on the data"
     for (name, x), *own in zip(together, *alone, strict=True):
         parts = [part for _, part in own]
-        fits = all(part.shape == (x.shape[0] // len(parts), *x.shape[1:]) for part in parts)
-        if not (fits and x.shape[0] % len(parts) == 0 and _close(torch.cat(parts), x, tolerance)):
-            return (
-                f"{name} does not see the batch outermost in dimension 0 (its input has shape {tuple(x.shape)}), or"
-                " samples mix before it"
-            )
+        if all(part.shape == x.shape and _close(part, x, tolerance) for part in parts):
+            # The same for all heads, so not the batch.
+            left_out.add(module.get_submodule(name))
+            continue
+        if not all(part.shape == (x.shape[0] // len(parts), *x.shape[1:]) for part in parts) or x.shape[0] % len(parts):
+            return f"{name} does not see the batch outermost in dimension 0: its input has shape {tuple(x.shape)}"
+        if not _close(torch.cat(parts), x, tolerance):
+            return f"{name} does not see the batch outermost in dimension 0, or samples mix before it"
     return None
 
 

@@ -88,7 +88,7 @@ class _CopyOnWrite(TorchDispatchMode):
 
 
 class Determined(TorchDispatchMode):
-    """Replaces every random draw by a constant that does not depend on how many samples there are.
+    """Replaces every random draw of torch's by a constant that does not depend on how many samples there are.
 
     Dropout drops nothing, noise is constant, and permutations turn everything round. So a module can run in train mode
     and compute the same for a batch as for its slices.
@@ -145,16 +145,24 @@ _CONSTANTS: dict[str, float] = {
 
 
 @contextmanager
-def without_zeros(tensors: Iterable[Tensor]) -> Iterator[None]:
+def without_zeros(tensors: Iterable[Tensor], copies: Iterable[tuple[Tensor, Tensor]] = ()) -> Iterator[None]:
     """Fill tensors that are all zero with small numbers: layers that start at zero would hide what comes before them.
 
     Each is written past autograd's eyes, and zero again when the block ends.
+
+    Args:
+        tensors: to fill.
+        copies: pairs (stack, tensor): what has copies of a tensor that is filled, and has to go on having them.
     """
     generator = torch.Generator().manual_seed(0)
     zero = [t for t in tensors if t.is_floating_point() and t.numel() and not bool(t.detach().any())]
     for tensor in zero:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
         tensor.data.copy_(0.02 * noise)
+    for stack, tensor in copies:
+        if any(tensor is filled for filled in zero) and not bool(stack.detach().any()):
+            stack.data.copy_(tensor.data.expand_as(stack))
+            zero.append(stack)
     try:
         yield
     finally:

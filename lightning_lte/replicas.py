@@ -162,11 +162,13 @@ class Replicas:
         """Average the gradients of replicas over devices, as data-parallel training does (`replicas="step"`)."""
         if transport.world_size == 1:
             return
-        for replica in self._replicas:
-            if replica.param.grad is None and replica.param.requires_grad:
-                # Every device must send the same tensors, also for a parameter that took no part on one of them.
-                replica.param.grad = torch.zeros_like(replica.param)
-        gradients = [r.param.grad for r in self._replicas if r.param.grad is not None]
-        transport.sum_(gradients)
-        for gradient in gradients:
-            gradient /= transport.world_size
+        trained = [r.param for r in self._replicas if r.param.requires_grad]
+        if not trained:
+            return
+        # Every device must send the same tensors, also for a parameter that took no part on one of them.
+        had = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        transport.sum_([*gradients, had])
+        for param, gradient, devices in zip(trained, gradients, had.tolist(), strict=True):
+            # One that took no part on any of them has none: optimizers pass it over.
+            param.grad = gradient / transport.world_size if devices else None

@@ -21,6 +21,7 @@ class _Statistic:
         module: the buffer is module.`key`.
         buffer: the user's own, which holds the mean as of the last merge where heads have their own.
         own: one for each local head; empty while they share the user's.
+        version: autograd's count of writes to the buffer, after the last of ours.
     """
 
     name: str
@@ -28,6 +29,7 @@ class _Statistic:
     key: str
     buffer: Tensor
     own: list[Tensor] = field(default_factory=list)
+    version: int = 0
 
 
 class RunningStatistics:
@@ -49,11 +51,15 @@ class RunningStatistics:
         """Give each local head its own."""
         for s in self._statistics:
             s.own = s.own or [s.buffer.clone() for _ in range(count)]
+            s.version = s.buffer._version
 
     def select(self, head: int | None) -> None:
         """Let the module see one head's own in place of its buffers; None undoes it."""
         for s in self._statistics:
             if s.own:
+                if s.buffer._version != s.version:
+                    # Someone else has reset or loaded them, and means every head's.
+                    self._give(s)
                 s.module._buffers[s.key] = s.buffer if head is None else s.own[head]
 
     @torch.no_grad()
@@ -72,8 +78,14 @@ class RunningStatistics:
         for s in self._statistics:
             if s.own and not s.buffer.is_floating_point():
                 s.buffer.copy_(s.own[0])
-            for own in s.own:
-                own.copy_(s.buffer)
+            self._give(s)
+
+    @torch.no_grad()
+    def _give(self, s: _Statistic) -> None:
+        """Give every head what the user's buffer has."""
+        for own in s.own:
+            own.copy_(s.buffer)
+        s.version = s.buffer._version
 
     def rows(self) -> dict[str, Tensor]:
         """What local heads have of their own, by name: (n, *shape)."""

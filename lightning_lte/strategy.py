@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -139,7 +138,6 @@ class HeadsStrategy(_Base):
         self._generators: Mapping[str, Any] | None = None
         self._resumes_mid_epoch = False
         self._synchronise = True
-        self._layout: Layout | None = None
         self._stepping = False
         self._interrupted = False
         self.measure = True
@@ -242,7 +240,7 @@ class HeadsStrategy(_Base):
             _check_manual_optimization(config.local_heads(self.world_size), config.execution)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
-        self._synchronise, self._layout, self._generators, self._interrupted = True, None, None, False
+        self._synchronise, self._generators, self._interrupted = True, None, False
         # The norms of a merge cost time, and nobody sees them without a logger.
         self.measure = bool(trainer.loggers)
         if explorer.count > 1 and config.execution != "auto":
@@ -309,39 +307,29 @@ class HeadsStrategy(_Base):
             return step(part, *rest, **kwargs)
 
         by_hand = getattr(self._module, "split_batch", None)
-        if by_hand is not None:
-            if explorer.execution != "sequential":
-                explorer.go_sequential("split_batch splits the batch")
-                self._announce()
-            return self._in_turn(own_step, by_hand(batch, explorer.count))
-        layout = self._layout or self._first_layout(batch)
-        even = layout.size(batch) % explorer.count == 0
-        # A loader of its own making may begin with a batch of odd size; on one device, the trial can wait for another.
-        if explorer.execution == "auto" and (even or self._world_size > 1):
-            with self._silenced():
-                execution.decide(explorer, own_step, batch, layout.split(batch, explorer.count) if even else None)
+        if by_hand is None:
+            explorer.layout = explorer.layout or self._first_layout(batch)
+            # In manual optimization the step steps optimizers by itself, so heads can't take turns.
+            fill_up = not self._module.automatic_optimization
+            return execution.run(
+                explorer, own_step, batch, trial=self._trial, turns=self._logging_means, fill_up=fill_up
+            )
+        if explorer.execution != "sequential":
+            explorer.go_sequential("split_batch splits the batch")
             self._announce()
-        if explorer.execution == "batched":
-            if not even and not self._module.automatic_optimization:
-                # The step steps optimizers by itself, so heads can't take turns.
-                batch, even = layout.filled_up(batch, explorer.count), True
-            if even:
-                with explorer.heads():
-                    return own_step(batch)
-        # Batch norm takes no statistics of a single sample.
-        least = 2 if any(isinstance(m, _BatchNorm) and m.training for m in self._module.modules()) else 1
-        return self._in_turn(own_step, layout.split(batch, explorer.count, least))
+        with self._logging_means():
+            return execution.run_in_turn(explorer, own_step, by_hand(batch, explorer.count))
 
-    def _in_turn(self, step: Callable[[Any], Any], parts: Sequence[Any]) -> STEP_OUTPUT:
-        assert self._explorer is not None
+    @contextmanager
+    def _logging_means(self) -> Iterator[None]:
+        """While heads take turns, log what they log once for all of them."""
         log = MeanLog(self._module.log)
         self._module.__dict__["log"] = log
         try:
-            return execution.run_in_turn(self._explorer, step, parts)
+            yield
         finally:
             self._module.__dict__.pop("log", None)
-            if sys.exc_info()[0] is None:
-                log.flush()
+        log.flush()
 
     def _first_layout(self, batch: Any) -> Layout:
         """See how batches are laid out; raise if the local heads don't divide the batch of a device."""
@@ -352,7 +340,7 @@ class HeadsStrategy(_Base):
         if isinstance(loader, DataLoader):
             batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         length = _length(loader)
-        self._layout = layout = Layout(batch, min(batch_size, length) if batch_size and length else batch_size)
+        layout = Layout(batch, min(batch_size, length) if batch_size and length else batch_size)
         if batch_size is not None and batch_size % count:
             above = -(-batch_size // count) * count
             raise ValueError(
@@ -362,8 +350,8 @@ class HeadsStrategy(_Base):
         return layout
 
     @contextmanager
-    def _silenced(self) -> Iterator[None]:
-        """Let the module's logging do nothing."""
+    def _trial(self) -> Iterator[None]:
+        """While it is tried how local heads may share the device, let the module's logging do nothing."""
         module, trainer = self._module, self._module.trainer
         loggers = list(trainer.loggers)
         for name in ("log", "log_dict"):
@@ -375,6 +363,7 @@ class HeadsStrategy(_Base):
             trainer.loggers = loggers
             for name in ("log", "log_dict"):
                 module.__dict__.pop(name)
+        self._announce()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer
@@ -416,6 +405,7 @@ class HeadsStrategy(_Base):
 
     def _before_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._stepping and self._explorer is not None:
+            self._explorer.act()
             self._explorer.before_step()
 
     def _after_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -586,7 +576,8 @@ class HeadsStrategy(_Base):
         self._resumes_mid_epoch = progress.current.ready > 0 and not progress.is_last_batch
         # A loader draws from the random stream when its iterator is made. Lightning has made the first one already,
         # and the uninterrupted run makes it here, unless an epoch is yet to be closed: then Lightning makes another.
-        yet_to_close = loop.restarted_mid_epoch and progress.is_last_batch
+        just_closed = loop.epoch_loop.restarted_on_train_batch_end
+        yet_to_close = loop.restarted_mid_epoch and progress.is_last_batch and not just_closed
         if not self._resumes_mid_epoch and not yet_to_close and fetcher is not None:
             iter(fetcher)
 

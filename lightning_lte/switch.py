@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import nn
 
 
 class Switch:
@@ -14,6 +15,7 @@ class Switch:
 
     Attributes:
         count: n, the number of local heads.
+        left_out: layers that compute without heads for now, as their inputs are not the batch.
         position: None while no head acts and every layer shows its merged weight; "all" while dimension 0 of every
             layer's input is n equal slices, one for each head; a number while that head acts alone.
     """
@@ -21,15 +23,16 @@ class Switch:
     def __init__(self, count: int) -> None:
         self.count = count
         self.position: int | Literal["all"] | None = None
+        self.left_out: set[nn.Module] = set()
 
     @contextmanager
     def at(self, position: int | Literal["all"] | None) -> Iterator[None]:
         """Hold a position inside a `with` block."""
-        before, self.position = self.position, position
-        # In eval mode nn.TransformerEncoder has a path that uses its layers' weights without calling the layers.
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(fast and position is None)
+        before, fast = self.position, torch.backends.mha.get_fastpath_enabled()
         try:
+            self.position = position
+            # In eval mode nn.TransformerEncoder has a path that uses its layers' weights without calling the layers.
+            torch.backends.mha.set_fastpath_enabled(fast and position is None)
             yield
         finally:
             self.position = before

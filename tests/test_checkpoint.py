@@ -451,6 +451,20 @@ def test_resuming_equals_not_stopping_wherever_it_was_saved(tmp_path: Path, hook
     assert_equal(whole, fit(resume=path))
 
 
+def test_resuming_from_the_last_batch_of_an_epoch_equals_not_stopping(tmp_path: Path) -> None:
+    def fit(epochs: int, resume: Any = None) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        module = Dropping()
+        keep = ModelCheckpoint(tmp_path, filename=f"{{step}}-{epochs}", every_n_train_steps=5, save_top_k=-1)
+        strategy = LTEStrategy(4, 4, rank=RANK, execution="batched")
+        t = trainer(strategy, max_epochs=epochs, callbacks=[keep], enable_checkpointing=True)
+        t.fit(module, loader(16 * 5, shuffle=True), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    whole = fit(3)
+    assert_equal(whole, fit(3, resume=tmp_path / "step=5-3.ckpt"))
+
+
 def saved_after(tmp_path: Path, steps: int = 4, **choices: Any) -> dict[str, Any]:
     t = trainer(LTEStrategy(4, 3, rank=RANK, **choices), max_steps=steps)
     t.fit(Module(), loader(160))

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_lte import LTEStrategy, Transport
-from tests.modules import RANK, Module, Recorder, clone, loader, sgd, trainer
+from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_net, sgd, trainer
 from tests.processes import run
 
 COLLECTIVES = (
@@ -234,3 +234,32 @@ def test_one_device_sends_nothing() -> None:
     tensor = torch.ones(3)
     transport.sum_([tensor])
     assert transport.bytes_sent == 0 and torch.equal(tensor, torch.ones(3))
+
+
+def _unused(replicas: str) -> Tensor:
+    class Unused(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.ones(3))
+
+    module = Module(make_net(Unused), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5))
+    trainer(LTEStrategy(2, 3, rank=RANK, replicas=replicas), devices=2, max_steps=4).fit(module, loader(320))  # type: ignore[arg-type]
+    return module.net.unused.detach()
+
+
+@pytest.mark.parametrize("replicas", ["merge", "step"])
+def test_what_takes_no_part_on_any_device_is_passed_over_by_optimizers(replicas: str) -> None:
+    for unused in run(_unused, 2, replicas, group=False):
+        assert unused.tolist() == [1, 1, 1]
+
+
+def _newton() -> dict[str, Tensor]:
+    module = Module(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3 + 2 * dist.get_rank()))
+    trainer(LTEStrategy(2, 2, rank=RANK), devices=2, max_steps=4).fit(module, loader(320))
+    return clone(module.state_dict())
+
+
+def test_closures_may_run_more_often_on_one_device_than_on_another() -> None:
+    first, second = run(_newton, 2, group=False)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

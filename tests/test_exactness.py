@@ -113,7 +113,8 @@ def train_both(
         assert_same(explorer, oracle)
         if config.replicas != "step":
             with torch.no_grad():
-                torch.testing.assert_close(model(x_eval), oracle.merged(x_eval), **TOLERANCE)
+                torch.testing.assert_close(model.eval()(x_eval), oracle.merged.eval()(x_eval), **TOLERANCE)
+            model.train()
     assert explorer.clock.merges == oracle.merges == steps // config.merge_every  # type: ignore[operator]
     explorer.finish()
     for name, value in oracle.finish().state_dict().items():

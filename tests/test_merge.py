@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import lightning_lte.merge as merging
+from lightning_lte import Explorer
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.injection import Injection, inject
@@ -251,6 +252,58 @@ def test_a_reset_zeroes_the_smallest_moments_of_each_head(fraction: float) -> No
         for own in state["momentum_buffer"].flatten(1).abs():
             gone = round(fraction * len(own))
             assert own.tolist() == [0] * gone + list(range(gone + 1, len(own) + 1))
+
+
+def test_a_reset_of_some_moments_leaves_steps_of_a_bounded_size() -> None:
+    """With Adam, an element with a first moment and no second one would jump."""
+    for fraction in (0.0, 0.3, 0.9, 1.0):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5))
+        before = net[0].weight.detach().clone()
+        optimizer = AdamW(net.parameters(), lr=1e-3)
+        chosen = LTEConfig(1, 5, rank=2, after_merge="reset", reset_moments=fraction)
+        explorer = Explorer(net, optimizer, chosen)
+        for step in range(30):
+            x = torch.randn(8, 9, generator=torch.Generator().manual_seed(step))
+            with explorer.heads():
+                loss = (net(x) - x[:, :5]).square().mean()
+            loss.backward()
+            explorer.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            explorer.step()
+        explorer.finish()
+        assert (net[0].weight - before).abs().max() < 0.3
+
+
+def test_an_interrupted_merge_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5)).double()
+        optimizer = AdamW(net.parameters(), lr=1e-2)
+        explorer = Explorer(net, optimizer, LTEConfig(1, 50, rank=2))
+        for step in range(5):
+            x = torch.randn(8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            with explorer.heads():
+                loss = (net(x) - x[:, :5]).square().mean()
+            loss.backward()
+            explorer.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            explorer.step()
+        if interrupted:
+            with monkeypatch.context() as patch:
+                patch.setattr(Factors, "settle", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    explorer.merge()
+        explorer.finish()
+        states.append({name: value.clone() for name, value in net.state_dict().items()})
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_keep_leaves_moments_alone() -> None:

@@ -302,10 +302,54 @@ class Shared(nn.Module):
         return x + self.inner(self.positions)
 
 
-@pytest.mark.parametrize("body", [TwoViews, Shared])
-def test_dimension_0_that_is_not_the_batch_is_sequential(body: type[nn.Module]) -> None:
-    execution, why = verdict(Pooled(body()), images())
+def test_dimension_0_that_is_not_the_batch_is_sequential() -> None:
+    execution, why = verdict(Pooled(TwoViews()), images())
     assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
+
+
+class Positions(nn.Module):
+    """Looks up positions once for all samples, as BERT and GPT-2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(64, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + self.table(torch.arange(x.shape[1]).unsqueeze(0)))
+
+
+@pytest.mark.parametrize(("body", "shared"), [(Shared, "inner"), (Positions, "table")])
+def test_a_layer_whose_input_is_not_the_batch_is_shared_and_hinders_nobody(body: type[nn.Module], shared: str) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.more = body(), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.more(self.body(x))
+
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    trainer(strategy, max_steps=1).fit(Module(Pooled(Deep())), DataLoader(TensorDataset(*images()), 8))
+    assert "in one forward (batched)" in strategy.report().notes[-1]
+    entry = strategy.report().entry(f"net.body.body.{shared}.weight")
+    assert (entry.role, entry.reason, entry.copies) == ("replica", "its layer's input is not the batch", 1)
+    assert strategy.report().entry("net.body.more.weight").copies == 4
+
+
+class Borrowed(nn.Module):
+    """Hands its layer's parameters to a function, as torchvision's Swin does; its bias starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent, self.inner = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        nn.init.zeros_(self.lent.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(nn.functional.linear(x, self.lent.weight, self.lent.bias))
+
+
+def test_parameters_that_are_lent_to_functions_do_not_hinder_the_proof() -> None:
+    assert verdict(Pooled(Borrowed()), images())[0] == "batched"
 
 
 def test_the_proof_costs_two_forward_passes() -> None:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
+from lightning_lte.report import excluding
 from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
 
 
@@ -686,6 +687,35 @@ def test_what_heads_log_in_turn_is_logged_once_and_for_all_of_them() -> None:
     assert float(seen.seen[0]["rows_step"]) == 4
 
 
+def test_heads_that_take_turns_log_inside_an_except_block_as_ever() -> None:
+    try:
+        raise KeyError
+    except KeyError:
+        t = trainer(strategy(execution="sequential"), max_steps=1)
+        t.fit(Module(), loader(16))
+    assert "loss" in t.callback_metrics
+
+
+def test_an_interruption_in_the_turn_of_a_head_leaves_the_users_own_parameters() -> None:
+    class Interrupted(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            explorer = self.trainer.strategy.explorer
+            if self.trainer.global_step == 2:
+
+                def interrupt(head: int | None) -> None:
+                    del explorer._select
+                    raise OSError
+
+                explorer._select = interrupt  # on the way back
+            return super().training_step(batch, batch_idx)
+
+    module = Interrupted()
+    own = dict(module.named_parameters())
+    with pytest.raises(OSError):
+        trainer(strategy(execution="sequential"), max_steps=4).fit(module, loader(160))
+    assert all(p is own[name] for name, p in module.named_parameters())
+
+
 @pytest.mark.parametrize("where", ["strategy", "callback"])
 def test_errors_while_training_ends_with_an_error_leave_a_clean_module(where: str) -> None:
     class Bad(Callback):
@@ -741,7 +771,13 @@ def test_remedies_work_for_names_of_any_kind() -> None:
                     odd.weight.data *= 0.9  # type: ignore[operator, union-attr]
             return self.out(odd(torch.tanh(self.first(x))))
 
-    with pytest.raises(RuntimeError) as raised:
-        trainer(strategy(1, 2), max_steps=9).fit(Module(make_net(Odd)), loader(160))
-    choices = eval(f"dict({re.search(r'exclude_modules=.*]', str(raised.value))[0]})")  # type: ignore[index]
-    trainer(strategy(1, 2, **choices), max_steps=9).fit(Module(make_net(Odd)), loader(160))
+    s = strategy(1, 2)
+    trainer(s, max_steps=9).fit(Module(make_net(Odd)), loader(160))
+    assert s.report().entry("net.weird name[0].weight").role == "replica"
+    assert (
+        excluding(["net.weird name[0]", "net.first"]) == r"exclude_modules=['net.first', 'net\\.weird\\ name\\[0\\]']"
+    )
+    choices = eval(f"dict({excluding(['net.weird name[0]'])})")
+    s = strategy(1, 2, **choices)
+    trainer(s, max_steps=9).fit(Module(make_net(Odd)), loader(160))
+    assert s.report().entry("net.weird name[0].weight").reason == "named by exclude_modules"

@@ -248,17 +248,82 @@ def test_weights_that_are_clipped_after_each_step() -> None:
     assert module.net.second.weight.abs().max() <= 0.05
 
 
-def test_writes_later_on_are_an_error_that_names_the_weight() -> None:
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_is_written_later_on_loses_its_heads_then(heads: int) -> None:
     class Later(Module):
         def on_train_batch_end(self, *args: Any) -> None:
             if self.trainer.global_step == 4:
                 self.net.first.weight.data *= 0.9
+                self.net.first.bias.data *= 0.9
 
-    with pytest.raises(RuntimeError, match=r"something else wrote to net\.first .*exclude_modules=\['net.first'\]"):
-        train(Later(optimizer=sgd))
+    with pytest.warns(UserWarning, match=r"Trained without heads, as replicas: net\.first"):
+        strategy = train(Later(optimizer=sgd), heads=heads, steps=9)
+    assert role(strategy, "net.first.weight")[0] == "replica"
+    assert role(strategy, "net.second.weight")[0] == "factored"
 
 
-def test_pruning_is_refused_by_name_or_left_to_replicas() -> None:
+def test_what_is_used_later_on_loses_its_heads_then() -> None:
+    class Later(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss if self.trainer.global_step < 4 else loss + self.net.first.weight.square().mean()
+
+    with pytest.warns(UserWarning, match=r"Trained without heads, as replicas: net\.first"):
+        strategy = train(Later(optimizer=sgd), heads=4, steps=9)
+    assert role(strategy, "net.first.weight")[0] == "replica"
+
+
+def written_late_on_two_devices(everywhere: bool) -> tuple[dict[str, Tensor], str]:
+    class Later(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 4 and (everywhere or self.global_rank == 1):
+                self.net.first.weight.data *= 0.9
+
+    module = Later(optimizer=sgd)
+    strategy = LTEStrategy(4, 3, rank=RANK, execution="batched")
+    trainer(strategy, devices=2, max_epochs=1).fit(module, loader(16 * 2 * 10))
+    return clone(module.state_dict()), role(strategy, "net.first.weight")[0]
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_devices_hear_at_the_next_merge_of_what_one_found_later(everywhere: bool) -> None:
+    (first, one), (second, other) = run(written_late_on_two_devices, 2, everywhere, group=False)
+    assert one == other == "replica"
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def all_written_on_one_of_two_devices() -> str:
+    class Later(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 4 and self.global_rank == 1:
+                for own in self.parameters():
+                    own.data *= 0.5
+
+    try:
+        trainer(LTEStrategy(2, 3, rank=RANK), devices=2, max_epochs=1).fit(Later(optimizer=sgd), loader(16 * 2 * 10))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_all_weights_written_on_one_device_alone_are_an_error_on_all() -> None:
+    for said in run(all_written_on_one_of_two_devices, 2, group=False, timeout_s=120):
+        assert "written on ranks [1] only" in said
+
+
+def test_clamping_all_weights_in_each_step_is_refused() -> None:
+    class Clipped(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            for own in self.net.parameters():
+                own.data.clamp_(-0.05, 0.05)
+
+    with pytest.warns(UserWarning, match="All weights were written"), pytest.raises(RuntimeError, match="none is left"):
+        train(Clipped(optimizer=sgd), steps=9)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_is_pruned_loses_its_heads(heads: int) -> None:
     class Prune(ModelPruning):
         def on_train_epoch_end(self, *args: Any) -> None: ...
 
@@ -266,14 +331,10 @@ def test_pruning_is_refused_by_name_or_left_to_replicas() -> None:
             if t.global_step == 4:
                 self.apply_pruning(0.5)
 
-    def prune(module: Module) -> Prune:
-        return Prune("l1_unstructured", parameters_to_prune=[(module.net.second, "weight")])
-
     module = Module(optimizer=sgd)
-    with pytest.raises(RuntimeError, match=r"wrote to net\.second"):
-        train(module, callbacks=[prune(module)])
-    module = Module(optimizer=sgd)
-    train(module, callbacks=[prune(module)], exclude_modules=["second"])
+    callback = Prune("l1_unstructured", parameters_to_prune=[(module.net.second, "weight")])
+    strategy = train(module, heads=heads, callbacks=[callback], steps=9)
+    assert role(strategy, "net.second.weight") == ("replica", "another tensor was put in its place")
     assert (module.net.second.weight == 0).float().mean() > 0.3
 
 
@@ -553,6 +614,35 @@ def test_clipping_by_hand_reaches_the_heads(clip: Callable[[Module], None], head
     )
 
 
+def test_clipping_by_hand_minds_what_is_not_finite() -> None:
+    class Exploding(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            for f in self.trainer.strategy.explorer.injection.factors.values():
+                f.B.grad[0, 0, 0] = torch.inf
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0, error_if_nonfinite=True)
+
+    with pytest.raises(RuntimeError, match="must be finite, as error_if_nonfinite=True was given"):
+        train(Exploding(), heads=4)
+
+
+@pytest.mark.parametrize("accumulate", [2])
+def test_uses_elsewhere_are_found_while_gradients_accumulate(accumulate: int) -> None:
+    strategy = LTEStrategy(4, 3, rank=RANK, execution="batched")
+    t = trainer(strategy, max_steps=5, accumulate_grad_batches=accumulate)
+    t.fit(Module(make_net(Functional), sgd), loader(160))
+    assert role(strategy, "net.first.weight") == ("replica", "it is used outside its layer, too")
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-6])
+def test_weak_uses_elsewhere_are_found_too(size: float) -> None:
+    class Penalised(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + size * self.net.first.weight.norm()
+
+    strategy = train(Penalised(optimizer=sgd))
+    assert role(strategy, "net.first.weight")[0] == "replica"
+
+
 def test_clipping_other_modules_is_left_alone() -> None:
     norms: list[float] = []
 
@@ -587,11 +677,12 @@ def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int) -> None:
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
             if self.trainer.global_step == 3:  # just merged
                 self.net.first.requires_grad_(False)
+                self.net.norm.requires_grad_(False)
                 self.at = clone(self.state_dict())
 
     module = Freezing(optimizer=sgd)
-    train(module, heads=heads)
-    for name in ("net.first.weight", "net.first.bias"):
+    train(module, heads=heads, execution="batched" if heads > 1 else "auto")
+    for name in ("net.first.weight", "net.first.bias", "net.norm.weight", "net.norm.bias"):
         assert torch.equal(module.state_dict()[name], module.at[name])
     assert not torch.equal(module.net.second.weight, module.at["net.second.weight"])
 

@@ -47,6 +47,9 @@ class HeadedMultiheadAttention(HeadedLayer):
         check_not_split(layer, parts, "whose packed projection is split by itself")
         return Matrices.of(layer.get_parameter(key), 3 if key == "in_proj_weight" else 1)
 
+    def least_dims(self) -> int:
+        return 3
+
     def of_the_batch(
         self,
         query: Tensor,

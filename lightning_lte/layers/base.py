@@ -80,6 +80,10 @@ class HeadedLayer(nn.Module):
         """
         return f"{original_class(layer).__name__} is not a layer that can be factored"
 
+    def least_dims(self) -> int:
+        """Dimensions that an input with samples outermost has at least."""
+        return 2
+
     def of_the_batch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Those of the arguments of a forward that have the batch as dimension 0."""
         return (args[0] if args else next(iter(kwargs.values())),)
@@ -133,6 +137,8 @@ def acting_state(layer: nn.Module) -> LayerState | None:
     # A layer made by `type(self)(...)` in code of the user's has the class and no state.
     state: LayerState | None = layer.__dict__.get(_STATE)
     if state is None or state.switch.position is None or not (state.factors or state.switch.position == "all"):
+        return None
+    if state.switch.left_out and layer in state.switch.left_out:
         return None
     # torch.func.functional_call, pruning and parametrizations put other tensors in a weight's place, and mean them.
     # (Not looked at inside torch.compile, which would guard each of them.)

@@ -44,6 +44,9 @@ class HeadedConv(HeadedLayer):
             check_not_split(layer, parts, "which has factors for each of its groups")
         return Matrices.of(own.weight, max(parts, own.groups))
 
+    def least_dims(self) -> int:
+        return len(self.kernel_size) + 2  # type: ignore[arg-type]
+
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:

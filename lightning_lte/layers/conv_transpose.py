@@ -8,6 +8,7 @@ kernel 1 into g * r channels, and B_h a transposed convolution of the layer's ow
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +47,10 @@ class HeadedConvTranspose(HeadedLayer):
         weight: Any = layer.weight
         groups: Any = layer.groups
         lead = () if groups == 1 else (groups,)
-        return Matrices(weight[0].numel(), weight.shape[0] // groups, lead, transposed=True)
+        return Matrices(math.prod(weight.shape[1:]), weight.shape[0] // groups, lead, transposed=True)
+
+    def least_dims(self) -> int:
+        return len(self.kernel_size) + 2  # type: ignore[arg-type]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         state = acting_state(self)

@@ -39,6 +39,9 @@ class HeadedEmbedding(HeadedLayer):
             return "scale_grad_by_freq scales the gradient of each of its rows"
         return Matrices.of(own.weight)
 
+    def least_dims(self) -> int:
+        return 1
+
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:

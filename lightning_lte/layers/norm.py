@@ -50,8 +50,8 @@ class HeadedNorm(HeadedLayer):
         for name, combine in (("weight", Tensor.mul), ("bias", Tensor.add)):
             shared: Tensor | None = getattr(self, name, None)
             if shared is not None:
-                own_affine = state.stacks.get(name, shared.unsqueeze(0))
-                y = combine(y, self._aligned(own_affine, y.dim()))
+                own_affine = state.stack(name)
+                y = combine(y, self._aligned(shared.unsqueeze(0) if own_affine is None else own_affine, y.dim()))
         return y.flatten(0, 1)
 
     def _aligned(self, own: Tensor, dims: int) -> Tensor:
