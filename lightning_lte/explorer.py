@@ -15,17 +15,14 @@ from lightning_lte import checkpoint, merge
 from lightning_lte.batch import Layout
 from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
-from lightning_lte.gradients import clip_grad_norm_, scale_gradient
-from lightning_lte.guard import Guard, Watched
-from lightning_lte.injection import eject, inject
+from lightning_lte.gradients import clip_grad_norm_
+from lightning_lte.heads import Factors
 from lightning_lte.merge import MergeRecord
 from lightning_lte.optimizers import check_optimizers
-from lightning_lte.report import Report, listed
-from lightning_lte.running_statistics import RunningStatistics
+from lightning_lte.report import listed
 from lightning_lte.schedule import as_schedule
-from lightning_lte.substitution import Substitution
+from lightning_lte.trainees import Trainees
 from lightning_lte.transport import Transport
-from lightning_lte.trial import WRITTEN, Trial
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
@@ -33,7 +30,7 @@ _SETTLING_STEPS = 20
 TIMEOUT_S = 1800.0
 
 
-class Explorer:
+class Explorer(Trainees):
     """Gives heads to a module and trains them in place of its weights.
 
         explorer = Explorer(model, optimizer, LTEConfig(heads=8, merge_every=10))
@@ -57,7 +54,6 @@ class Explorer:
     Attributes:
         count: n, local heads.
         clocks: steps and merges done, for each optimizer.
-        made_replicas: weights that lost their heads in the first steps, and why.
         merging: whether a merge has begun and not ended.
         layout: how batches are laid out, once one was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
@@ -75,7 +71,6 @@ class Explorer:
         config: LTEConfig,
         transport: Transport | None = None,
     ) -> None:
-        self.module, self.config = module, config
         self.transport = transport or Transport()
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.count = config.local_heads(self.transport.world_size)
@@ -83,51 +78,18 @@ class Explorer:
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(self.optimizers, self.count)
 
-        # User's parameter -> number of the optimizer that trains it, the first one that holds it.
-        self._trained_by: dict[nn.Parameter, int] = {}
-        for number, optimizer in enumerate(self.optimizers):
-            for param in _params(optimizer):
-                self._trained_by.setdefault(param, number)
+        super().__init__(module, self.optimizers, config, self.count, self.transport.rank * self.count)
         self.layout: Layout | None = None
-        try:
-            self._set_up(module)
-        except BaseException:
-            eject(module)
-            if hasattr(self, "substitution"):
-                self.substitution.undo()
-            raise
-
-    def _set_up(self, module: nn.Module) -> None:
-        first = self.transport.rank * self.count
-        self.injection = inject(module, list(self._trained_by), self.config, count=self.count, first=first)
-        self._names = {p: n for n, p in module.named_parameters()}
-        kept = {*self.injection.factors, *(replica.param for replica in self.injection.replicas)}
-        self._frozen = [p for p in self._trained_by if p not in kept]
-        self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
         self._closed: checkpoint.State | None = None
-        self._note_optimizers()
-        self._scaled: set[nn.Parameter] = set()
-        self._scale_gradients()
-        self.statistics = RunningStatistics(module)
-        if self.execution == "sequential":
-            self.statistics.split(self.count)
-        self.guard = Guard(self._watched())
-        for f in self.injection.factors.values():
-            f.trial = Trial(f.weight)
-        self.made_replicas: dict[str, str] = {}
         self.clocks = [Clock() for _ in self.optimizers]
         self.last_record: MergeRecord | None = None
         self.merging = False
-        self._begun = self._starved_known = self._averaged = False
+        self._starved_known = self._averaged = False
         # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
         self._late: dict[str, str] = {}
         self._taken = False
         self._taken_at = -2
         self._asked_at: list[int] | None = None
-
-    @property
-    def report(self) -> Report:
-        return self.injection.report
 
     @property
     def clock(self) -> Clock:
@@ -143,12 +105,6 @@ class Explorer:
     def unmerged(self) -> bool:
         """Whether heads have learned something since the last merge."""
         return any(clock.unmerged for clock in self.clocks)
-
-    @property
-    def per_head(self) -> set[nn.Parameter]:
-        """What is trained and has the local heads as dimension 0."""
-        factors = [p for f in self.injection.factors.values() for p in (f.A, f.B)]
-        return {*factors, *(r.stack for r in self.injection.replicas if r.stack is not None)}
 
     def heads(self) -> AbstractContextManager[None]:
         """A context in whose forwards all local heads act, each on its slice of dimension 0.
@@ -173,10 +129,10 @@ class Explorer:
         """Let one local head act alone in forwards inside the block, with its own replicas."""
         with self.injection.switch.at(index):
             try:
-                self._select(index)
+                self.select(index)
                 yield
             finally:
-                self._select(None)
+                self.select(None)
 
     def follow_backward(self, loss: Tensor, index: int) -> None:
         """Let a local head act while its loss's graph runs backward, where activation checkpointing runs forwards.
@@ -187,7 +143,7 @@ class Explorer:
 
         def enter(_: Tensor) -> None:
             self.injection.switch.position = index
-            self._select(index)
+            self.select(index)
 
         loss.register_hook(enter)
 
@@ -198,29 +154,7 @@ class Explorer:
             with self.injection.switch.at(self.injection.switch.position):
                 yield
         finally:
-            self._select(None)
-
-    def act(self) -> None:
-        """Show the optimizers what they train. What came into their groups since is trained as a replica.
-
-        The first time, the module's parameters are taken as they are now: hooks before training may have loaded them.
-        """
-        self.substitution.act()
-        if not self._begun:
-            self._begun = True
-            self._take_weights(self.guard.changed())
-        for number, optimizer in enumerate(self.optimizers):
-            for param in _params(optimizer):
-                if param not in self._trained_by and param not in self.per_head:
-                    self._trained_by[param] = number
-                    if self.config.replicas != "freeze":
-                        name = self._names.get(param, f"outside.{len(self._trained_by)}")
-                        self.injection.adopt(name, param)
-                        self.substitution.names[param] = name
-
-    def rest(self) -> None:
-        """Show the optimizers the user's own parameters; between batches, for those who look."""
-        self.substitution.rest()
+            self.select(None)
 
     def after_backward(self, synchronise: bool = True, settle: bool = True) -> None:
         """Look at the gradients; with `replicas="step"`, average those of replicas over devices.
@@ -273,21 +207,6 @@ class Explorer:
         if self.config.replicas == "step" and not self._averaged:
             self.injection.replicas.average_gradients(self.transport)
 
-    def trained_for(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """What is trained in place of parameters of the user's: factors, replicas, or they themselves."""
-        stacks = {replica.param: replica.trained for replica in self.injection.replicas}
-        trained: list[nn.Parameter] = []
-        for param in params:
-            f = self.injection.factors.get(param)
-            trained += [stacks.get(param, param)] if f is None else [f.A, f.B]
-        return trained
-
-    def trains_in_place_of(self, params: Iterable[nn.Parameter]) -> bool:
-        """Whether something else is trained in place of any of these."""
-        params = list(params)
-        trained = self.trained_for(params)
-        return len(trained) != len(params) or any(a is not b for a, b in zip(trained, params, strict=True))
-
     def clip_grad_norm_(
         self, max_norm: float, optimizer: Optimizer | None = None, params: Iterable[nn.Parameter] | None = None
     ) -> Tensor:
@@ -334,7 +253,7 @@ class Explorer:
             # Code that zeroes the gradients of module.parameters() would not reach these.
             if param in hidden:
                 param.grad = None
-        for param in self._frozen:
+        for param in self.frozen:
             param.grad = None
         clock.step += 1
         if not self._is_settling:
@@ -360,7 +279,7 @@ class Explorer:
         Raises:
             RuntimeError, FloatingPointError: see `step`.
         """
-        self._select(None)  # an exception may have come in the turn of a head
+        self.select(None)  # an exception may have come in the turn of a head
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         for number in numbers or range(len(self.clocks)):
             record = self._merge(number, measure)
@@ -378,11 +297,10 @@ class Explorer:
             return
         try:
             # An exception may have come in the turn of a head.
-            self._select(None)
+            self.select(None)
             self._closed = checkpoint.local_state(self)
         finally:
-            self.injection.eject()
-            self.substitution.undo()
+            self.give_back()
 
     def go_sequential(self, reason: str) -> None:
         """Have each local head run by itself from now on, with replicas of its own.
@@ -391,11 +309,7 @@ class Explorer:
             reason: why, for the report.
         """
         if self.execution != "sequential" or any(r.stack is None for r in self.injection.replicas):
-            self.injection.split_replicas()
-            self.statistics.split(self.count)
-            self.substitution.replace(self._replacements())
-            self._scale_gradients()
-            self.guard.watch(self._watched())
+            self.split_replicas()
         self.execution = "sequential"
         self.report.notes.append(f"{self.count} heads share this device in turn (sequential): {reason.rstrip('.')}.")
 
@@ -409,41 +323,6 @@ class Explorer:
         self.report.notes.append(
             f"{self.count} heads share this device in one forward (batched): {reason.rstrip('.')}."
         )
-
-    def make_replicas(self, reasons: Mapping[str, str]) -> None:
-        """Train parameters themselves, once for all local heads, that turn out to be no good for heads. A collective.
-
-        What heads have learned since the last merge is merged first.
-
-        Args:
-            reasons: name of a factored weight, or of a replica of which each head has its own -> why.
-
-        Raises:
-            RuntimeError: no factored weight would be left.
-        """
-        chosen = [f for f in self.injection.factors.values() if f.name in reasons]
-        if chosen and len(chosen) == len(self.injection.factors):
-            why = "; ".join(f"{f.name} ({reasons[f.name]})" for f in chosen)
-            raise RuntimeError(
-                f"LTE needs at least one weight that can be factored; none is left after the first steps, as all are"
-                f" used or written elsewhere: {why}. Train this module with another strategy; or, if the loss has a"
-                " penalty on the parameters, leave that to the optimizer's weight_decay."
-                + ("" if any(f.took_part for f in chosen) else " (Forwards have to run inside `explorer.heads()`.)")
-            )
-        if self.unmerged and chosen:
-            merge.add_mean_deltas(chosen, self.transport)
-        self.substitution.rest()
-        for f in chosen:
-            if self.injection.make_replica(f.weight, reasons[f.name]) is None:
-                self._frozen.append(f.weight)
-            self.substitution.restore(f.weight)
-        for replica in self.injection.replicas:
-            if replica.name in reasons and replica.stack is not None:
-                self.injection.share(replica)
-                self.substitution.restore(replica.param)
-        self.substitution.replace(self._replacements())
-        self.guard.watch(self._watched())
-        self.made_replicas.update(reasons)
 
     def share_layers(self, layers: Collection[nn.Module]) -> None:
         """Have all local heads share layers whose input is not the batch, on all devices if on one."""
@@ -482,8 +361,8 @@ class Explorer:
                 self._look(look_at_bits=True)
             self._tell_of_late()
         self.last_record = merge.merge(
-            [f for f in self.injection.factors.values() if self._trained_by[f.weight] == number],
-            self.injection.replicas.of(p for p, own in self._trained_by.items() if own == number),
+            [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number],
+            self.injection.replicas.of(p for p, own in self.trained_by.items() if own == number),
             self.statistics,
             {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
             self.transport,
@@ -502,22 +381,6 @@ class Explorer:
         """Whether roles may still change: until every optimizer has made two steps, or one of them many."""
         steps = [clock.step for clock in self.clocks]
         return min(steps) < 2 and max(steps) < _SETTLING_STEPS
-
-    def _with_neighbours(self, reasons: dict[str, str]) -> dict[str, str]:
-        """Add the replicas of modules all of whose weights are written from outside.
-
-        Those of a momentum teacher may not change in the first steps, and are written all the same.
-        """
-        names = {weight: self._names[weight] for weight in self.injection.factors}
-        written = {names[w] for w, f in self.injection.factors.items() if reasons.get(f.name) == WRITTEN}
-        wholly = {
-            prefix
-            for name in written
-            for prefix in _prefixes(name)
-            if all(other in written for other in names.values() if other.startswith(prefix))
-        }
-        own = [r.name for r in self.injection.replicas if r.stack is not None and r.name not in reasons]
-        return {**reasons, **{n: WRITTEN for n in own if any(n.startswith(prefix) for prefix in wholly)}}
 
     def _look(self, look_at_bits: bool) -> None:
         """Look for what heads can't train, after the first steps."""
@@ -552,7 +415,7 @@ class Explorer:
     def _demote(self, reasons: dict[str, str]) -> None:
         if not reasons:
             return
-        reasons = self._with_neighbours(reasons)
+        reasons = self.with_neighbours(reasons)
         self.make_replicas(reasons)
         if self.transport.rank == 0:
             by_reason: dict[str, list[str]] = {}
@@ -573,77 +436,11 @@ class Explorer:
             " learned since the last merge is gone.",
             stacklevel=2,
         )
-        self._take_weights({w.name for w in self._watched()})
+        self.take_weights({w.name for w in self._watched()})
         self._taken, self._taken_at = True, self.merges
         return True
 
-    def _take_weights(self, names: Collection[str]) -> None:
-        """Have heads go on from the user's parameters as they are now, for those that were written."""
-        with torch.no_grad():
-            for f in self.injection.factors.values():
-                if f.name in names:
-                    f.settle()
-                    if f.anchor_A is None:
-                        f.B.zero_()
-            for replica in self.injection.replicas:
-                if replica.name in names and replica.stack is not None:
-                    replica.stack.copy_(replica.param.expand_as(replica.stack))
-        self.guard.accept_writes()
-
-    def _select(self, head: int | None) -> None:
-        """Let the module show what one head has in place of its own replicas and running statistics."""
-        self.injection.replicas.select(head)
-        self.statistics.select(head)
-
-    def _replacements(self) -> dict[nn.Parameter, dict[str, nn.Parameter]]:
-        replacements: dict[nn.Parameter, dict[str, nn.Parameter]] = {param: {} for param in self._frozen}
-        for param, f in self.injection.factors.items():
-            replacements[param] = {f"{self._names[param]}.A": f.A, f"{self._names[param]}.B": f.B}
-        for replica in self.injection.replicas:
-            if replica.stack is not None:
-                replacements[replica.param] = {replica.name: replica.stack}
-        return replacements
-
-    def _note_optimizers(self) -> None:
-        factored = {self._trained_by[weight] for weight in self.injection.factors}
-        for number, optimizer in enumerate(self.optimizers):
-            if number not in factored:
-                kind = type(optimizer).__name__
-                self.report.notes.append(
-                    f"Optimizer {number} ({kind}) holds no heads: it trains no factored weight. If it should, lower"
-                    " `rank`, or change target_modules or exclude_modules; the reasons are above."
-                )
-            inner = [type(v).__name__ for v in vars(optimizer).values() if isinstance(v, Optimizer)]
-            if inner:
-                self.report.notes.append(
-                    f"Optimizer {number} wraps {', '.join(inner)}, whose own state checkpoints don't keep: a resumed"
-                    " run starts it anew."
-                )
-
-    def _scale_gradients(self) -> None:
-        if self.count > 1:
-            for param in self.per_head - self._scaled:
-                scale_gradient(param, self.count)
-                self._scaled.add(param)
-
-    def _watched(self) -> list[Watched]:
-        """What heads train in place of the user's own."""
-        found = []
-        for weight, f in self.injection.factors.items():
-            owner = self.injection.roles[weight].owner
-            found.append(Watched(f.name, weight, owner.module, owner.module_name, owner.key, f))
-        for replica in self.injection.replicas:
-            if replica.stack is not None:
-                owner = replica.owners[0]
-                found.append(Watched(replica.name, replica.param, owner.module, owner.module_name, owner.key))
-        return found
-
-
-def _params(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def _prefixes(name: str) -> list[str]:
-    """Names of the modules around a parameter, each with its dot: "a.b.weight" is in "a." and "a.b."."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[: i + 1]) + "." for i in range(len(parts))]
+    def _before_demotion(self, factors: Sequence[Factors]) -> None:
+        # What heads have learned since the last merge is not to be lost: a collective.
+        if self.unmerged and factors:
+            merge.add_mean_deltas(factors, self.transport)

@@ -703,10 +703,10 @@ def test_an_interruption_in_the_turn_of_a_head_leaves_the_users_own_parameters()
             if self.trainer.global_step == 2:
 
                 def interrupt(head: int | None) -> None:
-                    del explorer._select
+                    del explorer.select
                     raise OSError
 
-                explorer._select = interrupt  # on the way back
+                explorer.select = interrupt  # on the way back
             return super().training_step(batch, batch_idx)
 
     module = Interrupted()

@@ -1,0 +1,256 @@
+"""What is trained in place of the user's parameters, and what optimizers and the module show of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lte.config import LTEConfig
+from lightning_lte.gradients import scale_gradient
+from lightning_lte.guard import Guard, Watched
+from lightning_lte.heads import Factors
+from lightning_lte.injection import eject, inject
+from lightning_lte.report import Report
+from lightning_lte.running_statistics import RunningStatistics
+from lightning_lte.substitution import Substitution
+from lightning_lte.trial import WRITTEN, Trial
+
+
+class Trainees:
+    """The heads and replicas of a module, in the place of its parameters in optimizers and layers.
+
+    Args:
+        module: the user's.
+        optimizers: over its parameters.
+        config: the user's choices.
+        count: n, local heads.
+        first: number of the first local head.
+
+    Attributes:
+        injection: the module with its heads.
+        substitution: what optimizers hold.
+        guard: watches the parameters that heads train in place of the user's own.
+        statistics: running statistics of the module.
+        trained_by: user's parameter -> number of the optimizer that trains it, the first one that holds it.
+        frozen: what an optimizer holds and `replicas="freeze"` leaves as it is.
+        made_replicas: what lost its heads while training ran, and why.
+
+    Raises:
+        ValueError: see `inject`; the module and the optimizers are as they were then.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], config: LTEConfig, count: int, first: int
+    ) -> None:
+        self.module, self.optimizers, self.config, self.count = module, list(optimizers), config, count
+        self.trained_by: dict[nn.Parameter, int] = {}
+        for number, optimizer in enumerate(self.optimizers):
+            for param in _params(optimizer):
+                self.trained_by.setdefault(param, number)
+        self.made_replicas: dict[str, str] = {}
+        self._begun = False
+        self._scaled: set[nn.Parameter] = set()
+        self._names = {p: n for n, p in module.named_parameters()}
+        try:
+            self.injection = inject(module, list(self.trained_by), config, count=count, first=first)
+            kept = {*self.injection.factors, *(replica.param for replica in self.injection.replicas)}
+            self.frozen = [p for p in self.trained_by if p not in kept]
+            self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
+            self._note_optimizers()
+            self._scale_gradients()
+            self.statistics = RunningStatistics(module)
+            if config.execution == "sequential" and count > 1:
+                self.statistics.split(count)
+            self.guard = Guard(self._watched())
+            for f in self.injection.factors.values():
+                f.trial = Trial(f.weight)
+        except BaseException:
+            eject(module)
+            if hasattr(self, "substitution"):
+                self.substitution.undo()
+            raise
+
+    @property
+    def report(self) -> Report:
+        return self.injection.report
+
+    @property
+    def per_head(self) -> set[nn.Parameter]:
+        """What is trained and has the local heads as dimension 0."""
+        factors = [p for f in self.injection.factors.values() for p in (f.A, f.B)]
+        return {*factors, *(r.stack for r in self.injection.replicas if r.stack is not None)}
+
+    def act(self) -> None:
+        """Show the optimizers what they train. What came into their groups since is trained as a replica.
+
+        The first time, the module's parameters are taken as they are now: hooks before training may have loaded them.
+        """
+        self.substitution.act()
+        if not self._begun:
+            self._begun = True
+            self.take_weights(self.guard.changed())
+        for number, optimizer in enumerate(self.optimizers):
+            for param in _params(optimizer):
+                if param not in self.trained_by and param not in self.per_head:
+                    self.trained_by[param] = number
+                    if self.config.replicas != "freeze":
+                        name = self._names.get(param, f"outside.{len(self.trained_by)}")
+                        self.injection.adopt(name, param)
+                        self.substitution.names[param] = name
+
+    def rest(self) -> None:
+        """Show the optimizers the user's own parameters; between batches, for those who look."""
+        self.substitution.rest()
+
+    def trained_for(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """What is trained in place of parameters of the user's: factors, replicas, or they themselves."""
+        stacks = {replica.param: replica.trained for replica in self.injection.replicas}
+        trained: list[nn.Parameter] = []
+        for param in params:
+            f = self.injection.factors.get(param)
+            trained += [stacks.get(param, param)] if f is None else [f.A, f.B]
+        return trained
+
+    def trains_in_place_of(self, params: Iterable[nn.Parameter]) -> bool:
+        """Whether something else is trained in place of any of these."""
+        params = list(params)
+        trained = self.trained_for(params)
+        return len(trained) != len(params) or any(a is not b for a, b in zip(trained, params, strict=True))
+
+    def split_replicas(self) -> None:
+        """Give each local head replicas and running statistics of its own, as heads that take turns may have."""
+        self.injection.split_replicas()
+        self.statistics.split(self.count)
+        self.substitution.replace(self._replacements())
+        self._scale_gradients()
+        self.guard.watch(self._watched())
+
+    def give_back(self) -> None:
+        """Give the module and the optimizers back."""
+        self.injection.eject()
+        self.substitution.undo()
+
+    def select(self, head: int | None) -> None:
+        """Let the module show what one head has in place of its own replicas and running statistics; None undoes it."""
+        self.injection.replicas.select(head)
+        self.statistics.select(head)
+
+    def _before_demotion(self, factors: Sequence[Factors]) -> None:
+        """Called before factors of weights are given up."""
+
+    def make_replicas(self, reasons: Mapping[str, str]) -> None:
+        """Train parameters themselves, once for all local heads, that turn out to be no good for heads.
+
+        Args:
+            reasons: name of a factored weight, or of a replica of which each head has its own -> why.
+
+        Raises:
+            RuntimeError: no factored weight would be left.
+        """
+        chosen = [f for f in self.injection.factors.values() if f.name in reasons]
+        if chosen and len(chosen) == len(self.injection.factors):
+            why = "; ".join(f"{f.name} ({reasons[f.name]})" for f in chosen)
+            raise RuntimeError(
+                f"LTE needs at least one weight that can be factored; none is left after the first steps, as all are"
+                f" used or written elsewhere: {why}. Train this module with another strategy; or, if the loss has a"
+                " penalty on the parameters, leave that to the optimizer's weight_decay."
+                + ("" if any(f.took_part for f in chosen) else " (Forwards have to run inside `explorer.heads()`.)")
+            )
+        self._before_demotion(chosen)
+        self.substitution.rest()
+        for f in chosen:
+            if self.injection.make_replica(f.weight, reasons[f.name]) is None:
+                self.frozen.append(f.weight)
+            self.substitution.restore(f.weight)
+        for replica in self.injection.replicas:
+            if replica.name in reasons and replica.stack is not None:
+                self.injection.share(replica)
+                self.substitution.restore(replica.param)
+        self.substitution.replace(self._replacements())
+        self.guard.watch(self._watched())
+        self.made_replicas.update(reasons)
+
+    def with_neighbours(self, reasons: dict[str, str]) -> dict[str, str]:
+        """Add the replicas of modules all of whose weights are written from outside.
+
+        Those of a momentum teacher may not change in the first steps, and are written all the same.
+        """
+        names = {weight: self._names[weight] for weight in self.injection.factors}
+        written = {names[w] for w, f in self.injection.factors.items() if reasons.get(f.name) == WRITTEN}
+        wholly = {
+            prefix
+            for name in written
+            for prefix in _prefixes(name)
+            if all(other in written for other in names.values() if other.startswith(prefix))
+        }
+        own = [r.name for r in self.injection.replicas if r.stack is not None and r.name not in reasons]
+        return {**reasons, **{n: WRITTEN for n in own if any(n.startswith(prefix) for prefix in wholly)}}
+
+    def take_weights(self, names: Collection[str]) -> None:
+        """Have heads go on from the user's parameters as they are now, for those that were written."""
+        with torch.no_grad():
+            for f in self.injection.factors.values():
+                if f.name in names:
+                    f.settle()
+                    if f.anchor_A is None:
+                        f.B.zero_()
+            for replica in self.injection.replicas:
+                if replica.name in names and replica.stack is not None:
+                    replica.stack.copy_(replica.param.expand_as(replica.stack))
+        self.guard.accept_writes()
+
+    def _replacements(self) -> dict[nn.Parameter, dict[str, nn.Parameter]]:
+        replacements: dict[nn.Parameter, dict[str, nn.Parameter]] = {param: {} for param in self.frozen}
+        for param, f in self.injection.factors.items():
+            replacements[param] = {f"{self._names[param]}.A": f.A, f"{self._names[param]}.B": f.B}
+        for replica in self.injection.replicas:
+            if replica.stack is not None:
+                replacements[replica.param] = {replica.name: replica.stack}
+        return replacements
+
+    def _note_optimizers(self) -> None:
+        factored = {self.trained_by[weight] for weight in self.injection.factors}
+        for number, optimizer in enumerate(self.optimizers):
+            if number not in factored:
+                kind = type(optimizer).__name__
+                self.report.notes.append(
+                    f"Optimizer {number} ({kind}) holds no heads: it trains no factored weight. If it should, lower"
+                    " `rank`, or change target_modules or exclude_modules; the reasons are above."
+                )
+            inner = [type(v).__name__ for v in vars(optimizer).values() if isinstance(v, Optimizer)]
+            if inner:
+                self.report.notes.append(
+                    f"Optimizer {number} wraps {', '.join(inner)}, whose own state checkpoints don't keep: a resumed"
+                    " run starts it anew."
+                )
+
+    def _scale_gradients(self) -> None:
+        if self.count > 1:
+            for param in self.per_head - self._scaled:
+                scale_gradient(param, self.count)
+                self._scaled.add(param)
+
+    def _watched(self) -> list[Watched]:
+        """What heads train in place of the user's own."""
+        found = []
+        for weight, f in self.injection.factors.items():
+            owner = self.injection.roles[weight].owner
+            found.append(Watched(f.name, weight, owner.module, owner.module_name, owner.key, f))
+        for replica in self.injection.replicas:
+            if replica.stack is not None:
+                owner = replica.owners[0]
+                found.append(Watched(replica.name, replica.param, owner.module, owner.module_name, owner.key))
+        return found
+
+
+def _params(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _prefixes(name: str) -> list[str]:
+    """Names of the modules around a parameter, each with its dot: "a.b.weight" is in "a." and "a.b."."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) + "." for i in range(len(parts))]
