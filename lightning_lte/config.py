@@ -17,6 +17,7 @@ AfterMerge = Literal["keep", "reset"]
 ReplicaPolicy = Literal["merge", "step", "freeze"]
 Init = Literal["orthogonal", "kaiming", "xavier"]
 Execution = Literal["auto", "batched", "sequential"]
+LossReduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LTEConfig:
         seed: heads are drawn from (seed, module name, head number).
         execution: how several local heads share a device: "batched", "sequential", or "auto", which takes batched
             where it is proved right on the first batch.
+        loss_reduction: how the user's loss depends on the number of samples: their "mean", or their "sum". With a sum,
+            a step on the slices of all local heads returns n times what a head returns, and is divided by n.
 
     A pattern is a regular expression that must match a name as a whole or its end from a dot on: "fc1" matches
     "blocks.0.mlp.fc1". Names are those of modules, and of parameters where one module has several weights
@@ -72,6 +75,7 @@ class LTEConfig:
     init: Init = "orthogonal"
     seed: int = 0
     execution: Execution = "auto"
+    loss_reduction: LossReduction = "mean"
 
     def __post_init__(self) -> None:
         for name in ("heads", "merge_every", "rank", "alpha", "reset_moments", "seed"):
@@ -118,6 +122,7 @@ class LTEConfig:
         _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
         _check_choice("init", self.init, get_args(Init))
         _check_choice("execution", self.execution, get_args(Execution))
+        _check_choice("loss_reduction", self.loss_reduction, get_args(LossReduction))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
 

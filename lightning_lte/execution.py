@@ -22,6 +22,7 @@ def run(
     *,
     trial: Callable[[], AbstractContextManager[None]] = nullcontext,
     turns: Callable[[], AbstractContextManager[None]] = nullcontext,
+    take_turns: Callable[[Explorer, Callable[[Any], Any], Sequence[Any]], Any] | None = None,
     fill_up: bool = False,
 ) -> Any:
     """Run a step on a batch through all local heads, in the way that is right for the module.
@@ -34,6 +35,7 @@ def run(
         batch: on the device.
         trial: a context for the trial.
         turns: a context while heads take turns.
+        take_turns: runs the step once for each head, on its part of the batch; None means `run_in_turn`.
         fill_up: repeat samples of a batch that the heads don't divide, in place of taking turns.
 
     Returns:
@@ -53,11 +55,11 @@ def run(
             batch, even = layout.filled_up(batch, explorer.count), True
         if even:
             with explorer.heads():
-                return step(batch)
+                return _per_head(step(batch), explorer)
     # Batch norm takes no statistics of a single sample.
     least = 2 if any(isinstance(m, _BatchNorm) and m.training for m in explorer.module.modules()) else 1
     with turns():
-        return run_in_turn(explorer, step, layout.split(batch, explorer.count, least))
+        return (take_turns or run_in_turn)(explorer, step, layout.split(batch, explorer.count, least))
 
 
 def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any] | None) -> None:
@@ -100,16 +102,13 @@ def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequ
         [t for f in explorer.injection.factors.values() for t in (f.A, f.B)],
         [(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
         explorer.injection.switch.left_out,
+        explorer.config.loss_reduction,
     )
 
 
 def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
     """Run the user's step once for each local head, on its part of the batch; see `combined` for the result."""
-    if len(parts) != explorer.count:
-        raise ValueError(
-            f"A batch is split into one part for each of the {explorer.count} local heads; received {len(parts)} parts."
-            " Return as many from split_batch(batch, heads)."
-        )
+    check_parts(explorer, parts)
     outputs = []
     for head, part in enumerate(parts):
         with explorer.head(head):
@@ -119,6 +118,19 @@ def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[
             explorer.follow_backward(loss, head)
         outputs.append(output)
     return combined(outputs)
+
+
+def check_parts(explorer: Explorer, parts: Sequence[Any]) -> None:
+    """Raise if a batch was not split into a part for each local head.
+
+    Raises:
+        ValueError: with the number of parts.
+    """
+    if len(parts) != explorer.count:
+        raise ValueError(
+            f"A batch is split into one part for each of the {explorer.count} local heads; received {len(parts)} parts."
+            " Return as many from split_batch(batch, heads)."
+        )
 
 
 def combined(outputs: Sequence[Any]) -> Any:
@@ -158,6 +170,16 @@ def combined(outputs: Sequence[Any]) -> Any:
         if all(isinstance(value, Tensor) for value in values):
             together[key] = torch.cat(values) if values[0].dim() else torch.stack(values)
     return {**together, "loss": loss}
+
+
+def _per_head(output: Any, explorer: Explorer) -> Any:
+    """The output of a step on the slices of all local heads, with a loss that is a sum over samples turned into the
+    mean of the heads' losses."""
+    loss = _loss(output)
+    if explorer.config.loss_reduction == "mean" or not isinstance(loss, Tensor):
+        return output
+    loss = loss / explorer.count
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
 def _loss(output: Any) -> Any:

@@ -161,15 +161,15 @@ class Explorer(Trainees):
 
         Args:
             synchronise: False on all but the last of several backwards that accumulate.
-            settle: whether to call `settle`; False where that is done when the step is taken.
+            settle: whether to look for what heads can't train; False where `before_step` does so.
 
         Raises:
             RuntimeError: see `settle`.
         """
-        self.injection.replicas.collect_gradients()
+        self.collect_gradients()
         if synchronise and settle:
             self.settle()
-        if not self._is_settling:
+        if settle and not self._is_settling:
             self._look(look_at_bits=False)
         if len(self.optimizers) == 1 and not self._starved_known:
             # With several optimizers, a backward of one says nothing of what the others train.
@@ -202,8 +202,10 @@ class Explorer(Trainees):
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
-        self.injection.replicas.collect_gradients()
+        self.collect_gradients()
         self.settle()
+        if not self._is_settling:
+            self._look(look_at_bits=False)
         if self.config.replicas == "step" and not self._averaged:
             self.injection.replicas.average_gradients(self.transport)
 
@@ -217,6 +219,7 @@ class Explorer(Trainees):
             optimizer: whose parameters; None for all.
             params: parameters of the user's; None for all that the optimizer holds.
         """
+        self.collect_gradients()
         if params is not None:
             trained = self.trained_for(params)
         else:

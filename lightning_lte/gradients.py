@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from lightning_lte.transport import Transport
 
 
-def scale_gradient(param: nn.Parameter, factor: int) -> None:
-    """Multiply every gradient that reaches `param` by `factor`.
+def scale_gradient(param: nn.Parameter, factor: Callable[[], int]) -> None:
+    """Multiply every gradient that reaches `param` by what `factor` returns then.
 
     n local heads share the mean of their losses, so each head's gradient comes out n times smaller than that of its own
     loss. It is put right here, before optimizers, clipping or gradient scalers see it.
     """
 
     def scaled(gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient * factor  # None from functions that stop gradients
+        return None if gradient is None else gradient * factor()  # None from functions that stop gradients
 
     param.register_hook(scaled)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lte.config import LossReduction
 from lightning_lte.layers.base import HeadedLayer
 from lightning_lte.rehearsal import Determined, untouched, without_zeros
 
@@ -28,6 +29,7 @@ def reason_against_batched(
     factors: Iterable[Tensor],
     replicas: Iterable[tuple[Tensor, Tensor]],
     left_out: set[nn.Module],
+    loss_reduction: LossReduction,
 ) -> str | None:
     """Why batched execution would be wrong for this module on this batch; None if it is proved right.
 
@@ -36,7 +38,7 @@ def reason_against_batched(
     2. What a layer with heads receives while all heads act on the whole batch is, along dimension 0, what it receives
        while each acts alone on its slice. So the layer sees samples outermost, no sample reaches another head's slice,
        and the layers before it compute the same in both ways.
-    3. The loss of the batch is the mean of the losses of its slices.
+    3. The loss of the batch is the mean, or the sum, of the losses of its slices.
 
     The module runs in the mode it is in, with every random draw replaced by a constant, once on the batch and once on
     each slice, which costs two forward passes over the batch. What starts at zero is filled for the time, so that
@@ -53,6 +55,7 @@ def reason_against_batched(
         replicas: pairs of what the heads have for a parameter, (n, *shape), and the parameter.
         left_out: of the switch of the module's layers. In the end it has the layers whose input is not the batch (a
             table of positions, say); the others are proved right without heads in them.
+        loss_reduction: see `LTEConfig.loss_reduction`.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
@@ -78,11 +81,12 @@ def reason_against_batched(
         return f"it could not be tried: {type(error).__name__}: {error}"
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
         return "the step returned no loss on the first batch"
-    mean = torch.stack([own.detach().float().reshape(()) for own in losses if own is not None]).mean()
-    if loss is not None and not torch.isclose(loss.detach().float().reshape(()), mean, rtol=tolerance, atol=1e-6):
+    each = torch.stack([own.detach().float().reshape(()) for own in losses if own is not None])
+    reduced = each.sum() if loss_reduction == "sum" else each.mean()
+    if loss is not None and not torch.isclose(loss.detach().float().reshape(()), reduced, rtol=tolerance, atol=1e-6):
         return (
-            f"the loss of the batch ({float(loss):.6g}) is not the mean of the losses of the heads' slices"
-            f" ({float(mean):.6g})"
+            f"the loss of the batch ({float(loss):.6g}) is not the {loss_reduction} of the losses of the heads' slices"
+            f" ({float(reduced):.6g})"
         )
     return None
 

@@ -36,9 +36,11 @@ class Replica:
         self._turns = [nn.Parameter(own) for own in self.stack.detach()]
 
     def join(self) -> None:
-        """Have all local heads train the user's parameter itself from now on, with the mean of their gradients."""
+        """Have all local heads train the user's parameter itself from now on, with the mean of their gradients.
+
+        Those that came in turns have to be collected before.
+        """
         assert self.stack is not None
-        self.collect_gradients()
         self.shared = True
         if self.stack.grad is not None:
             mean = self.stack.grad.mean(0)
@@ -60,12 +62,11 @@ class Replica:
             owner.module._parameters[owner.key] = own
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Add the gradients that came in turns to that of the stack."""
+    def collect_gradients(self, scale: int) -> None:
+        """Add the gradients that came in turns, times `scale`, to that of the stack."""
         if self.stack is None or all(own.grad is None for own in self._turns):
             return
-        # Local heads share the mean of their losses; see `scale_gradient`.
-        gradients = [torch.zeros_like(own) if own.grad is None else own.grad * self.count for own in self._turns]
+        gradients = [torch.zeros_like(own) if own.grad is None else own.grad * scale for own in self._turns]
         together = torch.stack(gradients)
         self.stack.grad = together if self.stack.grad is None else self.stack.grad + together
         for own in self._turns:
@@ -75,6 +76,11 @@ class Replica:
     def count(self) -> int:
         """n for a stack, else 1."""
         return 1 if self.stack is None else len(self.stack)
+
+    @property
+    def shown(self) -> list[nn.Parameter]:
+        """What the module may show: the user's own, and in turns those of heads."""
+        return [self.param, *(self._turns if self.stack is not None else ())]
 
     @property
     def trained(self) -> nn.Parameter:
@@ -116,10 +122,10 @@ class Replicas:
             if replica.stack is not None:
                 replica.show(head)
 
-    def collect_gradients(self) -> None:
-        """Hand on what backward left at the replicas of heads that took turns."""
+    def collect_gradients(self, scale: int) -> None:
+        """Hand on what backward left at the replicas of heads that took turns, times `scale`."""
         for replica in self._replicas:
-            replica.collect_gradients()
+            replica.collect_gradients(scale)
 
     @torch.no_grad()
     def finite(self) -> Tensor | None:

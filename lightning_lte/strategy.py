@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,10 +27,11 @@ from lightning_lte import checkpoint as checkpoints
 from lightning_lte import execution
 from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
-from lightning_lte.clipping import clipping_reaches_heads
-from lightning_lte.config import AfterMerge, Execution, Init, LTEConfig, ReplicaPolicy
+from lightning_lte.config import AfterMerge, Execution, Init, LossReduction, LTEConfig, ReplicaPolicy
 from lightning_lte.explorer import Explorer
+from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
+from lightning_lte.reach import gradient_functions_reach_heads
 from lightning_lte.report import Report
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport, destroy_at_exit
@@ -76,6 +77,7 @@ class HeadsStrategy(_Base):
         seed: heads are drawn from it, their layer's name and their number. None means Lightning's global seed, or 0.
         execution: how heads share a device: "batched" in one forward, "sequential" in turn, "auto" batched where that
             is proved right on the first batch.
+        loss_reduction: whether the loss is a "mean" or a "sum" over samples.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -106,6 +108,7 @@ class HeadsStrategy(_Base):
         init: Init = "orthogonal",
         seed: int | None = None,
         execution: Execution = "auto",
+        loss_reduction: LossReduction = "mean",
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -127,6 +130,7 @@ class HeadsStrategy(_Base):
             init=init,
             seed=0 if seed is None else seed,
             execution=execution,
+            loss_reduction=loss_reduction,
         )
         self._seed = seed
         super().__init__(**kwargs)
@@ -139,6 +143,7 @@ class HeadsStrategy(_Base):
         self._resumes_mid_epoch = False
         self._synchronise = True
         self._stepping = False
+        self._manual: ManualOptimization | None = None
         self._interrupted = False
         self.measure = True
 
@@ -236,8 +241,6 @@ class HeadsStrategy(_Base):
         super().setup_optimizers(trainer)
         module = self._module
         config = self.config
-        if not module.automatic_optimization:
-            _check_manual_optimization(config.local_heads(self.world_size), config.execution)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted = True, None, False
@@ -246,6 +249,12 @@ class HeadsStrategy(_Base):
         if explorer.count > 1 and config.execution != "auto":
             how = explorer.go_batched if explorer.execution == "batched" else explorer.go_sequential
             how(f"execution={config.execution!r} was given")
+        elif explorer.count > 1 and not module.automatic_optimization:
+            explorer.go_sequential("in manual optimization the step can't be tried, as it steps optimizers by itself")
+        self._manual = None
+        if explorer.execution == "sequential" and not module.automatic_optimization:
+            self._manual = ManualOptimization(explorer, module)
+            explorer.gradient_scale = 1  # each head runs backward on a loss of its own
         self._hook_in(trainer, explorer)
         # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
         explorer.rest()
@@ -260,9 +269,9 @@ class HeadsStrategy(_Base):
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
         users = [*type(self._module).__mro__, *(type(c) for c in trainer.callbacks)]  # type: ignore[attr-defined]
-        clipping = clipping_reaches_heads(explorer, users)
-        clipping.__enter__()
-        undo.append(lambda: clipping.__exit__(None, None, None))
+        reaching = gradient_functions_reach_heads(explorer, users)
+        reaching.__enter__()
+        undo.append(lambda: reaching.__exit__(None, None, None))
         for optimizer in explorer.optimizers:
             before = optimizer.register_step_pre_hook(self._before_raw_step)
             after = optimizer.register_step_post_hook(self._after_raw_step)
@@ -309,16 +318,26 @@ class HeadsStrategy(_Base):
         by_hand = getattr(self._module, "split_batch", None)
         if by_hand is None:
             explorer.layout = explorer.layout or self._first_layout(batch)
-            # In manual optimization the step steps optimizers by itself, so heads can't take turns.
-            fill_up = not self._module.automatic_optimization
             return execution.run(
-                explorer, own_step, batch, trial=self._trial, turns=self._logging_means, fill_up=fill_up
+                explorer,
+                own_step,
+                batch,
+                trial=self._trial,
+                turns=self._logging_means,
+                take_turns=self._take_turns,
+                # A step that steps optimizers by itself and serves all heads is not to meet heads that take turns.
+                fill_up=not self._module.automatic_optimization and explorer.execution == "batched",
             )
         if explorer.execution != "sequential":
             explorer.go_sequential("split_batch splits the batch")
             self._announce()
         with self._logging_means():
-            return execution.run_in_turn(explorer, own_step, by_hand(batch, explorer.count))
+            return self._take_turns(explorer, own_step, by_hand(batch, explorer.count))
+
+    def _take_turns(self, explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
+        if self._manual is None:
+            return execution.run_in_turn(explorer, step, parts)
+        return self._manual.run(step, parts)
 
     @contextmanager
     def _logging_means(self) -> Iterator[None]:
@@ -368,8 +387,16 @@ class HeadsStrategy(_Base):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer
         assert explorer is not None
-        # Layers under activation checkpointing run forward again here.
-        with explorer.heads() if explorer.execution == "batched" else nullcontext(), explorer.backward():
+        if self._manual is not None:
+            acting: AbstractContextManager[Any] = nullcontext()  # that of the head whose turn it is
+        elif explorer.execution == "batched":
+            # Layers under activation checkpointing run forward again here.
+            acting = explorer.heads()
+            if not self._module.automatic_optimization and explorer.config.loss_reduction == "sum":
+                closure_loss = closure_loss / explorer.count
+        else:
+            acting = explorer.backward()
+        with acting:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         # In manual optimization several backwards may belong to one step.
         explorer.after_backward(self._synchronise, settle=self._module.automatic_optimization)
@@ -393,6 +420,14 @@ class HeadsStrategy(_Base):
     ) -> Any:
         explorer = self._explorer
         assert explorer is not None
+        if self._manual is not None and self._manual.in_turn:
+            nothing = self.package.core.optimizer.do_nothing_closure
+
+            def step_for_all(closure: Callable[[], Any] | None) -> Any:
+                return self.optimizer_step(optimizer, closure or nothing, model, **kwargs)
+
+            own = None if closure is nothing else closure
+            return self._manual.step(self._bare(optimizer), own, step_for_all)
         if not self._module.automatic_optimization:
             explorer.before_step()
         self._stepping = True
@@ -403,14 +438,25 @@ class HeadsStrategy(_Base):
         self._after_step(explorer.step(self._bare(optimizer), self.measure))
         return output
 
-    def _before_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._stepping and self._explorer is not None:
-            self._explorer.act()
-            self._explorer.before_step()
+    def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if self._stepping or self._explorer is None:
+            return None
+        if self._manual is not None and self._manual.in_turn:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            self._manual.step(optimizer, closure, optimizer.step)
+            self._manual.hold_back(optimizer)
+            return (optimizer,), {}
+        self._explorer.act()
+        self._explorer.before_step()
+        return None
 
     def _after_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Count a step that went past Lightning, as in manual optimization `optimizer.optimizer.step()` does."""
-        if not self._stepping and self._explorer is not None:
+        if self._stepping or self._explorer is None:
+            return
+        if self._manual is not None and self._manual.in_turn:
+            self._manual.give_back()
+        else:
             self._after_step(self._explorer.step(optimizer, self.measure))
 
     def _after_step(self, record: MergeRecord | None) -> None:
@@ -640,16 +686,6 @@ class HeadsStrategy(_Base):
 
     def _warn(self, text: str) -> None:
         self.package.utilities.rank_zero.rank_zero_warn(text)
-
-
-def _check_manual_optimization(count: int, execution: Execution) -> None:
-    if count > 1 and execution != "batched":
-        raise ValueError(
-            "With manual optimization training_step steps optimizers by itself, so heads on one device can't take turns"
-            f" in it, and it can't be tried whether one forward may serve them all; received {count} heads per device"
-            f" and execution={execution!r}. Use one head per device, or give execution='batched' if every layer sees"
-            " the batch outermost in dimension 0 and the loss is a mean over samples."
-        )
 
 
 def _length(loader: Any) -> int:

@@ -36,6 +36,8 @@ class Trainees:
         statistics: running statistics of the module.
         trained_by: user's parameter -> number of the optimizer that trains it, the first one that holds it.
         frozen: what an optimizer holds and `replicas="freeze"` leaves as it is.
+        gradient_scale: what gradients of single heads are multiplied by: n, as local heads share the mean of their
+            losses; 1 where each of them runs backward on a loss of its own.
         made_replicas: what lost its heads while training ran, and why.
 
     Raises:
@@ -51,6 +53,7 @@ class Trainees:
             for param in _params(optimizer):
                 self.trained_by.setdefault(param, number)
         self.made_replicas: dict[str, str] = {}
+        self.gradient_scale = count
         self._begun = False
         self._scaled: set[nn.Parameter] = set()
         self._names = {p: n for n, p in module.named_parameters()}
@@ -106,8 +109,8 @@ class Trainees:
         self.substitution.rest()
 
     def trained_for(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """What is trained in place of parameters of the user's: factors, replicas, or they themselves."""
-        stacks = {replica.param: replica.trained for replica in self.injection.replicas}
+        """What is trained in place of parameters that the module shows: factors, replicas, or they themselves."""
+        stacks = {shown: replica.trained for replica in self.injection.replicas for shown in replica.shown}
         trained: list[nn.Parameter] = []
         for param in params:
             f = self.injection.factors.get(param)
@@ -127,6 +130,10 @@ class Trainees:
         self.substitution.replace(self._replacements())
         self._scale_gradients()
         self.guard.watch(self._watched())
+
+    def collect_gradients(self) -> None:
+        """Hand on what backward left at the replicas of heads that took turns."""
+        self.injection.replicas.collect_gradients(self.gradient_scale)
 
     def give_back(self) -> None:
         """Give the module and the optimizers back."""
@@ -160,6 +167,7 @@ class Trainees:
                 + ("" if any(f.took_part for f in chosen) else " (Forwards have to run inside `explorer.heads()`.)")
             )
         self._before_demotion(chosen)
+        self.collect_gradients()
         self.substitution.rest()
         for f in chosen:
             if self.injection.make_replica(f.weight, reasons[f.name]) is None:
@@ -230,7 +238,7 @@ class Trainees:
     def _scale_gradients(self) -> None:
         if self.count > 1:
             for param in self.per_head - self._scaled:
-                scale_gradient(param, self.count)
+                scale_gradient(param, lambda: self.gradient_scale)
                 self._scaled.add(param)
 
     def _watched(self) -> list[Watched]:

@@ -88,8 +88,8 @@ def loader(samples: int = 48, batch_size: int = 16, **kwargs: Any) -> DataLoader
     return DataLoader(TensorDataset(*make_data(samples)), batch_size=batch_size, **kwargs)
 
 
-def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+def sgd(params: Iterable[nn.Parameter], lr: float = 0.1) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
 
 
 def adamw(params: Iterable[nn.Parameter]) -> Optimizer:

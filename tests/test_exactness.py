@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from lightning_lte.execution import run as run_step
 from tests.modules import (
     FACTORED,
     IN,
@@ -127,6 +128,34 @@ def train_both(
 def test_training_equals_the_oracle(execution: Any, period: int, after_merge: Any) -> None:
     config = LTEConfig(HEADS, period, rank=RANK, after_merge=after_merge, execution=execution)
     train_both(config, adamw)
+
+
+@pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
+def test_losses_that_are_sums_equal_the_oracle(execution: Any) -> None:
+    """Each head's loss is the sum over its own slice, however heads share the device."""
+    model, total = make_net(), partial(cross_entropy, reduction="sum")
+    plain = copy.deepcopy(model)
+    opt = sgd(model.parameters(), lr=0.005)
+    config = LTEConfig(HEADS, 3, rank=RANK, execution=execution, loss_reduction="sum")
+    explorer = Explorer(model, opt, config)
+    optimizer = partial(sgd, lr=0.005)
+    oracle = Oracle(plain, first_A(explorer), scale=2.0, period=3, optimizer=optimizer, clip=5.0)
+    for step in range(11):
+        x, y = make_data(8 * HEADS, seed=step)
+        slices = list(zip(x.chunk(HEADS), y.chunk(HEADS), strict=True))
+        loss = run_step(explorer, lambda own: total(model(own[0]), own[1]), (x, y))
+        means = [total(worker.model(a), b) for worker, (a, b) in zip(oracle.workers, slices, strict=True)]
+        torch.testing.assert_close(loss, torch.stack(means).mean(), **TOLERANCE)
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        explorer.clip_grad_norm_(5.0)
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+        oracle.step(slices, total)
+        assert_same(explorer, oracle)
+    assert explorer.execution == ("sequential" if execution == "sequential" else "batched")
 
 
 @pytest.mark.parametrize("after_merge", ["keep", "reset"])

@@ -431,17 +431,6 @@ def test_arguments_of_the_ddp_wrapper_are_said_to_be_without_effect() -> None:
         LTEStrategy(4, find_unused_parameters=True)
 
 
-@pytest.mark.parametrize(
-    ("execution", "words"), [("auto", "execution='batched'"), ("sequential", "one head per device")]
-)
-def test_manual_optimization_with_several_heads_asks_for_a_word(execution: str, words: str) -> None:
-    module = Manual()
-    before = clone(module.state_dict())
-    with pytest.raises(ValueError, match=words):
-        trainer(strategy(execution=execution), max_epochs=1).fit(module, loader())
-    assert_untouched(module, before)
-
-
 class Manual(Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""torch's own functions for clipping gradients, made to reach heads.
+"""torch's own functions that change gradients, made to reach heads.
 
-`torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)` is common in training code, and heads are not among
-`module.parameters()`: it would clip everything but them, without a word.
+`torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)` and `module.zero_grad()` are common in training code, and
+heads are not among `module.parameters()`: they would clip, or zero, everything but them, without a word.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch.nn.utils import clip_grad
 from lightning_lte.explorer import Explorer
 
 _NORM, _VALUE = clip_grad.clip_grad_norm_, clip_grad.clip_grad_value_
+_ZERO = nn.Module.zero_grad
 
 
 @contextmanager
-def clipping_reaches_heads(explorer: Explorer, users: Iterable[type]) -> Iterator[None]:
+def gradient_functions_reach_heads(explorer: Explorer, users: Iterable[type]) -> Iterator[None]:
     """Exchange the functions while the block runs, in torch and wherever users' modules have imported them.
 
     Args:
-        explorer: whose heads are meant where parameters of its module are clipped; others are clipped as always.
+        explorer: whose heads are meant where parameters of its module are; for others all is as always.
         users: classes whose modules may have the functions under names of their own.
     """
 
@@ -54,6 +55,13 @@ def clipping_reaches_heads(explorer: Explorer, users: Iterable[type]) -> Iterato
     def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
         _VALUE(explorer.trained_for(_listed(parameters)), clip_value, *args, **kwargs)
 
+    def zero(self: nn.Module, set_to_none: bool = True) -> None:
+        _ZERO(self, set_to_none)
+        if explorer.trains_in_place_of(self.parameters()):
+            explorer.collect_gradients()
+            for param in explorer.trained_for(self.parameters()):
+                param.grad = None
+
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
     modules = [torch.nn.utils, clip_grad]
     modules += [sys.modules[cls.__module__] for cls in users if cls.__module__ in sys.modules]
@@ -65,9 +73,11 @@ def clipping_reaches_heads(explorer: Explorer, users: Iterable[type]) -> Iterato
     ]
     for module, name, function in places:
         setattr(module, name, exchanged[function])
+    nn.Module.zero_grad = zero  # type: ignore[method-assign]
     try:
         yield
     finally:
+        nn.Module.zero_grad = _ZERO  # type: ignore[method-assign]
         for module, name, function in places:
             setattr(module, name, function)
 

@@ -1,0 +1,398 @@
+"""Manual optimization with several heads on a device: n heads are n workers, whatever the step does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from lightning_lte import LTEStrategy
+from tests.modules import IN, RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.oracle import Worker
+
+HEADS, PERIOD, SLICE = 4, 3, 4
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def strategy(heads: int = HEADS, **kwargs: Any) -> LTEStrategy:
+    return LTEStrategy(heads, PERIOD, rank=RANK, **kwargs)
+
+
+class Manual(Module):
+    def __init__(self, net: nn.Module | None = None, optimizer: Callable[..., Optimizer] = adamw) -> None:
+        super().__init__(net, optimizer)
+        self.automatic_optimization = False
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        opt = self.optimizers()
+        opt.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        opt.step()
+        self.log("loss", loss)
+
+
+class Bare(Manual):
+    """Steps the optimizer itself, past Lightning."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers(use_pl_optimizer=False)
+        opt.zero_grad()
+        self.loss(batch).backward()
+        opt.step()
+
+
+class WithClosure(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+
+        def closure() -> Tensor:
+            opt.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        opt.step(closure)
+
+
+class ZeroedByModule(Manual):
+    """Zeroes gradients through the module, which doesn't have the heads among its parameters."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+        self.manual_backward(self.loss(batch))  # of no use
+        self.net.zero_grad()
+        self.manual_backward(self.loss(batch))
+        opt.step()
+        opt.zero_grad()
+
+
+class Accumulating(Manual):
+    """Steps after every second batch, and at the last."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+        self.manual_backward(self.loss(batch) / 2)
+        if batch_idx % 2 or batch_idx == 3:
+            opt.step()
+            opt.zero_grad()
+
+
+def fitted(module: Module, s: LTEStrategy, epochs: int = 3, **kwargs: Any) -> dict[str, Tensor]:
+    trainer(s, max_epochs=epochs, **kwargs).fit(module, loader(16 * 4, 16))
+    return clone(module.state_dict())
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("kind", [Manual, Bare, WithClosure, ZeroedByModule])
+def test_manual_optimization_equals_automatic(kind: type[Manual], heads: int) -> None:
+    manual = fitted(kind(), strategy(heads))
+    automatic = fitted(Module(), strategy(heads, execution="sequential"))
+    torch.testing.assert_close(manual, automatic, rtol=0 if kind is Manual else 1e-12, atol=0)
+
+
+class Total(Manual):
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
+
+
+class AutomaticTotal(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
+
+
+def test_sums_over_samples_are_the_same_in_every_execution() -> None:
+    def trained(module: Module, execution: Any) -> dict[str, Tensor]:
+        return fitted(module, strategy(execution=execution, loss_reduction="sum"))
+
+    slow = partial(sgd, lr=0.002)
+    reference = trained(AutomaticTotal(optimizer=slow), "sequential")
+    for module in (AutomaticTotal(optimizer=slow), Total(optimizer=slow)):
+        for execution in ("auto", "batched"):
+            torch.testing.assert_close(trained(module.__class__(optimizer=slow), execution), reference, **EXACT)
+
+
+def test_accumulation_by_hand_equals_lightnings() -> None:
+    manual = fitted(Accumulating(), strategy())
+    automatic = fitted(Module(), strategy(execution="sequential"), accumulate_grad_batches=2)
+    torch.testing.assert_close(manual, automatic, **EXACT)
+
+
+def test_clipping_in_the_step_clips_each_head() -> None:
+    class Clipping(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            if batch_idx % 2:
+                self.clip_gradients(opt, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            else:
+                clip_grad_norm_(self.parameters(), 0.1)
+            opt.step()
+
+    manual = fitted(Clipping(optimizer=sgd), strategy())
+    automatic = fitted(Module(optimizer=sgd), strategy(execution="sequential"), gradient_clip_val=0.1)
+    torch.testing.assert_close(manual, automatic, **EXACT)
+
+
+# ---- a GAN against workers
+
+
+class Game(Manual):
+    """A GAN whose judge learns twice in a step, from gradients left by the generator's loss unless they are zeroed."""
+
+    def __init__(self, toggle: bool) -> None:
+        super().__init__()
+        self.judge = make_net()
+        self.toggle = toggle
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.net.parameters()), adamw(self.judge.parameters())]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        game(self.net, self.judge, *self.optimizers(), batch[0], self.manual_backward, self if self.toggle else None)
+
+
+def game(net: Any, judge: Any, forger: Any, critic: Any, real: Tensor, backward: Any, toggle: Any) -> None:
+    def fake() -> Tensor:
+        return nn.functional.pad(net(real), (0, IN - 3))
+
+    for _ in range(2):
+        if toggle is not None:
+            toggle.toggle_optimizer(critic)
+        critic.zero_grad()
+        backward(judge(fake().detach()).mean() - judge(real).tanh().mean())
+        critic.step()
+        if toggle is not None:
+            toggle.untoggle_optimizer(critic)
+    if toggle is not None:
+        toggle.toggle_optimizer(forger)
+    forger.zero_grad()
+    backward(-judge(fake()).mean())
+    forger.step()
+    if toggle is not None:
+        toggle.untoggle_optimizer(forger)
+
+
+class Player:
+    """One worker of a game."""
+
+    def __init__(self, net: nn.Module, judge: nn.Module, factors: dict[str, Tensor], head: int) -> None:
+        def own(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): A[head] for n, A in factors.items() if n.startswith(prefix)}
+
+        self.net = Worker(net, own("net."), 2.0, sgd, freeze=False)
+        self.judge = Worker(judge, own("judge."), 2.0, adamw, freeze=False)
+        # Clocks of the two optimizers; a merge of one comes where it is due, in the middle of a step.
+        self.steps = {"net": 0, "judge": 0}
+
+
+@torch.no_grad()
+def merge(workers: list[Worker]) -> None:
+    for name in workers[0].layers:
+        layers = [worker.layers[name] for worker in workers]
+        W = layers[0].W + sum(layer.delta() for layer in layers) / len(layers)
+        for layer in layers:
+            layer.W, layer.V = W.clone(), layer.product()
+    for name in workers[0].replicas:
+        mean = sum(worker.replicas[name] for worker in workers) / len(workers)
+        for worker in workers:
+            worker.replicas[name].copy_(mean)
+
+
+def play_literally(module: Game, factors: dict[str, Tensor], batches: list[Tensor]) -> list[Player]:
+    """The same game by workers that step one after the other, where the heads have to wait for each other."""
+    workers = [Player(module.net, module.judge, factors, head) for head in range(HEADS)]
+    for real in batches:
+        # Each worker's step as a generator that stops after every step of an optimizer, so that merges can come there.
+        running = [moves(worker, part) for worker, part in zip(workers, real.chunk(HEADS), strict=True)]
+        for moved in zip(*running, strict=True):
+            assert len(set(moved)) == 1
+            which = moved[0]
+            for worker in workers:
+                worker.steps[which] += 1
+            if workers[0].steps[which] % PERIOD == 0:
+                merge([getattr(worker, which) for worker in workers])
+    return workers
+
+
+def moves(worker: Player, real: Tensor) -> Any:
+    net, judge = worker.net.model, worker.judge.model
+
+    def fake() -> Tensor:
+        return nn.functional.pad(net(real), (0, IN - 3))
+
+    for _ in range(2):
+        worker.judge.optimizer.zero_grad()
+        (judge(fake().detach()).mean() - judge(real).tanh().mean()).backward()
+        worker.judge.optimizer.step()
+        yield "judge"
+    worker.net.optimizer.zero_grad()
+    (-judge(fake()).mean()).backward()
+    worker.net.optimizer.step()
+    yield "net"
+
+
+@pytest.mark.parametrize("toggle", [True, False])
+def test_a_game_of_two_optimizers_equals_workers_with_models_of_their_own(toggle: bool) -> None:
+    module = Game(toggle)
+    factors: dict[str, Tensor] = {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            explorer = trainer.strategy.explorer
+            factors.update({f.name: f.A.detach().clone() for f in explorer.injection.factors.values()})
+
+    effective: list[Any] = []
+
+    def look(t: Any, _: Any) -> None:
+        found = t.strategy.explorer.injection.factors.values()
+        effective.append({f.name: [f.effective(h).clone() for h in range(HEADS)] for f in found})
+
+    trainer(strategy(), max_epochs=1, callbacks=[Start(), Recorder(look)]).fit(module, loader(16 * 8, 16))
+    x, _ = make_data(16 * 8)
+    plain = Game(toggle)
+    workers = play_literally(plain, factors, list(x.split(16)))
+    for head, worker in enumerate(workers):
+        for which in ("net", "judge"):
+            for name, layer in getattr(worker, which).layers.items():
+                seen = effective[-1][f"{which}.{name}"][head]
+                torch.testing.assert_close(seen, layer.W + layer.delta(), **EXACT)
+
+
+# ---- once for all heads
+
+
+def test_steps_are_counted_once() -> None:
+    module = Game(toggle=False)
+    t = trainer(strategy(), max_epochs=1, profiler=SimpleProfiler())
+    t.fit(module, loader(16 * 4, 16))
+    assert t.global_step == 3 * 4
+
+
+def test_schedulers_step_once() -> None:
+    class Scheduled(Manual):
+        def configure_optimizers(self) -> Any:
+            opt = sgd(self.parameters())
+            return [opt], [torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            super().training_step(batch, batch_idx)
+            self.lr_schedulers().step()
+
+    module = Scheduled()
+    t = trainer(strategy(), max_epochs=1)
+    t.fit(module, loader(16 * 3, 16))
+    assert t.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+    assert "step" not in vars(t.lr_scheduler_configs[0].scheduler)
+
+
+def test_what_heads_log_is_logged_once_as_their_mean() -> None:
+    manual, automatic = Manual(), Module()
+    seen = {}
+    for module, s in ((manual, strategy()), (automatic, strategy(execution="sequential"))):
+        logged = Recorder(lambda t, _: float(t.callback_metrics["loss"]))
+        trainer(s, max_epochs=1, callbacks=[logged]).fit(module, loader(16 * 4, 16))
+        seen[module] = logged.seen
+    assert seen[manual] == seen[automatic]
+
+
+# ---- what can't be
+
+
+class Choosy(Manual):
+    """Steps where the data says so."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        if batch[0].mean() > 0:
+            opt.step()
+        opt.zero_grad()
+
+
+def test_heads_that_step_unequally_are_an_error() -> None:
+    module = Choosy()
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match=r"equally often; after the same number of steps .* came to step .*none"):
+        trainer(strategy(), max_epochs=1).fit(module, loader(160, 16))
+    assert threading.active_count() == before
+    assert type(module.net.first) is nn.Linear and nn.Module.zero_grad.__module__ == "torch.nn.modules.module"
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_an_error_in_the_turn_of_a_head_ends_all_turns(error: BaseException) -> None:
+    class Failing(Manual):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            Failing.calls += 1
+            if Failing.calls == 4 * HEADS + 2:
+                raise error
+            super().training_step(batch, batch_idx)
+
+    module = Failing()
+    before = threading.active_count()
+    with pytest.raises(ValueError if isinstance(error, ValueError) else SystemExit):
+        trainer(strategy(), max_epochs=1).fit(module, loader(160, 16))
+    assert threading.active_count() == before
+    assert type(module.net.first) is nn.Linear
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_weight_used_elsewhere_loses_its_heads_and_trains_right() -> None:
+    class Penalised(Manual):
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch) + self.net.second.weight.square().mean()
+
+    s = strategy()
+    module = Penalised(optimizer=sgd)
+    with pytest.warns(UserWarning, match=r"net\.second \(it is used outside its layer, too\)"):
+        trainer(s, max_epochs=2).fit(module, loader(16 * 4, 16))
+
+    class Same(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self.net(batch[0]), batch[1]) + self.net.second.weight.square().mean()
+
+    other = Same(optimizer=sgd)
+    with pytest.warns(UserWarning, match=r"net\.second"):
+        trainer(strategy(execution="sequential"), max_epochs=2).fit(other, loader(16 * 4, 16))
+    torch.testing.assert_close(clone(module.state_dict()), clone(other.state_dict()), **EXACT)
+
+
+class BatchNormed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)  # type: ignore[assignment]
+
+
+def test_running_statistics_are_each_heads_own() -> None:
+    manual = fitted(Manual(make_net(BatchNormed)), strategy())
+    automatic = fitted(Module(make_net(BatchNormed)), strategy(execution="sequential"))
+    torch.testing.assert_close(manual, automatic, rtol=0, atol=0)
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_a_period(tmp_path: Any) -> None:
+    def keep() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+
+    whole, resumed = Game(toggle=True), Game(toggle=True)
+    t = trainer(strategy(), max_epochs=3, enable_checkpointing=True, callbacks=[keep()])
+    t.fit(whole, loader(16 * 4, 16))
+    path = tmp_path / "epoch=0.ckpt"
+    assert [clock["step"] % PERIOD for clock in torch.load(path)["lte"]["clocks"]] == [1, 2]
+    trainer(strategy(), max_epochs=3).fit(resumed, loader(16 * 4, 16), ckpt_path=path)
+    torch.testing.assert_close(clone(resumed.state_dict()), clone(whole.state_dict()), rtol=0, atol=0)
