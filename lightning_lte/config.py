@@ -18,6 +18,7 @@ ReplicaPolicy = Literal["merge", "step", "freeze"]
 Init = Literal["orthogonal", "kaiming", "xavier"]
 Execution = Literal["auto", "batched", "sequential"]
 LossReduction = Literal["mean", "sum"]
+Norms = Literal["replica", "vector-scalar"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class LTEConfig:
             split along its outputs, and each part has factors of its own, as in the paper; by default it is one matrix.
         replicas: what becomes of trainable parameters that are not factored: "merge" averages them at merges,
             "step" averages their gradients at every step, "freeze" leaves them as they are.
+        norms: weight and bias of layer, RMS, group and instance norms: "replica" as any other parameter, or
+            "vector-scalar" factors of rank 1, B (size, 1) and A (1, 1), the paper's form for vectors. It found both,
+            and leaving them out, comparable; replicas have fewer numbers and the same meaning at every size.
         init: how A starts: "orthogonal" (semi-orthogonal, scaled by sqrt(in / r) as the released code does),
             "kaiming" or "xavier" (normal).
         seed: heads are drawn from (seed, module name, head number).
@@ -72,6 +76,7 @@ class LTEConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     split: Mapping[str, int] = field(default_factory=dict)
     replicas: ReplicaPolicy = "merge"
+    norms: Norms = "replica"
     init: Init = "orthogonal"
     seed: int = 0
     execution: Execution = "auto"
@@ -120,6 +125,7 @@ class LTEConfig:
                     _check_positive(f"{name}[{key!r}]", value)
             object.__setattr__(self, name, dict(pattern))
         _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
+        _check_choice("norms", self.norms, get_args(Norms))
         _check_choice("init", self.init, get_args(Init))
         _check_choice("execution", self.execution, get_args(Execution))
         _check_choice("loss_reduction", self.loss_reduction, get_args(LossReduction))

@@ -173,7 +173,7 @@ def inject(
             f = Factors(
                 owner.weight_name,
                 role.param,
-                rank=config.rank_of(*owner.names),
+                rank=role.rank,
                 scale=config.scale_of(*owner.names),
                 count=count,
                 first=first,

@@ -71,6 +71,7 @@ class Role:
         kind: "factored", "replica", "frozen" or "untouched"; see `Entry.role`.
         reason: why.
         matrices: how it is seen for factors, where it is factored.
+        rank: of the factors.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Role:
     kind: str
     reason: str
     matrices: Matrices | None = None
+    rank: int = 0
 
     @property
     def owner(self) -> Owner:
@@ -154,10 +156,10 @@ def _role(
 ) -> Role:
     owner, name = owners[0], _name(owners[0])
 
-    def role(kind: str, reason: str, matrices: Matrices | None = None) -> Role:
+    def role(kind: str, reason: str, matrices: Matrices | None = None, rank: int = 0) -> Role:
         if kind == "replica" and config.replicas == "freeze":
             kind = "frozen"
-        return Role(name, param, owners, kind, reason, matrices)
+        return Role(name, param, owners, kind, reason, matrices, rank)
 
     if param not in trained:
         return role("untouched", "requires no gradient" if not param.requires_grad else "no optimizer holds it")
@@ -178,11 +180,15 @@ def _role(
         return role("replica", "named by exclude_modules")
     if not config.targets(*owner.names):
         return role("replica", "not named by target_modules")
+    scale = f"scale {config.scale_of(*owner.names):g}"
+    headed = headed_class(owner.layer)
+    if headed is not None and headed.of_vectors:
+        return role("factored", f"vector and scalar, {scale}", matrices, 1)
     rank = config.rank_of(*owner.names)
     if matrices.thin(rank):
         return role("replica", f"thin: factors of rank {rank} would be no smaller")
     parts = f", in {matrices.count} parts" if matrices.lead else ""
-    return role("factored", f"rank {rank}, scale {config.scale_of(*owner.names):g}{parts}", matrices)
+    return role("factored", f"rank {rank}, {scale}{parts}", matrices, rank)
 
 
 def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:
@@ -192,7 +198,7 @@ def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:
             made_class(headed, type(owner.layer))
         except TypeError as error:
             return f"{type(owner.layer).__name__} can't be extended ({error})"
-    if headed is not None:
+    if headed is not None and not (headed.of_vectors and config.norms == "replica"):
         matrices = headed.matrices(owner.layer, owner.layer_key, parts)
         if isinstance(matrices, Matrices) or owner.layer_key != "bias":
             return matrices

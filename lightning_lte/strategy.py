@@ -27,7 +27,7 @@ from lightning_lte import checkpoint as checkpoints
 from lightning_lte import execution
 from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
-from lightning_lte.config import AfterMerge, Execution, Init, LossReduction, LTEConfig, ReplicaPolicy
+from lightning_lte.config import AfterMerge, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
 from lightning_lte.explorer import Explorer
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
@@ -73,6 +73,7 @@ class HeadsStrategy(_Base):
         split: pattern of module names -> parts of a fused projection that have factors of their own.
         replicas: trainable parameters that are not factored: "merge" averages them at merges, "step" their gradients
             at every step, "freeze" leaves them as they are.
+        norms: weight and bias of normalisation layers: "replica", or "vector-scalar" factors.
         init: how A starts: "orthogonal", "kaiming" or "xavier".
         seed: heads are drawn from it, their layer's name and their number. None means Lightning's global seed, or 0.
         execution: how heads share a device: "batched" in one forward, "sequential" in turn, "auto" batched where that
@@ -105,6 +106,7 @@ class HeadsStrategy(_Base):
         alpha_pattern: Mapping[str, float] | None = None,
         split: Mapping[str, int] | None = None,
         replicas: ReplicaPolicy = "merge",
+        norms: Norms = "replica",
         init: Init = "orthogonal",
         seed: int | None = None,
         execution: Execution = "auto",
@@ -127,6 +129,7 @@ class HeadsStrategy(_Base):
             alpha_pattern={} if alpha_pattern is None else alpha_pattern,
             split={} if split is None else split,
             replicas=replicas,
+            norms=norms,
             init=init,
             seed=0 if seed is None else seed,
             execution=execution,

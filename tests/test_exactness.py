@@ -130,6 +130,31 @@ def test_training_equals_the_oracle(execution: Any, period: int, after_merge: An
     train_both(config, adamw)
 
 
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_norms_as_vector_and_scalar_equal_the_oracle(execution: Any, after_merge: Any) -> None:
+    config = LTEConfig(HEADS, 3, rank=RANK, after_merge=after_merge, execution=execution, norms="vector-scalar")
+    train_both(config, adamw, kind=Norms, factored=[*FACTORED, *NORMS])
+
+
+class Norms(Net):
+    """A norm of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.GroupNorm(2, WIDTH)
+        self.instances = nn.InstanceNorm1d(WIDTH, affine=True)
+        self.rms = nn.RMSNorm((2, WIDTH // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.second(torch.tanh(self.norm(self.first(x)))))
+        y = self.instances(torch.stack([y, y.square(), y.flip(1)], dim=2))[..., 2] + self.groups(y)
+        return self.out(self.rms(y.unflatten(1, (2, -1))).flatten(1))
+
+
+NORMS = [f"{name}{key}" for name in ("norm", "groups", "instances") for key in ("", ".bias")] + ["rms"]
+
+
 @pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
 def test_losses_that_are_sums_equal_the_oracle(execution: Any) -> None:
     """Each head's loss is the sum over its own slice, however heads share the device."""

@@ -184,7 +184,7 @@ def test_a_head_sees_its_own_replicas_under_every_name_they_are_tied_to() -> Non
     assert isinstance(model.head.weight, nn.Parameter) and model.head.weight.is_leaf
     model.head(torch.ones(1, 8)).sum().backward()
     injection.replicas.select(None)
-    injection.replicas.collect_gradients()
+    injection.replicas.collect_gradients(2)
     assert model.head.weight is model.embedding.weight is tied.param
     assert tied.stack.grad is not None and tied.stack.grad[1].any() and not tied.stack.grad[0].any()
     assert tied.param.grad is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,12 @@ class HeadedLayer(nn.Module):
     """Base of the classes that layers take on while they are trained through heads.
 
     Pickle and deepcopy give a layer of the user's own class without heads: modules sit in hparams and in EMA callbacks.
+
+    Attributes:
+        of_vectors: whether what it factors are vectors, which have factors only where the user asks for them.
     """
+
+    of_vectors: ClassVar[bool] = False
 
     @classmethod
     def knows(cls, layer: nn.Module) -> bool:
