@@ -78,9 +78,6 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
         reason: str | None = f"the first batch can't be split evenly over {explorer.count} heads"
     else:
         reason = _try(explorer, step, batch, parts)
-        if reason is not None and left_out:
-            # What follows a layer was judged while that had heads of its own.
-            reason = _try(explorer, step, batch, parts)
     verdict = "batched" if reason is None else "sequential"
     agreed = explorer.transport.agree(verdict, TIMEOUT_S)
     if reason is None and agreed:
@@ -92,6 +89,8 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
 
 
 def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any]) -> str | None:
+    factors = explorer.injection.factors.values()
+    stacks = [r.stack for r in explorer.injection.replicas if r.stack is not None]
     return reason_against_batched(
         explorer.module,
         lambda part: _loss(step(part)),
@@ -99,8 +98,9 @@ def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequ
         parts,
         explorer.all_heads,
         explorer.head,
-        [t for f in explorer.injection.factors.values() for t in (f.A, f.B)],
+        [t for f in factors for t in (f.A, f.B)],
         [(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
+        [*stacks, *(t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None)],
         explorer.injection.switch.left_out,
         explorer.config.loss_reduction,
     )

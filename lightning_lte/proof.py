@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.config import LossReduction
 from lightning_lte.layers.base import HeadedLayer
-from lightning_lte.rehearsal import Determined, untouched, without_zeros
+from lightning_lte.rehearsal import Determined, alike, untouched, without_zeros
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
@@ -28,6 +28,7 @@ def reason_against_batched(
     head: Callable[[int], AbstractContextManager[None]],
     factors: Iterable[Tensor],
     replicas: Iterable[tuple[Tensor, Tensor]],
+    stacks: Iterable[Tensor],
     left_out: set[nn.Module],
     loss_reduction: LossReduction,
 ) -> str | None:
@@ -42,7 +43,8 @@ def reason_against_batched(
 
     The module runs in the mode it is in, with every random draw replaced by a constant, once on the batch and once on
     each slice, which costs two forward passes over the batch. What starts at zero is filled for the time, so that
-    nothing is hidden behind it. Whatever the step changes is put back; see `untouched`.
+    nothing is hidden behind it, and all heads are alike, so that what follows a layer whose input is not the batch can
+    be judged before it is known to be one. Whatever the step changes is put back; see `untouched`.
 
     Args:
         module: with heads.
@@ -53,6 +55,7 @@ def reason_against_batched(
         head: a context in which one acts alone.
         factors: of the heads.
         replicas: pairs of what the heads have for a parameter, (n, *shape), and the parameter.
+        stacks: all that has the heads as dimension 0.
         left_out: of the switch of the module's layers. In the end it has the layers whose input is not the batch (a
             table of positions, say); the others are proved right without heads in them.
         loss_reduction: see `LTEConfig.loss_reduction`.
@@ -62,7 +65,7 @@ def reason_against_batched(
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
         zeros = without_zeros([*module.parameters(), *factors], replicas)
-        with zeros, untouched(module) as again, Determined():
+        with zeros, alike(stacks), untouched(module) as again, Determined():
             with heads():
                 seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)

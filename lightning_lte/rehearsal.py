@@ -170,6 +170,19 @@ def without_zeros(tensors: Iterable[Tensor], copies: Iterable[tuple[Tensor, Tens
             tensor.data.zero_()
 
 
+@contextmanager
+def alike(stacks: Iterable[Tensor]) -> Iterator[None]:
+    """Give all heads what the first one has, (n, ...), until the block ends, past autograd's eyes."""
+    kept = [(stack, stack.detach().clone()) for stack in stacks]
+    for stack, _ in kept:
+        stack.data.copy_(stack.data[:1].clone().expand_as(stack))
+    try:
+        yield
+    finally:
+        for stack, own in kept:
+            stack.data.copy_(own)
+
+
 # PyTorch's registries: parameters, modules and hooks. Buffers are kept by themselves.
 _REGISTRIES = frozenset(vars(nn.Module()))
 _CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_lte import LTEStrategy
-from lightning_lte.rehearsal import untouched
+from lightning_lte.rehearsal import alike, untouched
 from tests.modules import RANK, Module, clone, loader, make_net, trainer
 
 WIDTH = 16
@@ -261,6 +261,14 @@ def test_the_trial_leaves_no_trace() -> None:
     assert module.draws == expected
 
 
+def test_heads_are_alike_for_a_while_alone() -> None:
+    stack, before = nn.Parameter(torch.randn(3, 2, 2)), torch.randn(3, 2, 2)
+    stack.data.copy_(before)
+    with alike([stack]):
+        assert all(torch.equal(own, before[0]) for own in stack)
+    assert torch.equal(stack, before)
+
+
 def test_untouched_puts_back_what_a_block_changes() -> None:
     net = make_net()
     net.notes = [1, [2], {"a": torch.ones(2)}]  # type: ignore[assignment]
@@ -318,18 +326,19 @@ class Positions(nn.Module):
         return self.inner(x + self.table(torch.arange(x.shape[1]).unsqueeze(0)))
 
 
+class Deep(nn.Module):
+    def __init__(self, body: type[nn.Module]) -> None:
+        super().__init__()
+        self.body, self.more = body(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.body(x))
+
+
 @pytest.mark.parametrize(("body", "shared"), [(Shared, "inner"), (Positions, "table")])
 def test_a_layer_whose_input_is_not_the_batch_is_shared_and_hinders_nobody(body: type[nn.Module], shared: str) -> None:
-    class Deep(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.more = body(), nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.more(self.body(x))
-
     strategy = LTEStrategy(4, 3, rank=RANK)
-    trainer(strategy, max_steps=1).fit(Module(Pooled(Deep())), DataLoader(TensorDataset(*images()), 8))
+    trainer(strategy, max_steps=1).fit(Module(Pooled(Deep(body))), DataLoader(TensorDataset(*images()), 8))
     assert "in one forward (batched)" in strategy.report().notes[-1]
     entry = strategy.report().entry(f"net.body.body.{shared}.weight")
     assert (entry.role, entry.reason, entry.copies) == ("replica", "its layer's input is not the batch", 1)
@@ -352,14 +361,15 @@ def test_parameters_that_are_lent_to_functions_do_not_hinder_the_proof() -> None
     assert verdict(Pooled(Borrowed()), images())[0] == "batched"
 
 
-def test_the_proof_costs_two_forward_passes() -> None:
+@pytest.mark.parametrize("body", [Windows, Shared, Positions])
+def test_the_proof_costs_two_forward_passes(body: type[nn.Module]) -> None:
     rows: list[int] = []
 
     def counted(net: nn.Module, batch: Any) -> Tensor:
         rows.append(len(batch[0]))
         return cross_entropy(net(batch[0]), batch[1])
 
-    assert verdict(Pooled(Windows()), images(), counted)[0] == "batched"
+    assert verdict(Pooled(Deep(body)), images(), counted)[0] == "batched"
     proof, steps = rows[:-2], rows[-2:]
     assert sum(proof) == 2 * 8 and steps == [8, 8]
 
