@@ -366,7 +366,7 @@ class Explorer(Trainees):
         self.last_record = merge.merge(
             [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number],
             self.injection.replicas.of(p for p, own in self.trained_by.items() if own == number),
-            self.statistics,
+            self.statistics.of(number),
             {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
             self.transport,
             self.config,

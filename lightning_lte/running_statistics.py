@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ class _Statistic:
         module: the buffer is module.`key`.
         buffer: the user's own, which holds the mean as of the last merge where heads have their own.
         own: one for each local head; empty while they share the user's.
+        trained_by: number of the optimizer that trains the layer, and with whose merges it is averaged: one of another
+            may come between a layer's forward and its backward.
         version: autograd's count of writes to the buffer, after the last of ours.
     """
 
@@ -28,6 +31,7 @@ class _Statistic:
     module: nn.Module
     key: str
     buffer: Tensor
+    trained_by: int = 0
     own: list[Tensor] = field(default_factory=list)
     version: int = 0
 
@@ -37,15 +41,24 @@ class RunningStatistics:
 
     Args:
         module: the user's.
+        trained_by: parameter -> number of the optimizer that trains it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, trained_by: Mapping[nn.Parameter, int] | None = None) -> None:
         self._statistics = [
-            _Statistic(f"{name}.{key}" if name else key, layer, key, buffer)
+            _Statistic(
+                f"{name}.{key}" if name else key, layer, key, buffer, _trainer_of(module, name, trained_by or {})
+            )
             for name, layer in module.named_modules()
             for key in _KEYS
             if (buffer := layer._buffers.get(key)) is not None
         ]
+
+    def of(self, number: int) -> RunningStatistics:
+        """Those of layers that one optimizer trains."""
+        some = RunningStatistics(nn.Module())
+        some._statistics = [s for s in self._statistics if s.trained_by == number]
+        return some
 
     def split(self, count: int) -> None:
         """Give each local head its own."""
@@ -96,3 +109,12 @@ class RunningStatistics:
         for s in self._statistics:
             for own, saved in zip(s.own, rows.get(s.name, ()), strict=False):
                 own.copy_(saved)
+
+
+def _trainer_of(module: nn.Module, name: str, trained_by: Mapping[nn.Parameter, int]) -> int:
+    """Number of the optimizer that trains a layer, or the innermost module around it of which anything is trained."""
+    while True:
+        numbers = [trained_by[p] for p in module.get_submodule(name).parameters() if p in trained_by]
+        if numbers or not name:
+            return min(numbers, default=0)
+        name = name.rpartition(".")[0]

@@ -64,7 +64,7 @@ class Trainees:
             self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
             self._note_optimizers()
             self._scale_gradients()
-            self.statistics = RunningStatistics(module)
+            self.statistics = RunningStatistics(module, self.trained_by)
             if config.execution == "sequential" and count > 1:
                 self.statistics.split(count)
             self.guard = Guard(self._watched())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -17,7 +18,10 @@ settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)
-def no_global_seed() -> Iterator[None]:
-    """`seed_everything` leaves its seed in the environment, where the next test would find it."""
+def no_global_changes() -> Iterator[None]:
+    """`seed_everything` leaves its seed in the environment and the demo quietens a logger: the next test would see it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
+    logger.setLevel(level)

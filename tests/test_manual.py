@@ -385,6 +385,26 @@ def test_running_statistics_are_each_heads_own() -> None:
     torch.testing.assert_close(manual, automatic, rtol=0, atol=0)
 
 
+def test_a_merge_of_one_optimizer_leaves_the_statistics_of_another_alone() -> None:
+    """The critic's step, with its merge, comes between the forger's forward and backward."""
+
+    class Between(Game):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            forger, critic = self.optimizers()
+            fake = nn.functional.pad(self.net(batch[0]), (0, IN - 3))
+            critic.zero_grad()
+            self.manual_backward(self.judge(fake.detach()).mean() - self.judge(batch[0]).tanh().mean())
+            critic.step()
+            forger.zero_grad()
+            self.manual_backward(-self.judge(fake).mean())
+            forger.step()
+
+    module = Between(toggle=False)
+    module.net, module.judge = make_net(BatchNormed), make_net(BatchNormed)
+    trainer(strategy(), max_epochs=1).fit(module, loader(16 * 4, 16))
+    assert not torch.equal(module.net.norm.running_mean, module.judge.norm.running_mean)
+
+
 def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_a_period(tmp_path: Any) -> None:
     def keep() -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
@@ -41,6 +41,7 @@ class Case:
         loss: of the model on a batch.
         collate: samples into a batch; None for torch's own way.
         double: whether it also runs in float64.
+        module: what trains it.
     """
 
     make: Callable[[], nn.Module]
@@ -48,6 +49,7 @@ class Case:
     loss: Loss
     collate: Callable[[list[Any]], Any] | None = None
     double: bool = True
+    module: type[Lit] | None = None
 
 
 class Repeated(torch.utils.data.Dataset[Any]):
@@ -308,11 +310,115 @@ def lstm_tagger() -> Case:
     return Case(Tagger, samples, lambda net, batch: cross_entropy(net(batch[0]).flatten(0, 1), batch[1].flatten()))
 
 
+# ---- in manual optimization
+
+
+class Gan(nn.Module):
+    """The generator and the discriminator of DCGAN, small, for images of 16 x 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(
+            nn.ConvTranspose2d(16, 64, 4, 1, 0, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.ConvTranspose2d(32, 3, 4, 2, 1, bias=False), nn.Tanh(),
+        )  # fmt: skip
+        self.discriminator = nn.Sequential(
+            nn.Conv2d(3, 32, 4, 2, 1, bias=False), nn.LeakyReLU(0.2),
+            nn.Conv2d(32, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 1, 4, 1, 0, bias=False), nn.Flatten(0),
+        )  # fmt: skip
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.generator(noise[..., None, None])
+
+
+class GanLit(Lit):
+    """As in PyTorch's tutorial: gradients are zeroed through the networks."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        d, g = self.optimizers()
+        real, noise = batch
+        judge = self.net.discriminator
+        judge.zero_grad()
+        fake = self.net(noise)
+        self.manual_backward(softplus(-judge(real)).mean())
+        self.manual_backward(softplus(judge(fake.detach())).mean())
+        d.step()
+        self.net.generator.zero_grad()
+        self.manual_backward(softplus(-judge(fake)).mean())
+        g.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.999))
+            for net in (self.net.discriminator, self.net.generator)
+        ]
+
+
+@case
+def gan_manual() -> Case:
+    def distance(net: nn.Module, batch: Any) -> Tensor:
+        return (net(batch[1]).mean(0) - batch[0].mean(0)).square().mean()
+
+    real = 0.5 + 0.1 * random(SAMPLES, 3, 16, 16)
+    return Case(Gan, list(zip(real, random(SAMPLES, 16, seed=2), strict=True)), distance, module=GanLit)
+
+
+class Byol(nn.Module):
+    """An encoder, its momentum teacher and a predictor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.LayerNorm(96), nn.GELU(), nn.Linear(96, 48))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.predictor = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.predictor(self.student(x)), self.teacher(x).detach()
+
+
+class ByolLit(Lit):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.case.loss(self.net, batch))
+        opt.step()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for teacher, student in zip(self.net.teacher.parameters(), self.net.student.parameters(), strict=True):
+                teacher.lerp_(student, 0.05)
+
+
+@case
+def byol_manual() -> Case:
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        first, second = net(batch[0]), net(batch[1])
+        return 2 - cosine_similarity(first[0], second[1]).mean() - cosine_similarity(second[0], first[1]).mean()
+
+    views = random(SAMPLES, 3, 8, 8)
+    samples = list(zip(views, views + 0.1 * random(SAMPLES, 3, 8, 8, seed=2), strict=True))
+    return Case(Byol, samples, loss, module=ByolLit)
+
+
+def lit(own: Case) -> Lit:
+    return (own.module or Lit)(own)
+
+
 # ---- what must hold
 
 
 def fit(own: Case, steps: int, double: bool = False, **choices: Any) -> tuple[Lit, Report]:
-    module, samples = Lit(own), own.samples
+    module, samples = lit(own), own.samples
     if double:
         _without_chance(module.double())
         samples = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, samples)
@@ -352,7 +458,7 @@ class Row:
 
 def examine(own: Case) -> Row:
     """Train a model and look at what must hold; AssertionError where it does not."""
-    fresh, start = Lit(own), time.perf_counter()
+    fresh, start = lit(own), time.perf_counter()
     module, report = fit(own, 20)
     seconds = time.perf_counter() - start
     kinds = [[(name, type(m).__qualname__) for name, m in each.named_modules()] for each in (fresh, module)]
