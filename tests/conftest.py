@@ -19,7 +19,7 @@ settings.load_profile("quick")
 
 @pytest.fixture(autouse=True)
 def no_global_changes() -> Iterator[None]:
-    """`seed_everything` leaves its seed in the environment and the demo quietens a logger: the next test would see it."""
+    """`seed_everything` leaves a seed in the environment, and the demo quietens a logger: later tests would see it."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import LTEStrategy
 from tests.modules import IN, RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
 from tests.oracle import Worker
+from tests.processes import run
 
 HEADS, PERIOD, SLICE = 4, 3, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -416,3 +419,21 @@ def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_a_period(tmp_path: Any
     assert [clock["step"] % PERIOD for clock in torch.load(path)["lte"]["clocks"]] == [1, 2]
     trainer(strategy(), max_epochs=3).fit(resumed, loader(16 * 4, 16), ckpt_path=path)
     torch.testing.assert_close(clone(resumed.state_dict()), clone(whole.state_dict()), rtol=0, atol=0)
+
+
+def played(world_size: int) -> tuple[int, dict[str, Tensor]]:
+    rank = int(os.environ.get("RANK", 0))
+    x, y = make_data(16 * 7)
+    rows = torch.arange(len(x)).view(7, world_size, -1)[:, rank].flatten()
+    module = Game(toggle=True)
+    t = trainer(strategy(), devices=world_size, max_epochs=1, use_distributed_sampler=False)
+    t.fit(module, DataLoader(TensorDataset(x[rows], y[rows]), 16 // world_size))
+    return t.global_step, clone(module.state_dict())
+
+
+def test_heads_play_the_same_game_wherever_they_sit() -> None:
+    [(steps, alone)] = [played(1)]
+    for world_size in (2, 4):
+        for steps_here, weights in run(played, world_size, world_size, group=False):
+            assert steps_here == steps == 3 * 7
+            torch.testing.assert_close(weights, alone, **EXACT)
