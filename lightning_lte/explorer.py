@@ -351,7 +351,9 @@ class Explorer(Trainees):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
         self.act()
-        checkpoint.scatter_state(self, state)
+        told = checkpoint.scatter_state(self, state)
+        if told and self.transport.rank == 0:
+            warnings.warn(told, stacklevel=2)
         for f in self.injection.factors.values():
             f.end_trial()
 

@@ -612,6 +612,11 @@ class HeadsStrategy(_Base):
         devices, streams = state["devices"], state["generators"]
         # On another number of devices there is no telling whose stream goes on where.
         self._generators = streams[self.global_rank] if devices == self.world_size else {}
+        if devices != self.world_size:
+            self._say(
+                f"The checkpoint was written on {devices} device{'s' * (devices > 1)}, and this run has"
+                f" {self.world_size}: heads, moments and clocks go on as they were, and random streams start anew."
+            )
         if undecided and explorer.execution != "auto":
             self._announce()
 
