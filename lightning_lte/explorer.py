@@ -26,8 +26,6 @@ from lightning_lte.transport import Transport
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
-# Seconds that devices wait for each other's word on first batches and steps.
-TIMEOUT_S = 1800.0
 
 
 class Explorer(Trainees):
@@ -106,6 +104,11 @@ class Explorer(Trainees):
         """Whether heads have learned something since the last merge."""
         return any(clock.unmerged for clock in self.clocks)
 
+    @property
+    def where(self) -> str:
+        """How far training is, for messages."""
+        return f"after step {max(clock.step for clock in self.clocks)} and merge {self.merges}"
+
     def heads(self) -> AbstractContextManager[None]:
         """A context in whose forwards all local heads act, each on its slice of dimension 0.
 
@@ -176,7 +179,7 @@ class Explorer(Trainees):
             self._starved_known = True
             self.guard.check_starved()
         if self.config.replicas == "step" and synchronise:
-            self.injection.replicas.average_gradients(self.transport)
+            self._average_gradients()
             self._averaged = True
 
     def settle(self) -> None:
@@ -198,7 +201,8 @@ class Explorer(Trainees):
         found = self.guard.found(settling=True)
         if self.transport.world_size == 1 and self._takes_all(found):
             return
-        self._demote(self.transport.union(found, TIMEOUT_S))
+        with self.transport.meeting(f"the look at the first gradients {self.where}"):
+            self._demote(self.transport.union(found, self.transport.timeout_s))
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
@@ -207,7 +211,7 @@ class Explorer(Trainees):
         if not self._is_settling:
             self._look(look_at_bits=False)
         if self.config.replicas == "step" and not self._averaged:
-            self.injection.replicas.average_gradients(self.transport)
+            self._average_gradients()
 
     def clip_grad_norm_(
         self, max_norm: float, optimizer: Optimizer | None = None, params: Iterable[nn.Parameter] | None = None
@@ -335,13 +339,15 @@ class Explorer(Trainees):
             names = [f.name for f in state.factors.values()]
             names += [r.name for r in self.injection.replicas if any(r.stack is own for own in state.stacks.values())]
             reasons.update({name: "its layer's input is not the batch" for name in names})
-        reasons = self.transport.union(reasons, TIMEOUT_S)
+        with self.transport.meeting("the trial of the first batch"):
+            reasons = self.transport.union(reasons, self.transport.timeout_s)
         if reasons:
             self.make_replicas(reasons)
 
     def state_dict(self) -> checkpoint.State | None:
         """All that is needed beside the module's and the optimizers' own state; see `checkpoint.gather_state`."""
-        return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
+        with self.transport.meeting(f"a checkpoint {self.where}"):
+            return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
 
     def closed_state(self) -> checkpoint.State:
         """This device's part of `state_dict` as it was when this was closed."""
@@ -357,25 +363,30 @@ class Explorer(Trainees):
         for f in self.injection.factors.values():
             f.end_trial()
 
+    def _average_gradients(self) -> None:
+        with self.transport.meeting(f"the averaging of gradients {self.where}"):
+            self.injection.replicas.average_gradients(self.transport)
+
     def _merge(self, number: int, measure: bool) -> MergeRecord:
         """Merge what one optimizer trains."""
         clock = self.clocks[number]
         again, self.merging = self.merging, True
-        if not again:  # an interrupted merge has written itself
-            if not self._is_settling:
-                self._look(look_at_bits=True)
-            self._tell_of_late()
-        self.last_record = merge.merge(
-            [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number],
-            self.injection.replicas.of(p for p, own in self.trained_by.items() if own == number),
-            self.statistics.of(number),
-            {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
-            self.transport,
-            self.config,
-            step=clock.step,
-            merges=self.merges,
-            measure=measure,
-        )
+        with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
+            if not again:  # an interrupted merge has written itself
+                if not self._is_settling:
+                    self._look(look_at_bits=True)
+                self._tell_of_late()
+            self.last_record = merge.merge(
+                [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number],
+                self.injection.replicas.of(p for p, own in self.trained_by.items() if own == number),
+                self.statistics.of(number),
+                {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
+                self.transport,
+                self.config,
+                step=clock.step,
+                merges=self.merges,
+                measure=measure,
+            )
         clock.merged()
         self.merging = False
         self.guard.accept_writes()
@@ -415,7 +426,7 @@ class Explorer(Trainees):
         self._taken = False
         if late.any():
             found, self._late = self._late, {}
-            self._demote(self.transport.union(found, TIMEOUT_S))
+            self._demote(self.transport.union(found, self.transport.timeout_s))
 
     def _demote(self, reasons: dict[str, str]) -> None:
         if not reasons:

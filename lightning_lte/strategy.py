@@ -46,6 +46,7 @@ else:
 
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
+_TELL_TIMEOUT_S = 1.0
 
 
 class HeadsStrategy(_Base):
@@ -206,6 +207,24 @@ class HeadsStrategy(_Base):
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
 
+    # Devices meet here, too: for checkpoints, for metrics, and when callbacks decide.
+
+    def barrier(self, name: str | None = None) -> None:
+        with self._meeting(f"a barrier of Lightning's ({name})"):
+            super().barrier(name)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self._meeting("a broadcast of Lightning's"):
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        with self._meeting("a reduction of Lightning's"):
+            return super().reduce(tensor, group, reduce_op)
+
+    def _meeting(self, what: str) -> AbstractContextManager[None]:
+        explorer = self._explorer
+        return nullcontext() if explorer is None else explorer.transport.meeting(f"{what}, {explorer.where}")
+
     # ---- setting up
 
     def connect(self, model: LightningModule) -> None:
@@ -235,6 +254,8 @@ class HeadsStrategy(_Base):
         """Give all devices rank 0's weights. The module is not wrapped: its gradients stay where they are."""
         module = self._module
         transport = Transport(self.world_size, self.global_rank)
+        if self._timeout is not None:
+            transport.timeout_s = self._timeout.total_seconds()
         with torch.no_grad():
             transport.broadcast_([*module.parameters(), *module.buffers()])
         transport.bytes_sent = 0
@@ -524,13 +545,15 @@ class HeadsStrategy(_Base):
             return
         # Devices may have stopped at different steps of the same period.
         where = f"merge {explorer.merges}"
-        if explorer.merging:
-            # Devices that were in the midst of different exchanges can't start another.
-            where += f", in a merge on rank {explorer.transport.rank}"
+        in_vain = explorer.merging or explorer.transport.lost
+        if in_vain:
+            # Devices that were in the midst of different exchanges can't start another. Who has waited for the others
+            # in vain only lets them know.
+            where += f", in a meeting on rank {explorer.transport.rank}"
         last = max(clock.last_merge for clock in explorer.clocks)
         weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
         step = max(clock.step for clock in explorer.clocks)
-        if not explorer.transport.agree(where, _AGREE_TIMEOUT_S):
+        if not explorer.transport.agree(where, _TELL_TIMEOUT_S if in_vain else _AGREE_TIMEOUT_S):
             warnings.warn(
                 f"Training was interrupted at step {step} and the devices could not meet for a last merge: {weights}.",
                 stacklevel=2,
