@@ -29,6 +29,7 @@ from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
 from lightning_lte.config import AfterMerge, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
 from lightning_lte.explorer import Explorer
+from lightning_lte.files import AtomicFiles
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
@@ -39,6 +40,7 @@ from lightning_lte.turns import MeanLog
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.strategies import DDPStrategy as _Base
     from lightning.pytorch.utilities.types import STEP_OUTPUT
 else:
@@ -87,9 +89,10 @@ class HeadsStrategy(_Base):
     """
 
     strategy_name = "lte"
-    # The package of Lightning's that the class is for, and its callback.
+    # The package of Lightning's that the class is for, its callback, and what writes its checkpoints.
     package: ModuleType
     callback_class: type[HeadsCallback]
+    checkpoint_io_class: type[AtomicFiles]
 
     def __init__(
         self,
@@ -199,7 +202,18 @@ class HeadsStrategy(_Base):
             )
         self.config.local_heads(self._world_size)
         if self._world_size > 1:
-            super().setup_environment()
+            try:
+                super().setup_environment()
+            except RuntimeError as error:
+                lives = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+                if lives and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    raise RuntimeError(
+                        "Processes that torchrun starts anew need a store of their own to meet; at restart"
+                        f" {lives} they got that of those before, with addresses of the dead (pytorch/pytorch#135712)."
+                        " Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, with --standalone or"
+                        " --rdzv-backend=c10d."
+                    ) from error
+                raise
             destroy_at_exit()
             return
         # What DDPStrategy does, less the process group and the seed that is set again for other processes.
@@ -585,6 +599,21 @@ class HeadsStrategy(_Base):
             self._finished = (state, [p._version for p in explorer.module.parameters()])
 
     # ---- checkpoints
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes files: the user's own, or ours in the place of Lightning's, also where another wraps that."""
+        lightnings: Any = self.package.plugins.io.TorchCheckpointIO
+        chosen: Any = self._checkpoint_io
+        if chosen is None or type(chosen) is lightnings:
+            chosen = self._checkpoint_io = self.checkpoint_io_class()  # type: ignore[assignment]
+        elif type(getattr(chosen, "checkpoint_io", self)) in (type(None), lightnings):
+            chosen.checkpoint_io = self.checkpoint_io_class()
+        return chosen
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The settings of the user's param groups; the heads' moments are in checkpoint["lte"]."""
