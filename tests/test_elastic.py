@@ -7,7 +7,12 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +145,105 @@ def test_a_run_whose_workers_are_killed_ends_as_one_that_nobody_disturbed(tmp_pa
 def test_twenty_kills(tmp_path: Path) -> None:
     found = soak.soak(tmp_path, kills=20, seed=1, steps=160, timeout_s=2500)
     assert {kill["moment"] for kill in found} == set(soak.MOMENTS) and {kill["rank"] for kill in found} == {0, 1}
+
+
+SHRINKING = """
+    import glob
+    import os
+    import sys
+    import time
+    import torch
+    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from benchmarks.soak import Batches, Net
+    from lightning_lte import LTEStrategy
+
+    class Slow(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            time.sleep(0.3)
+
+    folder, resume = sys.argv[1:]
+    saved = sorted(glob.glob(f"{folder}/step=*.ckpt"), key=lambda name: int(name.rpartition("=")[2][:-5]))
+    rank = int(os.environ["RANK"])
+    with open(f"{folder}/{os.environ['WORLD_SIZE']}-{rank}.pid", "w") as file:
+        file.write(str(os.getpid()))
+    torch.set_num_threads(1)
+    seed_everything(0)
+    keep = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=2, filename="{step}")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
+        strategy=LTEStrategy(heads=4, merge_every=3, rank=2, execution="batched"),
+        max_steps=STEPS,
+        callbacks=[keep, Slow()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Net(), Batches(STEPS, rank), ckpt_path=resume or (saved[-1] if saved else None))
+"""
+
+
+def eventually(found: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not found():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_rest_goes_on_without_a_node_that_is_gone(tmp_path: Path) -> None:
+    """Two nodes of one process each; the second is killed, and the first goes on with all heads."""
+    script, out, steps = tmp_path / "script.py", tmp_path / "out", 14
+    out.mkdir()
+    script.write_text(textwrap.dedent(SHRINKING).replace("STEPS", str(steps)))
+    root = str(Path(__file__).parents[1])
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=3"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    nodes = ["--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=shrink"]
+    nodes += ["--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"]
+
+    def start(*more: str, folder: Path, resume: str) -> subprocess.Popen[str]:
+        whole = [*command, *more, str(script), str(folder), resume]
+        log = open(folder / f"log-{time.monotonic_ns()}.txt", "w")
+        return subprocess.Popen(whole, env=env, stdout=log, stderr=log, text=True, start_new_session=True)
+
+    first = start(*nodes, folder=out, resume="")
+    time.sleep(1)
+    second = start(*nodes, folder=out, resume="")
+    try:
+        eventually((out / "step=4.ckpt").exists, 90)
+        gone = next(int(f.read_text()) for f in out.glob("2-*.pid") if parent_of(int(f.read_text())) == second.pid)
+        os.kill(second.pid, signal.SIGKILL)
+        os.kill(gone, signal.SIGKILL)
+        assert first.wait(200) == 0
+    finally:
+        for process in (first, second):
+            process.kill()
+    end = torch.load(out / f"step={steps}.ckpt", weights_only=True)
+    assert end["global_step"] == steps and end["lte"]["devices"] == 1
+    # The last that both nodes wrote together is what the first went on from.
+    saved = {int(f.stem[5:]): f for f in out.glob("step=*.ckpt")}
+    both = [n for n, f in saved.items() if torch.load(f, weights_only=True)["lte"]["devices"] == 2]
+    again = tmp_path / "again"
+    again.mkdir()
+    alone = start("--standalone", folder=again, resume=str(saved[max(both)]))
+    assert alone.wait(100) == 0
+    expected = torch.load(again / f"step={steps}.ckpt", weights_only=True)
+    assert not soak.differences(expected["lte"]["clocks"], end["lte"]["clocks"])
+    for key in ("factors", "replicas", "optimizers"):
+        assert not soak.differences(expected["lte"][key], end["lte"][key], key)
+    assert not soak.differences(expected["state_dict"], end["state_dict"])
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_differences_are_found() -> None:
