@@ -40,11 +40,16 @@ class Transport:
         self.world_size, self.rank, self.group = world_size, rank, group
         self.bytes_sent = 0
 
-    def beside(self) -> Transport:
-        """A transport whose traffic does not wait for this one's: a collective, every device has to call it."""
+    def beside(self, timeout: timedelta | None = None) -> Transport:
+        """A transport whose traffic does not wait for this one's. A collective: every device has to call it.
+
+        Args:
+            timeout: for its collectives; None for that of the backend.
+        """
         if self.world_size == 1:
             return Transport()
-        return Transport(self.world_size, self.rank, dist.new_group())
+        group: Any = dist.new_group(timeout=timeout)
+        return Transport(self.world_size, self.rank, group)
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor], wire: Wire = "float32", errors: Sequence[Tensor] | None = None) -> None:
@@ -141,9 +146,8 @@ class Transport:
             if wire == "float32":
                 flat = torch.cat([t.reshape(-1) for t in bucket])
                 rows = self.stack(flat.unsqueeze(0))
-                parts = [
-                    part.reshape(-1, *s[1:]) for part, s in zip(rows.split([s.numel() for s in shapes], 1), shapes)
-                ]
+                columns = rows.split([s.numel() for s in shapes], dim=1)
+                parts = [part.reshape(-1, *s[1:]) for part, s in zip(columns, shapes, strict=True)]
             else:
                 code = encode(bucket, wire)
                 decoded = [decode(c, shapes, wire) for c in self._gather_bytes(code, [len(code)] * self.world_size)]

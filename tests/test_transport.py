@@ -222,8 +222,8 @@ def stacks(wire: Any) -> list[Tensor]:
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     shapes: list[tuple[int, ...]] = [(1, 3, 4), (1, 5), (1, 2, 2)]
-    given = [torch.randn(shape, generator=generator) for shape in shapes]
-    return [*given, *here().stack_all(given, wire)]
+    own = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [*own, *here().stack_all(own, wire)]
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
@@ -231,8 +231,8 @@ def stacks(wire: Any) -> list[Tensor]:
 def test_many_tensors_are_stacked_in_few_calls(wire: str, cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = run(stacks, 3, wire)
     for i in range(3):
-        expected = torch.cat([given[i] for given in results])
+        expected = torch.cat([device[i] for device in results])
         bound = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1 / 200}[wire] * expected.abs().max()
-        for given in results:
-            assert torch.equal(given[3 + i], results[0][3 + i])
-            assert bool(((given[3 + i] - expected).abs() <= bound).all())
+        for device in results:
+            assert torch.equal(device[3 + i], results[0][3 + i])
+            assert bool(((device[3 + i] - expected).abs() <= bound).all())
