@@ -103,6 +103,8 @@ class Replicas:
     def __init__(self, count: int) -> None:
         self.count = count
         self._replicas: list[Replica] = []
+        # While a merge lasts: replica, its sum over heads, and its copies as they were.
+        self._taken: list[tuple[Replica, Tensor, Tensor | None]] = []
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas)
@@ -136,9 +138,15 @@ class Replicas:
         return torch.stack(checks).all(0) if checks else None
 
     @torch.no_grad()
-    def merge(self, transport: Transport, good: Tensor, good_total: int) -> None:
-        """Replace every replica by the mean over the good heads of all devices, accumulated in float32 or better."""
-        sums, merged = [], []
+    def take(self, transport: Transport, good: Tensor, apart: bool) -> None:
+        """Sum every replica over the good local heads, accumulated in float32 or better.
+
+        Args:
+            transport: to the other devices.
+            good: (n,) bool.
+            apart: whether replicas change before `land`, so that a copy of them is needed.
+        """
+        self._taken = []
         for replica in self._replicas:
             if not (replica.param.is_floating_point() or replica.param.is_complex()):
                 continue
@@ -155,13 +163,32 @@ class Replicas:
                     total.zero_()
             else:
                 total = replica.stack[good].to(wide).sum(0)
-            sums.append(total)
-            merged.append(replica)
-        transport.sum_(sums)
-        for replica, total in zip(merged, sums, strict=True):
-            replica.param.copy_(total / good_total)
-            if replica.stack is not None:
-                replica.stack.copy_(replica.param.expand_as(replica.stack))
+            self._taken.append((replica, total, replica.copies.clone() if apart else None))
+
+    def exchange(self, transport: Transport) -> None:
+        """Sum over all devices. A collective: every device has to call it."""
+        transport.sum_([total for _, total, _ in self._taken])
+
+    @torch.no_grad()
+    def land(self, good_total: int) -> None:
+        """Replace every replica by the mean over the good heads of all devices; what it has learned since then stays.
+
+        Args:
+            good_total: how many heads are good.
+        """
+        for replica, total, before in self._taken:
+            mean = (total / good_total).to(replica.param.dtype)
+            if before is None:
+                own = mean.expand_as(replica.copies)
+            else:
+                # One that was not finite starts from the mean.
+                own = mean + (replica.copies - before).nan_to_num(0, 0, 0)
+            if replica.stack is None:
+                replica.param.copy_(own[0])
+            else:
+                replica.param.copy_(mean)
+                replica.stack.copy_(own)
+        self._taken = []
 
     @torch.no_grad()
     def average_gradients(self, transport: Transport) -> None:

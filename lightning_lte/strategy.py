@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import ModuleType
@@ -36,6 +36,7 @@ from lightning_lte.report import Report
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
+from lightning_lte.wire import PayloadKind, Wire
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -79,6 +80,13 @@ class HeadsStrategy(_Base):
         execution: how heads share a device: "batched" in one forward, "sequential" in turn, "auto" batched where that
             is proved right on the first batch.
         loss_reduction: whether the loss is a "mean" or a "sum" over samples.
+        outer_optimizer: makes the optimizer that takes a merge's mean delta for the negative gradient of the base
+            weights; None for the plain sum.
+        wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
+        payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
+        overlap: steps that training goes on while a merge travels; 0 waits for it.
+        stagger: into how many groups weights are dealt that merge in turn.
+        verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -111,6 +119,12 @@ class HeadsStrategy(_Base):
         seed: int | None = None,
         execution: Execution = "auto",
         loss_reduction: LossReduction = "mean",
+        outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
+        wire: Wire = "float32",
+        payload: PayloadKind = "auto",
+        overlap: int = 0,
+        stagger: int = 1,
+        verify_every: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -134,6 +148,12 @@ class HeadsStrategy(_Base):
             seed=0 if seed is None else seed,
             execution=execution,
             loss_reduction=loss_reduction,
+            outer_optimizer=outer_optimizer,
+            wire=wire,
+            payload=payload,
+            overlap=overlap,
+            stagger=stagger,
+            verify_every=verify_every,
         )
         self._seed = seed
         super().__init__(**kwargs)
@@ -234,7 +254,7 @@ class HeadsStrategy(_Base):
     def configure_ddp(self) -> None:
         """Give all devices rank 0's weights. The module is not wrapped: its gradients stay where they are."""
         module = self._module
-        transport = Transport(self.world_size, self.global_rank)
+        transport = Transport(self.world_size, self.global_rank, timeout=self._timeout)
         with torch.no_grad():
             transport.broadcast_([*module.parameters(), *module.buffers()])
         transport.bytes_sent = 0

@@ -29,6 +29,7 @@ class Transport:
         world_size: number of devices; 1 needs no process group.
         rank: number of this device.
         group: process group; None for the one of all.
+        timeout: for the collectives of groups made from this; None for that of the backend.
 
     Attributes:
         bytes_sent: bytes this device has sent since the start, by the count of a ring: an all-reduce of b bytes sends
@@ -36,20 +37,22 @@ class Transport:
             sends b (w - 1) / w. Each device receives as much.
     """
 
-    def __init__(self, world_size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None) -> None:
-        self.world_size, self.rank, self.group = world_size, rank, group
+    def __init__(
+        self,
+        world_size: int = 1,
+        rank: int = 0,
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.world_size, self.rank, self.group, self.timeout = world_size, rank, group, timeout
         self.bytes_sent = 0
 
-    def beside(self, timeout: timedelta | None = None) -> Transport:
-        """A transport whose traffic does not wait for this one's. A collective: every device has to call it.
-
-        Args:
-            timeout: for its collectives; None for that of the backend.
-        """
+    def beside(self) -> Transport:
+        """A transport whose traffic does not wait for this one's. A collective: every device has to call it."""
         if self.world_size == 1:
             return Transport()
-        group: Any = dist.new_group(timeout=timeout)
-        return Transport(self.world_size, self.rank, group)
+        group: Any = dist.new_group(timeout=self.timeout)
+        return Transport(self.world_size, self.rank, group, self.timeout)
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor], wire: Wire = "float32", errors: Sequence[Tensor] | None = None) -> None:
@@ -71,9 +74,13 @@ class Transport:
         for bucket in buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             dist.all_reduce(flat, group=self.group)
-            self.bytes_sent += 2 * flat.nbytes * (self.world_size - 1) // self.world_size
+            self.bytes_sent += self.bytes_of_sum(flat.nbytes)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def bytes_of_sum(self, count: int) -> int:
+        """Bytes that a device sends for the sum of so many bytes."""
+        return 2 * count * (self.world_size - 1) // self.world_size
 
     def _sum_rounded(self, tensors: Sequence[Tensor], wire: Wire, errors: Sequence[Tensor] | None) -> None:
         devices = range(self.world_size)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Wire = Literal["float32", "bfloat16", "int8"]
+# What a merge sends for a weight: its dense mean delta, the factors of all heads, or whichever is fewer bytes.
+PayloadKind = Literal["auto", "dense", "factors"]
 
 # Bytes of the scale that goes with each row of int8 numbers.
 _SCALE_BYTES = 4
