@@ -40,7 +40,8 @@ def gather_state(local: State, transport: Transport) -> State | None:
     parts = {key: [own[key] for own in gathered] for key in local}
     return {
         **gathered[0],
-        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics")},
+        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics", "wire_errors")},
+        "flights": [_joined_flight(each) for each in zip(*parts["flights"], strict=True)],
         "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
         "buffers": parts["buffers"],
         "generators": parts["generators"],
@@ -75,6 +76,15 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
                 tensor.copy_(mine(saved[key], f.count))
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
+            lost_on_wire = state["wire_errors"].get(f.name)
+            if lost_on_wire is not None:
+                rows = lost_on_wire["value"]
+                same = len(rows) == transport.world_size
+                # What all devices have lost together is what counts.
+                own = rows[transport.rank] if same else rows.sum(0) / transport.world_size
+                f.error = own.to(f.weight.device, copy=True)
+        if explorer.outer is not None:
+            explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
         for replica in explorer.injection.replicas:
             own = mine(state["replicas"][replica.name]["value"], len(replica.copies))
             replica.trained.copy_(own if replica.stack is not None else own[0])
@@ -95,7 +105,24 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
             state_here = {key: _restored(param, value, copies, mine) for key, value in fields.items()}
             _place_step(optimizer, param, state_here)
             explorer.substitution.set_state(optimizer, param, state_here)
+    _restore_flights(explorer, state["flights"], mine)
     explorer.guard.accept_writes()
+
+
+def _restore_flights(explorer: Explorer, flights: Sequence[State], mine: Callable[[Tensor, int], Tensor]) -> None:
+    """Put merges on their way again that had not landed."""
+    explorer.flights = []
+    copies: dict[str, Callable[[str], int]] = {
+        "factors": lambda _: explorer.count,
+        "replicas": {r.name: len(r.copies) for r in explorer.injection.replicas}.__getitem__,
+        "statistics": explorer.statistics.copies_of,
+    }
+    for flight in flights:
+        rows = {
+            kind: {name: {k: mine(rows, copies[kind](name)) for k, rows in own.items()} for name, own in named.items()}
+            for kind, named in flight["merge"]["rows"].items()
+        }
+        explorer.restore_flight({**flight, "merge": {**flight["merge"], "rows": rows}})
 
 
 def rows_for(rows: Tensor, heads: int, world_size: int, rank: int, copies: int) -> Tensor:
@@ -170,6 +197,9 @@ def local_state(explorer: Explorer) -> State:
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
+        "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer and rank == 0 else {},
+        "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
+        "flights": [flight.state_dict() for flight in explorer.flights],
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None} if rank == 0 else {},
         "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
         "replicas": {replica.name: {"value": replica.copies.cpu()} for replica in injection.replicas},
@@ -231,6 +261,13 @@ def _joined(parts: Sequence[State]) -> State:
     return joined
 
 
+def _joined_flight(parts: Sequence[State]) -> State:
+    """A merge that had not landed, from what all devices have of it."""
+    merges = [part["merge"] for part in parts]
+    rows = {kind: _joined([merge["rows"][kind] for merge in merges]) for kind in merges[0]["rows"]}
+    return {**parts[0], "merge": {**merges[0], "rows": rows}}
+
+
 def _check_shape(state: Mapping[str, Any]) -> None:
     """Raise if what a checkpoint has for heads is damaged.
 
@@ -264,6 +301,9 @@ def _check_shape(state: Mapping[str, Any]) -> None:
         for key in (
             "made_replicas",
             "statistics",
+            "outer",
+            "wire_errors",
+            "flights",
             "remainders",
             "buffers",
             "generators",

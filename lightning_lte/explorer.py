@@ -411,29 +411,41 @@ class Explorer(Trainees):
             if not self._is_settling:
                 self._look(look_at_bits=True)
             self._tell_of_late()
-        factors, replicas = self._grouped(number, group)
-        merge = Merge(
-            factors,
-            replicas,
-            self.statistics.of(number if group in (None, 0) else -1),
-            self._beside if overlap else self.transport,
-            self.config,
-            step=clock.step,
-            merges=self.merges,
-            measure=measure,
-            others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
-        )
+        merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
         if overlap:
             merge.start(self._states())
-            devices = {f.A.device for f in factors if f.A.is_cuda}
+            devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
             last = self.flights[-1] if self.flights else None
-            self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, sorted(devices, key=str)))
+            self.flights.append(
+                Flight(merge, number, group or 0, clock.step + overlap, last, devices=sorted(devices, key=str))
+            )
         else:
             records.append(merge.run(self._states(), self.outer))
             self._merged(merge)
         clock.merged()
         self.merging = False
         return records
+
+    def _made_merge(self, number: int, group: int | None, step: int, merges: int, measure: bool, apart: bool) -> Merge:
+        factors, replicas = self._grouped(number, group)
+        return Merge(
+            factors,
+            replicas,
+            self.statistics.of(number if group in (None, 0) else -1),
+            self._beside if apart else self.transport,
+            self.config,
+            step=step,
+            merges=merges,
+            measure=measure,
+            others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
+        )
+
+    def restore_flight(self, state: Mapping[str, Any]) -> None:
+        """Put a merge on its way again that had started and not landed; see `Flight.state_dict`."""
+        number, group, saved = state["number"], state["group"], state["merge"]
+        merge = self._made_merge(number, group, saved["step"], saved["number"] - 1, saved["measure"], apart=True)
+        merge.load_state_dict(saved)
+        self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
 
     def _land(self, flight: Flight) -> MergeRecord:
         self.merging = True

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -16,11 +17,12 @@ class Flight:
     """A merge that was started and has not landed.
 
     Args:
-        merge: started.
+        merge: started, or restored with all that was exchanged.
         number: of the optimizer that trains its weights.
         group: of its weights.
         lands_at: the step of that optimizer after which it lands.
         after: the one that started before it, and exchanges before it: on all devices in the same order.
+        exchanged: whether that has been done.
         devices: CUDA devices whose streams have to be kept in order.
 
     Attributes:
@@ -34,6 +36,7 @@ class Flight:
         group: int,
         lands_at: int,
         after: Flight | None = None,
+        exchanged: bool = False,
         devices: Sequence[torch.device] = (),
     ) -> None:
         self.merge, self.number, self.group, self.lands_at = merge, number, group, lands_at
@@ -44,6 +47,8 @@ class Flight:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # Python does not wait for it at its end: a device that is gone would keep it for ever.
         self._thread = threading.Thread(target=self._exchange, args=(after,), name="lte-merge", daemon=True)
+        if exchanged:
+            self._thread = threading.Thread()
         self._thread.start()
 
     def wait(self) -> float:
@@ -59,6 +64,12 @@ class Flight:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to land it in another process. It waits for the exchange."""
+        self.wait()
+        places = {"number": self.number, "group": self.group, "lands_at": self.lands_at}
+        return {**places, "merge": self.merge.state_dict()}
 
     def _exchange(self, after: Flight | None) -> None:
         try:

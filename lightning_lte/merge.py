@@ -88,7 +88,7 @@ class Merge:
         others: Sequence[Factors] = (),
     ) -> None:
         self._others = others
-        self.factors, self._replicas, self._statistics = factors, replicas, statistics
+        self.factors, self.replicas, self.statistics = factors, replicas, statistics
         self._transport, self._config, self._measure = transport, config, measure
         self.step, self.number = step, merges + 1
         self._time_s = self._wait_s = 0.0
@@ -150,6 +150,40 @@ class Merge:
         self._land_weights(self._together, states, outer)
         return self._finish(states, start)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it between `exchange` and `land`: what is equal on all devices, and under "rows" what is of the local
+        heads, or of this device, and has them as dimension 0."""
+        payload, replicas = self._together.state_dict(self._good_all), self.replicas.taken_state()
+        statistics = self.statistics.taken_state()
+        rows = {name: {"value": before} for name, before in replicas.pop("before").items()}
+        statistic_rows = {name: {"value": before} for name, before in statistics.pop("before").items()}
+        return {
+            "step": self.step,
+            "number": self.number,
+            "measure": self._measure,
+            "good": self._good_all.cpu(),
+            "squared_heads": self._squared_heads.cpu(),
+            "totals": payload["totals"],
+            "replicas": replicas,
+            "statistics": statistics,
+            "rows": {"factors": payload["merged"], "replicas": rows, "statistics": statistic_rows},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, in place of `start` and `exchange`."""
+        first = self._transport.rank * self.replicas.count
+        self._good_all = state["good"]
+        self._good = self._good_all[first : first + self.replicas.count]
+        self._squared_heads = state["squared_heads"]
+        rows = state["rows"]
+        self._together = self._payload(self.factors, apart=True)
+        self._together.load_state_dict({"totals": state["totals"], "merged": rows["factors"]})
+        self._mean_replicas = self._config.replicas == "merge"
+        before = {name: own["value"] for name, own in rows["replicas"].items()}
+        self.replicas.load_taken_state({**state["replicas"], "before": before})
+        before = {name: own["value"] for name, own in rows["statistics"].items()}
+        self.statistics.load_taken_state({**state["statistics"], "before": before})
+
     # ---- heads that are not finite
 
     def _settle_interrupted(self, states: States) -> None:
@@ -160,7 +194,7 @@ class Merge:
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
-        self._good = _finite([*self.factors, *self._others], self._replicas)
+        self._good = _finite([*self.factors, *self._others], self.replicas)
 
     def _exchange_good(self) -> None:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
@@ -205,22 +239,22 @@ class Merge:
     def _take_others(self, apart: bool) -> None:
         self._mean_replicas = self._config.replicas == "merge"
         if self._mean_replicas:
-            self._replicas.take(self._transport, self._good, apart)
-        self._statistics.take(self._transport, apart)
+            self.replicas.take(self._transport, self._good, apart)
+        self.statistics.take(self._transport, apart)
 
     def _exchange_others(self) -> None:
         if self._mean_replicas:
-            self._replicas.exchange(self._transport)
-        self._statistics.exchange(self._transport)
+            self.replicas.exchange(self._transport)
+        self.statistics.exchange(self._transport)
         if self._measure:
             self._transport.sum_([self._squared_heads])
 
     def _finish(self, states: States, start: float) -> MergeRecord:
         if self._mean_replicas:
-            self._replicas.land(self._good_total)
+            self.replicas.land(self._good_total)
             if self._restarted:
-                _restart_replicas(self._replicas, states, ~self._good)
-        self._statistics.land()
+                _restart_replicas(self.replicas, states, ~self._good)
+        self.statistics.land()
         if self._restarted:
             for f in self._others:
                 _restart(f, states, ~self._good, self.number)

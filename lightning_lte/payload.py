@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,9 @@ class Payload:
     def take(self, good: Tensor) -> None:
         """Take what the local heads have learned, of those that are good, (n,) bool."""
         self._deltas = [f.summed_delta(good) for f in self._dense]
-        self._sent = [self._of(f) for f in self._others]
         if self._apart:
             self._copies = {f.name: (f.A.detach().clone(), f.B.detach().clone()) for f in self.factors}
+        self._sent = [self._of(f) for f in self._others]
         if self._wire == "int8" and self._transport.world_size > 1:
             for f in self._dense:
                 if f.error is None:
@@ -96,12 +96,29 @@ class Payload:
                     return stacked[0][local], stacked[1].mT[local]
         return self._copies.get(f.name)
 
+    def state_dict(self, good_all: Tensor) -> dict[str, Any]:
+        """What was exchanged, by the names of weights: sums that are equal on all devices, and the local heads' own."""
+        merged = {f.name: self.merged(f) for f in self.factors}
+        return {
+            "totals": {f.name: self.total(f, good_all).cpu() for f in self.factors},
+            "merged": {name: {"A": pair[0].cpu(), "B": pair[1].cpu()} for name, pair in merged.items() if pair},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._dense, self._others = list(self.factors), []
+        self._deltas = [state["totals"][f.name].to(f.A.device) for f in self.factors]
+        devices = {f.name: f.A.device for f in self.factors}
+        pairs = state["merged"].items()
+        self._copies = {name: (p["A"].to(devices[name]), p["B"].to(devices[name])) for name, p in pairs}
+
     def _of(self, f: Factors) -> list[Tensor]:
         if self._wire == "float32":
             return [t.detach() for t in f.current()]
         assert f.anchor_A is not None and f.anchor_B is not None
+        A, B = self._copies.get(f.name, (f.A.detach(), f.B.detach()))
         # In int8 a row has a scale of its own: rows are to be long.
-        return [f.A.detach(), f.B.detach().mT, f.anchor_A, f.anchor_B.mT]
+        return [A, B.mT, f.anchor_A, f.anchor_B.mT]
 
 
 def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: PayloadKind = "auto") -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +189,22 @@ class Replicas:
                 replica.param.copy_(mean)
                 replica.stack.copy_(own)
         self._taken = []
+
+    def taken_state(self) -> dict[str, dict[str, Tensor]]:
+        """What a merge has exchanged and not landed: sums over all heads, and the local copies as they were."""
+        return {
+            "totals": {replica.name: total.cpu() for replica, total, _ in self._taken},
+            "before": {replica.name: before.cpu() for replica, _, before in self._taken if before is not None},
+        }
+
+    def load_taken_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `taken_state`."""
+        self._taken = []
+        for replica in self._replicas:
+            if replica.name in state["totals"]:
+                device = replica.param.device
+                total, before = state["totals"][replica.name], state["before"][replica.name]
+                self._taken.append((replica, total.to(device, copy=True), before.to(device, copy=True)))
 
     @torch.no_grad()
     def average_gradients(self, transport: Transport) -> None:

@@ -120,6 +120,30 @@ class RunningStatistics:
             own.copy_(s.buffer)
         s.version = s.buffer._version
 
+    def taken_state(self) -> dict[str, dict[str, Tensor]]:
+        """What a merge has exchanged and not landed: sums over all heads, and the local ones as they were."""
+        if not self._taken:
+            return {"totals": {}, "counts": {}, "before": {}}
+        *sums, counts = self._sums
+        named = [s.name for s, _ in self._taken]
+        return {
+            "totals": {name: total.cpu() for name, total in zip(named, sums, strict=True)},
+            "counts": {name: count.cpu() for name, count in zip(named, counts, strict=True)},
+            "before": {s.name: before.cpu() for s, before in self._taken if before is not None},
+        }
+
+    def load_taken_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `taken_state`."""
+        taken = [s for s in self._statistics if s.name in state["totals"]]
+        self._taken = [(s, state["before"][s.name].to(s.buffer.device, copy=True)) for s in taken]
+        self._sums = [state["totals"][s.name].to(s.buffer.device, copy=True) for s in taken]
+        if taken:
+            self._sums.append(torch.stack([state["counts"][s.name] for s in taken]).to(taken[0].buffer.device))
+
+    def copies_of(self, name: str) -> int:
+        """How many of a statistic there are here: n, or 1 while local heads share it."""
+        return next(max(1, len(s.own)) for s in self._statistics if s.name == name)
+
     def rows(self) -> dict[str, Tensor]:
         """What local heads have of their own, by name: (n, *shape)."""
         return {s.name: torch.stack(s.own).cpu() for s in self._statistics if s.own}

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_lte.merge import Merge
 from lightning_lte.payload import is_dense
+from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
 from tests.processes import run
 from tests.test_merge import HEADS, config, learn, made, merge_all, weights
@@ -83,3 +85,28 @@ def test_a_reset_sends_dense_deltas_where_factors_would_be_rounded() -> None:
     for f in injection.factors.values():
         assert is_dense(f, 2, "int8") and is_dense(f, 2, "bfloat16", "factors")
         assert not is_dense(f, 2, "float32", "factors")
+
+
+def on_the_way(choices: dict[str, Any]) -> dict[str, Tensor]:
+    """Factors change between the start of a merge and its exchange."""
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    chosen = config(**choices)
+    injection = made(chosen, torch.float32, transport)
+    learn(injection, seed=0)
+    factors = list(injection.factors.values())
+    statistics = RunningStatistics(injection.module)
+    travelling = Merge(factors, injection.replicas, statistics, transport, chosen, step=1, merges=0)
+    travelling.start({})
+    learn(injection, seed=1)
+    travelling.exchange()
+    learn(injection, seed=2)
+    travelling.land({})
+    return weights(injection)
+
+
+@pytest.mark.parametrize("payload", ["dense", "factors"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+def test_a_merge_on_its_way_has_what_heads_had_at_its_start(wire: str, payload: str) -> None:
+    choices = {"wire": wire, "payload": payload}
+    for travelled, at_once in zip(run(on_the_way, 2, choices), run(merges_on_wire, 2, choices, 1), strict=True):
+        torch.testing.assert_close(travelled, at_once[0]["W"], rtol=0, atol=0)
