@@ -172,7 +172,7 @@ class LTEConfig:
             if isinstance(self.merge_every, int) and getattr(self, name) > max(1, self.merge_every):
                 raise ValueError(
                     f"{name} must be at most a period, so that a merge is done when the next one is due; received"
-                    f" {name}={getattr(self, name)} with merge_every={self.merge_every}."
+                    f" {getattr(self, name)} with merge_every={self.merge_every}."
                     f" Give {name}={self.merge_every}, or a longer period."
                 )
         if self.verify_every is not None:
