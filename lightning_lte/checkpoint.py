@@ -191,6 +191,7 @@ def local_state(explorer: Explorer) -> State:
         "heads": explorer.config.heads,
         "devices": explorer.transport.world_size,
         "after_merge": explorer.config.after_merge,
+        "full_rank": explorer.full_rank,
         "optimizer_kinds": [type(optimizer).__name__ for optimizer in explorer.optimizers],
         # One head on its own proves nothing for several.
         "execution": explorer.execution if explorer.count > 1 else "auto",
@@ -302,6 +303,7 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             "made_replicas",
             "statistics",
             "outer",
+            "full_rank",
             "wire_errors",
             "flights",
             "remainders",

@@ -64,6 +64,8 @@ class LTEConfig:
             in the head that lost it, or is added the next time, but for bfloat16 sums. Replicas travel in float32.
         payload: what a merge sends for a weight: the "dense" mean delta, the "factors" of all heads, or "auto",
             whichever is fewer bytes.
+        full_rank_steps: optimizer steps of ordinary training before heads begin, with gradients averaged over devices
+            at every step. Replicas keep their optimizer state then.
         overlap: steps that training goes on while a merge travels. 0 waits for it.
         stagger: into how many groups weights are dealt, which merge in turn, so that the most that is sent at once is
             1/stagger.
@@ -99,13 +101,14 @@ class LTEConfig:
     outer_optimizer: MakeOptimizer | None = None
     wire: Wire = "float32"
     payload: PayloadKind = "auto"
+    full_rank_steps: int = 0
     overlap: int = 0
     stagger: int = 1
     verify_every: int | None = None
 
     def __post_init__(self) -> None:
-        plain = ("heads", "merge_every", "rank", "alpha", "reset_moments", "seed", "overlap", "stagger", "verify_every")
-        for name in plain:
+        counts = ("heads", "merge_every", "rank", "seed", "full_rank_steps", "overlap", "stagger", "verify_every")
+        for name in (*counts, "alpha", "reset_moments"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
         _check_count("rank", self.rank, "rank=16")
@@ -161,6 +164,7 @@ class LTEConfig:
                 f" took from them; received payload='factors' and wire={self.wire!r}. Give payload='dense', or"
                 " wire='float32'."
             )
+        _check_count("full_rank_steps", self.full_rank_steps, "full_rank_steps=1000", least=0)
         _check_count("overlap", self.overlap, "overlap=2", least=0)
         if self.overlap and self.after_merge == "reset":
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lightning_lte.heads import Factors
 from lightning_lte.merge import Merge, MergeRecord, add_mean_deltas, combined, verify
 from lightning_lte.optimizers import check_optimizers
 from lightning_lte.outer import OuterOptimizer
-from lightning_lte.replicas import Replicas
+from lightning_lte.replicas import Replicas, average_gradients
 from lightning_lte.report import listed
 from lightning_lte.schedule import as_schedule
 from lightning_lte.trainees import Trainees
@@ -123,6 +123,9 @@ class Explorer(Trainees):
         Raises:
             RuntimeError: it has not been decided whether that is right for the module.
         """
+        self._begin_if_due()
+        if self.full_rank:
+            return nullcontext()
         if self.execution == "auto":
             raise RuntimeError(
                 "Whether one forward may serve all local heads has to be tried on a batch; received execution='auto'"
@@ -130,6 +133,16 @@ class Explorer(Trainees):
                 " if every layer sees the batch outermost in dimension 0 and the loss is a mean over samples."
             )
         return self.all_heads()
+
+    def _begin_if_due(self) -> None:
+        if self.full_rank and max(clock.step for clock in self.clocks) >= self.config.full_rank_steps:
+            for clock in self.clocks:
+                clock.settled()
+            self.begin_heads()
+
+    def act(self) -> None:
+        self._begin_if_due()
+        super().act()
 
     def all_heads(self) -> AbstractContextManager[None]:
         """The context of `heads`, for a trial."""
@@ -177,6 +190,10 @@ class Explorer(Trainees):
         Raises:
             RuntimeError: see `settle`.
         """
+        if self.full_rank:
+            if synchronise and settle:
+                self._average_all()
+            return
         self.collect_gradients()
         if synchronise and settle:
             self.settle()
@@ -213,6 +230,9 @@ class Explorer(Trainees):
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
+        if self.full_rank:
+            self._average_all()
+            return
         self.collect_gradients()
         self.settle()
         if not self._is_settling:
@@ -230,6 +250,10 @@ class Explorer(Trainees):
             optimizer: whose parameters; None for all.
             params: parameters of the user's; None for all that the optimizer holds.
         """
+        if self.full_rank:
+            chosen = self.optimizers if optimizer is None else [optimizer]
+            held = [p for opt in chosen for group in opt.param_groups for p in group["params"]]
+            return nn.utils.clip_grad_norm_(held if params is None else params, max_norm).expand(self.count)
         self.collect_gradients()
         if params is not None:
             trained = self.trained_for(params)
@@ -270,6 +294,9 @@ class Explorer(Trainees):
         for param in self.frozen:
             param.grad = None
         clock.step += 1
+        if self.full_rank:
+            clock.settled()
+            return None
         if not self._is_settling:
             for f in self.injection.factors.values():
                 f.end_trial()
@@ -375,6 +402,8 @@ class Explorer(Trainees):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
+        if self.full_rank and not state["full_rank"]:
+            self.begin_heads()
         self.act()
         checkpoint.scatter_state(self, state)
         for f in self.injection.factors.values():
@@ -447,6 +476,12 @@ class Explorer(Trainees):
         merge.load_state_dict(saved)
         self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
 
+    def _average_all(self) -> None:
+        """Average the gradients of all parameters over devices, before heads begin."""
+        if self.transport.world_size > 1:
+            params = [p for p in self.trained_by if p.requires_grad]
+            average_gradients(params, self.transport)
+
     def _land(self, flight: Flight) -> MergeRecord:
         self.merging = True
         waited = flight.wait()
@@ -500,7 +535,7 @@ class Explorer(Trainees):
     @property
     def _is_settling(self) -> bool:
         """Whether roles may still change: until every optimizer has made two steps, or one of them many."""
-        steps = [clock.step for clock in self.clocks]
+        steps = [clock.step - self.config.full_rank_steps for clock in self.clocks]
         return min(steps) < 2 and max(steps) < _SETTLING_STEPS
 
     def _look(self, look_at_bits: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -206,18 +206,21 @@ class Replicas:
                 total, before = state["totals"][replica.name], state["before"][replica.name]
                 self._taken.append((replica, total.to(device, copy=True), before.to(device, copy=True)))
 
-    @torch.no_grad()
     def average_gradients(self, transport: Transport) -> None:
         """Average the gradients of replicas over devices, as data-parallel training does (`replicas="step"`)."""
-        if transport.world_size == 1:
-            return
-        trained = [r.param for r in self._replicas if r.param.requires_grad]
-        if not trained:
-            return
-        # Every device must send the same tensors, also for a parameter that took no part on one of them.
-        had = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        transport.sum_([*gradients, had])
-        for param, gradient, devices in zip(trained, gradients, had.tolist(), strict=True):
-            # One that took no part on any of them has none: optimizers pass it over.
-            param.grad = gradient / transport.world_size if devices else None
+        if transport.world_size > 1:
+            average_gradients([r.param for r in self._replicas if r.param.requires_grad], transport)
+
+
+@torch.no_grad()
+def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> None:
+    """Replace gradients by their mean over devices. A collective: every device has to call it."""
+    if not params:
+        return
+    # Every device must send the same tensors, also for a parameter that took no part on one of them.
+    had = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    transport.sum_([*gradients, had])
+    for param, gradient, devices in zip(params, gradients, had.tolist(), strict=True):
+        # One that took no part on any of them has none: optimizers pass it over.
+        param.grad = gradient / transport.world_size if devices else None

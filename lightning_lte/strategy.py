@@ -84,6 +84,7 @@ class HeadsStrategy(_Base):
             weights; None for the plain sum.
         wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
         payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
+        full_rank_steps: optimizer steps of ordinary, synchronised training before heads begin.
         overlap: steps that training goes on while a merge travels; 0 waits for it.
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
@@ -122,6 +123,7 @@ class HeadsStrategy(_Base):
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
         wire: Wire = "float32",
         payload: PayloadKind = "auto",
+        full_rank_steps: int = 0,
         overlap: int = 0,
         stagger: int = 1,
         verify_every: int | None = None,
@@ -151,6 +153,7 @@ class HeadsStrategy(_Base):
             outer_optimizer=outer_optimizer,
             wire=wire,
             payload=payload,
+            full_rank_steps=full_rank_steps,
             overlap=overlap,
             stagger=stagger,
             verify_every=verify_every,
@@ -330,7 +333,7 @@ class HeadsStrategy(_Base):
         explorer = self._explorer
         assert explorer is not None
         step = super().training_step
-        if explorer.count == 1:
+        if explorer.count == 1 or explorer.full_rank:
             with explorer.heads():
                 return step(*args, **kwargs)
         batch, *rest = args
@@ -410,7 +413,7 @@ class HeadsStrategy(_Base):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer
         assert explorer is not None
-        if self._manual is not None:
+        if self._manual is not None or explorer.full_rank:
             acting: AbstractContextManager[Any] = nullcontext()  # that of the head whose turn it is
         elif explorer.execution == "batched":
             # Layers under activation checkpointing run forward again here.
@@ -584,8 +587,11 @@ class HeadsStrategy(_Base):
     # ---- checkpoints
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The settings of the user's param groups; the heads' moments are in checkpoint["lte"]."""
-        if self._explorer is None:
+        """The settings of the user's param groups; the heads' moments are in checkpoint["lte"].
+
+        Before heads begin it is what it always is.
+        """
+        if self._explorer is None or self._explorer.full_rank:
             return super().optimizer_state(optimizer)
         return self._explorer.substitution.plain_state(self._bare(optimizer))
 
@@ -628,6 +634,8 @@ class HeadsStrategy(_Base):
             return
         undecided = explorer.execution == "auto"
         explorer.load_state_dict(state)
+        if explorer.full_rank:
+            super().load_optimizer_state_dict(checkpoint)
         explorer.rest()
         devices, streams = state["devices"], state["generators"]
         # On another number of devices there is no telling whose stream goes on where.

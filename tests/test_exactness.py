@@ -140,6 +140,44 @@ def test_training_equals_the_oracle(execution: Any, period: int, after_merge: An
     train_both(config, adamw)
 
 
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("optimizer", [adamw, sgd, torch.optim.Adagrad], ids=lambda o: o.__name__)
+def test_heads_begin_after_full_rank_steps_with_the_state_of_replicas(optimizer: Any, heads: int) -> None:
+    model = make_net()
+    plain = copy.deepcopy(model)
+    opt, plain_opt = optimizer(model.parameters()), optimizer(plain.parameters())
+    explorer = Explorer(model, opt, LTEConfig(heads, 3, rank=RANK, execution="batched", full_rank_steps=5))
+    starts = first_A(explorer)
+
+    def train(x: Tensor, y: Tensor) -> None:
+        loss = run_step(explorer, lambda own: cross_entropy(model(own[0]), own[1]), (x, y))
+        loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+
+    for step in range(5):
+        x, y = make_data(8 * heads, seed=step)
+        train(x, y)
+        cross_entropy(plain(x), y).backward()
+        plain_opt.step()
+        plain_opt.zero_grad()
+        torch.testing.assert_close(clone(model.state_dict()), clone(plain.state_dict()), rtol=0, atol=0)
+        assert explorer.full_rank and not explorer.unmerged
+    oracle = Oracle(plain, starts, scale=2.0, period=3, optimizer=optimizer)
+    for worker in oracle.workers:
+        for name, replica in worker.replicas.items():
+            state = plain_opt.state[plain.get_parameter(name)]
+            worker.optimizer.state[replica] = copy.deepcopy(dict(state))
+    for step in range(5, 15):
+        x, y = make_data(8 * heads, seed=step)
+        train(x, y)
+        oracle.step(list(zip(x.chunk(heads), y.chunk(heads), strict=True)), cross_entropy)
+        assert_same(explorer, oracle)
+    assert (explorer.clock.step, explorer.clock.merges) == (15, 3) and not explorer.full_rank
+
+
 OUTER = [
     partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
     partial(torch.optim.SGD, lr=1.0),
