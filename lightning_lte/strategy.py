@@ -170,6 +170,7 @@ class HeadsStrategy(_Base):
         self._synchronise = True
         self._stepping = False
         self._manual: ManualOptimization | None = None
+        self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
         self._interrupted = False
         self.measure = True
 
@@ -272,7 +273,10 @@ class HeadsStrategy(_Base):
         self._synchronise, self._generators, self._interrupted = True, None, False
         # The norms of a merge cost time, and nobody sees them without a logger.
         self.measure = bool(trainer.loggers)
-        if explorer.count > 1 and config.execution != "auto":
+        self._split_batch = getattr(module, "split_batch", None)
+        if explorer.count > 1 and self._split_batch is not None:
+            explorer.go_sequential("split_batch splits the batch")
+        elif explorer.count > 1 and config.execution != "auto":
             how = explorer.go_batched if explorer.execution == "batched" else explorer.go_sequential
             how(f"execution={config.execution!r} was given")
         elif explorer.count > 1 and not module.automatic_optimization:
@@ -341,8 +345,7 @@ class HeadsStrategy(_Base):
         def own_step(part: Any) -> STEP_OUTPUT:
             return step(part, *rest, **kwargs)
 
-        by_hand = getattr(self._module, "split_batch", None)
-        if by_hand is None:
+        if self._split_batch is None:
             explorer.layout = explorer.layout or self._first_layout(batch)
             return execution.run(
                 explorer,
@@ -354,11 +357,8 @@ class HeadsStrategy(_Base):
                 # A step that steps optimizers by itself and serves all heads is not to meet heads that take turns.
                 fill_up=not self._module.automatic_optimization and explorer.execution == "batched",
             )
-        if explorer.execution != "sequential":
-            explorer.go_sequential("split_batch splits the batch")
-            self._announce()
         with self._logging_means():
-            return self._take_turns(explorer, own_step, by_hand(batch, explorer.count))
+            return self._take_turns(explorer, own_step, self._split_batch(batch, explorer.count))
 
     def _take_turns(self, explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
         if self._manual is None:
