@@ -26,7 +26,7 @@ from examples.data import DigitsDataModule
 from examples.vit import ViTClassifier
 from lightning_lte import LTEConfig, LTEStrategy
 from lightning_lte.injection import Injection, inject
-from lightning_lte.merge import dense_is_cheaper
+from lightning_lte.payload import is_dense
 
 
 @dataclass
@@ -202,7 +202,7 @@ def bytes_per_merge(alone: Injection, devices: int) -> float:
     """
     sent = 0.0
     for f in alone.factors.values():
-        if dense_is_cheaper(f, devices):
+        if is_dense(f, devices):
             sent += all_reduce_bytes(f.weight.numel() * 4, devices)
         else:
             sent += sum(t.nbytes for t in f.current()) * (devices - 1)

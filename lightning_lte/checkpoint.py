@@ -43,7 +43,8 @@ def gather_state(local: State, transport: Transport) -> State | None:
     parts = {key: [own[key] for own in gathered] for key in local}
     return {
         **gathered[0],
-        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics")},
+        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics", "wire_errors")},
+        "flights": [_joined_flight(each) for each in zip(*parts["flights"], strict=True)],
         "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
         "buffers": parts["buffers"],
         "generators": parts["generators"],
@@ -79,6 +80,15 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 tensor.copy_(layout.mine(saved[key], f.count))
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
+            lost_on_wire = state["wire_errors"].get(f.name)
+            if lost_on_wire is not None:
+                rows = lost_on_wire["value"]
+                same = len(rows) == layout.world_size
+                # What all devices have lost together is what counts.
+                own = rows[layout.rank] if same else rows.sum(0) / layout.world_size
+                f.error = own.to(f.weight.device, copy=True)
+        if explorer.outer is not None:
+            explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
         for replica in explorer.injection.replicas:
             rows = state["replicas"][replica.name]["value"]
             if layout.must_merge(rows, len(replica.copies)):
@@ -104,6 +114,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             statistics[name] = layout.mine(rows, copies)
         explorer.statistics.load_rows(statistics)
     averaged = _scatter_moments(explorer, state, layout)
+    _restore_flights(explorer, state["flights"], layout, merged)
     merged["replica"] += [name for name in averaged if name not in merged["replica"]]
     explorer.guard.accept_writes()
     kept = explorer.statistics.copies()
@@ -180,6 +191,33 @@ class _Layout:
     def leaves_out(self, devices: int) -> bool:
         """Whether some of the devices of the run that was saved are no device's `device_of_first_head`."""
         return devices > self.world_size
+
+
+def _restore_flights(
+    explorer: Explorer, flights: Sequence[State], layout: _Layout, merged: Mapping[str, list[str]]
+) -> None:
+    """Put merges on their way again that had not landed."""
+    explorer.flights = []
+    statistics = explorer.statistics.copies()
+    copies: dict[str, dict[str, int]] = {
+        "factors": {f.name: explorer.count for f in explorer.injection.factors.values()},
+        "replicas": {r.name: len(r.copies) for r in explorer.injection.replicas},
+        "statistics": statistics,
+    }
+    # What was merged has to be compared with the mean of what was there when the merge started.
+    means = {*merged["replica"], *merged["running statistic"]}
+    for flight in flights:
+        rows = {
+            kind: {
+                name: {
+                    key: layout.mine(layout.mean(rows) if name in means else rows, copies[kind][name])
+                    for key, rows in own.items()
+                }
+                for name, own in named.items()
+            }
+            for kind, named in flight["merge"]["rows"].items()
+        }
+        explorer.restore_flight({**flight, "merge": {**flight["merge"], "rows": rows}})
 
 
 def rows_for(rows: Tensor, heads: int, world_size: int, rank: int, copies: int) -> Tensor:
@@ -294,12 +332,16 @@ def local_state(explorer: Explorer) -> State:
         "heads": explorer.config.heads,
         "devices": explorer.transport.world_size,
         "after_merge": explorer.config.after_merge,
+        "full_rank": explorer.full_rank,
         "optimizer_kinds": [type(optimizer).__name__ for optimizer in explorer.optimizers],
         # One head on its own proves nothing for several.
         "execution": explorer.execution if explorer.count > 1 else "auto",
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
+        "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer and rank == 0 else {},
+        "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
+        "flights": [flight.state_dict() for flight in explorer.flights],
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None} if rank == 0 else {},
         "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
         "replicas": {replica.name: {"value": replica.copies.cpu()} for replica in injection.replicas},
@@ -349,6 +391,13 @@ def _joined(parts: Sequence[State]) -> State:
     return joined
 
 
+def _joined_flight(parts: Sequence[State]) -> State:
+    """A merge that had not landed, from what all devices have of it."""
+    merges = [part["merge"] for part in parts]
+    rows = {kind: _joined([merge["rows"][kind] for merge in merges]) for kind in merges[0]["rows"]}
+    return {**parts[0], "merge": {**merges[0], "rows": rows}}
+
+
 def _check_shape(state: Mapping[str, Any]) -> None:
     """Raise if what a checkpoint has for heads is damaged.
 
@@ -382,6 +431,10 @@ def _check_shape(state: Mapping[str, Any]) -> None:
         for key in (
             "made_replicas",
             "statistics",
+            "outer",
+            "full_rank",
+            "wire_errors",
+            "flights",
             "remainders",
             "buffers",
             "generators",

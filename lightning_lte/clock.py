@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass
@@ -16,27 +16,40 @@ class Clock:
     Attributes:
         step: optimizer steps done.
         merges: merges done.
-        last_merge: the value of `step` at the last merge, 0 before the first.
+        last_merge: the value of `step` when a merge was last due, 0 before the first.
+        groups_left: groups of weights that have not merged since then; 0 where all merge together.
+        last_whole: the value of `step` when all weights had just been merged.
     """
 
     step: int = 0
     merges: int = 0
     last_merge: int = 0
+    groups_left: int = 0
+    last_whole: int = 0
 
     @property
     def unmerged(self) -> bool:
-        """Whether there were steps since the last merge."""
-        return self.step > self.last_merge
+        """Whether there were steps since all weights were merged."""
+        return self.step > self.last_whole
+
+    def begin(self, groups: int) -> None:
+        """Merges of so many groups of weights are due from now on."""
+        self.last_merge, self.groups_left = self.step, groups
 
     def merged(self) -> None:
         """Count a merge."""
         self.merges += 1
-        self.last_merge = self.step
+
+    def settled(self) -> None:
+        """Note that all weights have just been merged."""
+        self.last_merge = self.last_whole = self.step
+        self.groups_left = 0
 
     def state_dict(self) -> dict[str, int]:
         """Plain values."""
-        return {"step": self.step, "merges": self.merges, "last_merge": self.last_merge}
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """The inverse of `state_dict`."""
-        self.step, self.merges, self.last_merge = state["step"], state["merges"], state["last_merge"]
+        for key in asdict(self):
+            setattr(self, key, state[key])

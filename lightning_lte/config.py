@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lightning_lte.optimizers import MakeOptimizer, check_outer_optimizer
 from lightning_lte.schedule import MergeSchedule, as_schedule
+from lightning_lte.wire import PayloadKind, Wire
 
 AfterMerge = Literal["keep", "reset"]
 ReplicaPolicy = Literal["merge", "step", "freeze"]
@@ -54,6 +56,21 @@ class LTEConfig:
             where it is proved right on the first batch.
         loss_reduction: how the user's loss depends on the number of samples: their "mean", or their "sum". With a sum,
             a step on the slices of all local heads returns n times what a head returns, and is divided by n.
+        outer_optimizer: makes the optimizer that takes the mean delta of a merge for the negative gradient of a base
+            weight, from a list of parameters: `functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)`
+            is DiLoCo's. None is the paper's plain sum. Replicas are averaged.
+        wire: in how many bits merges send what belongs to factored weights: "float32" (or more, if they are in
+            float64), "bfloat16", or "int8" with a scale per row; sums are taken in float32. What rounding loses stays
+            in the head that lost it, or is added the next time, but for bfloat16 sums. Replicas travel in float32.
+        payload: what a merge sends for a weight: the "dense" mean delta, the "factors" of all heads, or "auto",
+            whichever is fewer bytes.
+        full_rank_steps: optimizer steps of ordinary training before heads begin, with gradients averaged over devices
+            at every step. Replicas keep their optimizer state then.
+        overlap: steps that training goes on while a merge travels. 0 waits for it.
+        stagger: into how many groups weights are dealt, which merge in turn, so that the most that is sent at once is
+            1/stagger.
+        verify_every: after every so many merges, prove with a checksum that base weights are bit-equal on all devices.
+            None never does.
 
     A pattern is a regular expression that must match a name as a whole or its end from a dot on: "fc1" matches
     "blocks.0.mlp.fc1". Names are those of modules, and of parameters where one module has several weights
@@ -81,9 +98,17 @@ class LTEConfig:
     seed: int = 0
     execution: Execution = "auto"
     loss_reduction: LossReduction = "mean"
+    outer_optimizer: MakeOptimizer | None = None
+    wire: Wire = "float32"
+    payload: PayloadKind = "auto"
+    full_rank_steps: int = 0
+    overlap: int = 0
+    stagger: int = 1
+    verify_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("heads", "merge_every", "rank", "alpha", "reset_moments", "seed"):
+        counts = ("heads", "merge_every", "rank", "seed", "full_rank_steps", "overlap", "stagger", "verify_every")
+        for name in (*counts, "alpha", "reset_moments"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
         _check_count("rank", self.rank, "rank=16")
@@ -129,6 +154,33 @@ class LTEConfig:
         _check_choice("init", self.init, get_args(Init))
         _check_choice("execution", self.execution, get_args(Execution))
         _check_choice("loss_reduction", self.loss_reduction, get_args(LossReduction))
+        if self.outer_optimizer is not None:
+            check_outer_optimizer(self.outer_optimizer)
+        _check_choice("wire", self.wire, get_args(Wire))
+        _check_choice("payload", self.payload, get_args(PayloadKind))
+        if self.payload == "factors" and self.wire != "float32" and self.after_merge == "reset":
+            raise ValueError(
+                "With after_merge='reset' factors are sent in full precision alone, as a reset forgets what rounding"
+                f" took from them; received payload='factors' and wire={self.wire!r}. Give payload='dense', or"
+                " wire='float32'."
+            )
+        _check_count("full_rank_steps", self.full_rank_steps, "full_rank_steps=1000", least=0)
+        _check_count("overlap", self.overlap, "overlap=2", least=0)
+        if self.overlap and self.after_merge == "reset":
+            raise ValueError(
+                "Heads that train while a merge travels need anchors, which after_merge='reset' has none of; received"
+                f" overlap={self.overlap}. Give after_merge='keep' or overlap=0."
+            )
+        _check_count("stagger", self.stagger, "stagger=4")
+        for name in ("overlap", "stagger"):
+            if isinstance(self.merge_every, int) and getattr(self, name) > max(1, self.merge_every):
+                raise ValueError(
+                    f"{name} must be at most a period, so that a merge is done when the next one is due; received"
+                    f" {getattr(self, name)} with merge_every={self.merge_every}."
+                    f" Give {name}={self.merge_every}, or a longer period."
+                )
+        if self.verify_every is not None:
+            _check_count("verify_every", self.verify_every, "verify_every=100")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
 
@@ -202,11 +254,11 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _check_count(name: str, value: Any, example: str) -> None:
+def _check_count(name: str, value: Any, example: str, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number; received {value!r}. Give {example}, for instance.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; received {value}. Give {example}, for instance.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; received {value}. Give {example}, for instance.")
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -41,7 +41,8 @@ def run(
     Returns:
         What the step returned, or what it returned for all heads; see `combined`.
     """
-    if explorer.count == 1:
+    explorer.act()
+    if explorer.count == 1 or explorer.full_rank:
         with explorer.heads():
             return step(batch)
     layout = explorer.layout = explorer.layout or Layout(batch)

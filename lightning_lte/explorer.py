@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lte import checkpoint, merge
+from lightning_lte import checkpoint
 from lightning_lte.batch import Layout
 from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
+from lightning_lte.flight import Flight
 from lightning_lte.gradients import clip_grad_norm_
 from lightning_lte.heads import Factors
-from lightning_lte.merge import MergeRecord
+from lightning_lte.merge import Merge, MergeRecord, add_mean_deltas, combined, verify
 from lightning_lte.optimizers import check_optimizers
+from lightning_lte.outer import OuterOptimizer
+from lightning_lte.replicas import Replicas, average_gradients
 from lightning_lte.report import listed
 from lightning_lte.schedule import as_schedule
 from lightning_lte.trainees import Trainees
@@ -52,6 +55,8 @@ class Explorer(Trainees):
     Attributes:
         count: n, local heads.
         clocks: steps and merges done, for each optimizer.
+        outer: the outer optimizer, or None.
+        flights: merges that have started and not landed.
         merging: whether a merge has begun and not ended.
         layout: how batches are laid out, once one was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
@@ -81,6 +86,12 @@ class Explorer(Trainees):
         self._closed: checkpoint.State | None = None
         self.clocks = [Clock() for _ in self.optimizers]
         self.last_record: MergeRecord | None = None
+        self.outer = None if config.outer_optimizer is None else OuterOptimizer(config.outer_optimizer)
+        self.flights: list[Flight] = []
+        # Merges on their way must not get mixed up with what devices exchange meanwhile.
+        self._beside = self.transport.beside() if config.overlap else self.transport
+        self._counted_bytes = 0
+        self._counted_steps = [0 for _ in self.optimizers]
         self.merging = False
         self._starved_known = self._averaged = False
         # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
@@ -102,7 +113,7 @@ class Explorer(Trainees):
     @property
     def unmerged(self) -> bool:
         """Whether heads have learned something since the last merge."""
-        return any(clock.unmerged for clock in self.clocks)
+        return bool(self.flights) or any(clock.unmerged for clock in self.clocks)
 
     @property
     def where(self) -> str:
@@ -115,6 +126,9 @@ class Explorer(Trainees):
         Raises:
             RuntimeError: it has not been decided whether that is right for the module.
         """
+        self._begin_if_due()
+        if self.full_rank:
+            return nullcontext()
         if self.execution == "auto":
             raise RuntimeError(
                 "Whether one forward may serve all local heads has to be tried on a batch; received execution='auto'"
@@ -122,6 +136,16 @@ class Explorer(Trainees):
                 " if every layer sees the batch outermost in dimension 0 and the loss is a mean over samples."
             )
         return self.all_heads()
+
+    def _begin_if_due(self) -> None:
+        if self.full_rank and max(clock.step for clock in self.clocks) >= self.config.full_rank_steps:
+            for clock in self.clocks:
+                clock.settled()
+            self.begin_heads()
+
+    def act(self) -> None:
+        self._begin_if_due()
+        super().act()
 
     def all_heads(self) -> AbstractContextManager[None]:
         """The context of `heads`, for a trial."""
@@ -169,6 +193,10 @@ class Explorer(Trainees):
         Raises:
             RuntimeError: see `settle`.
         """
+        if self.full_rank:
+            if synchronise and settle:
+                self._average_all()
+            return
         self.collect_gradients()
         if synchronise and settle:
             self.settle()
@@ -206,6 +234,9 @@ class Explorer(Trainees):
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
+        if self.full_rank:
+            self._average_all()
+            return
         self.collect_gradients()
         self.settle()
         if not self._is_settling:
@@ -223,6 +254,10 @@ class Explorer(Trainees):
             optimizer: whose parameters; None for all.
             params: parameters of the user's; None for all that the optimizer holds.
         """
+        if self.full_rank:
+            chosen = self.optimizers if optimizer is None else [optimizer]
+            held = [p for opt in chosen for group in opt.param_groups for p in group["params"]]
+            return nn.utils.clip_grad_norm_(held if params is None else params, max_norm).expand(self.count)
         self.collect_gradients()
         if params is not None:
             trained = self.trained_for(params)
@@ -263,12 +298,25 @@ class Explorer(Trainees):
         for param in self.frozen:
             param.grad = None
         clock.step += 1
+        if self.full_rank:
+            clock.settled()
+            return None
         if not self._is_settling:
             for f in self.injection.factors.values():
                 f.end_trial()
+        arriving = [f for f in self.flights if f.number == number and clock.step >= f.lands_at]
+        records = [self._land(flight) for flight in arriving]
+        groups = self.config.stagger
         if self._schedule.due(clock.step, clock.last_merge):
-            return self._merge(number, measure)
-        return None
+            while clock.groups_left:  # the last round was too short for all
+                records += self._merge_next(number, measure)
+            clock.begin(groups)
+        while clock.groups_left:
+            delay = self._schedule.delay(groups - clock.groups_left, groups)
+            if clock.step < clock.last_merge + delay:
+                break
+            records += self._merge_next(number, measure)
+        return self._noted(records)
 
     def merge(self, measure: bool = True, everything: bool = False) -> MergeRecord:
         """Merge now. A collective: every device has to call it.
@@ -281,15 +329,19 @@ class Explorer(Trainees):
             everything: merge what all optimizers train, which devices have to that stopped at different steps.
 
         Returns:
-            The record of the last of these merges.
+            One record for all of these merges.
 
         Raises:
             RuntimeError, FloatingPointError: see `step`.
         """
         self.select(None)  # an exception may have come in the turn of a head
+        records = [self._land(flight) for flight in list(self.flights)]
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         for number in numbers or range(len(self.clocks)):
-            record = self._merge(number, measure)
+            records += self._start(number, None, measure, overlap=0)
+            self.clocks[number].settled()
+        record = self._noted(records)
+        assert record is not None
         return record
 
     def finish(self) -> None:
@@ -356,46 +408,149 @@ class Explorer(Trainees):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
+        if self.full_rank and not state["full_rank"]:
+            self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
         if told and self.transport.rank == 0:
             warnings.warn(told, stacklevel=2)
         for f in self.injection.factors.values():
             f.end_trial()
+            f.merged_at = 0
+        self._counted_steps = [clock.step for clock in self.clocks]
 
     def _average_gradients(self) -> None:
         with self.transport.meeting(f"the averaging of gradients {self.where}"):
             self.injection.replicas.average_gradients(self.transport)
 
-    def _merge(self, number: int, measure: bool) -> MergeRecord:
-        """Merge what one optimizer trains."""
+    def _merge_next(self, number: int, measure: bool) -> list[MergeRecord]:
+        """Merge the next group of the weights that one optimizer trains."""
+        clock, groups = self.clocks[number], self.config.stagger
+        records = self._start(number, groups - clock.groups_left, measure, self.config.overlap)
+        clock.groups_left -= 1
+        if groups == 1:
+            clock.last_whole = clock.step
+        return records
+
+    def _start(self, number: int, group: int | None, measure: bool, overlap: int) -> list[MergeRecord]:
+        """Merge a group of the weights that one optimizer trains, or let it start on its way.
+
+        Args:
+            number: of the optimizer.
+            group: of its weights; None for all.
+            measure: see `step`.
+            overlap: steps until it lands.
+
+        Returns:
+            The records of merges that are done.
+        """
         clock = self.clocks[number]
+        earlier = [f for f in self.flights if f.number == number and group in (None, f.group)]
+        records = [self._land(flight) for flight in earlier]
         again, self.merging = self.merging, True
         with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
             if not again:  # an interrupted merge has written itself
                 if not self._is_settling:
                     self._look(look_at_bits=True)
                 self._tell_of_late()
-            self.last_record = merge.merge(
-                [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number],
-                self.injection.replicas.of(p for p, own in self.trained_by.items() if own == number),
-                self.statistics.of(number),
-                {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()},
-                self.transport,
-                self.config,
-                step=clock.step,
-                merges=self.merges,
-                measure=measure,
-            )
+            merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
+            if overlap:
+                merge.start(self._states())
+                devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
+                last = self.flights[-1] if self.flights else None
+                self.flights.append(
+                    Flight(merge, number, group or 0, clock.step + overlap, last, devices=sorted(devices, key=str))
+                )
+            else:
+                records.append(merge.run(self._states(), self.outer))
+                self._merged(merge)
         clock.merged()
         self.merging = False
+        return records
+
+    def _made_merge(self, number: int, group: int | None, step: int, merges: int, measure: bool, apart: bool) -> Merge:
+        factors, replicas = self._grouped(number, group)
+        return Merge(
+            factors,
+            replicas,
+            self.statistics.of(number if group in (None, 0) else -1),
+            self._beside if apart else self.transport,
+            self.config,
+            step=step,
+            merges=merges,
+            measure=measure,
+            others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
+        )
+
+    def restore_flight(self, state: Mapping[str, Any]) -> None:
+        """Put a merge on its way again that had started and not landed; see `Flight.state_dict`."""
+        number, group, saved = state["number"], state["group"], state["merge"]
+        merge = self._made_merge(number, group, saved["step"], saved["number"] - 1, saved["measure"], apart=True)
+        merge.load_state_dict(saved)
+        self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
+
+    def _average_all(self) -> None:
+        """Average the gradients of all parameters over devices, before heads begin."""
+        if self.transport.world_size > 1:
+            params = [p for p in self.trained_by if p.requires_grad]
+            with self.transport.meeting(f"the averaging of gradients {self.where}"):
+                average_gradients(params, self.transport)
+
+    def _land(self, flight: Flight) -> MergeRecord:
+        self.merging = True
+        with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
+            waited = flight.wait()
+            record = flight.merge.land(self._states(), self.outer, waited)
+            self.flights.remove(flight)
+            self._merged(flight.merge)
+        self.merging = False
+        return record
+
+    def _merged(self, merge: Merge) -> None:
         self.guard.accept_writes()
+        every = self.config.verify_every
+        if every and merge.number % every == 0:
+            verify(merge.factors, self.transport, merge.number, merge.step)
+
+    def _noted(self, records: Sequence[MergeRecord]) -> MergeRecord | None:
+        """One record for all merges of a step, with the bytes of all steps since the one before."""
+        if not records:
+            return None
+        sent = self.transport.bytes_sent + (self._beside.bytes_sent if self.config.overlap else 0)
+        ddp = 0
+        for number, clock in enumerate(self.clocks):
+            steps = clock.step - self._counted_steps[number]
+            trained = [p for p, own in self.trained_by.items() if own == number and p.requires_grad]
+            ddp += steps * self.transport.bytes_of_sum(sum(p.nbytes for p in trained))
+            self._counted_steps[number] = clock.step
+        self.last_record = combined(records, bytes_sent=sent - self._counted_bytes, ddp_bytes=ddp)
+        self._counted_bytes = sent
         return self.last_record
+
+    def _states(self) -> dict[Tensor, Any]:
+        return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}
+
+    def _factors_of(self, number: int) -> list[Factors]:
+        return [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number]
+
+    def _grouped(self, number: int, group: int | None) -> tuple[list[Factors], Replicas]:
+        """What a group of the parameters that one optimizer trains is made of; groups are of about one size."""
+        params = [p for p, own in self.trained_by.items() if own == number]
+        if group is not None and self.config.stagger > 1:
+            total, before, chosen = sum(p.numel() for p in params), 0, []
+            for p in params:
+                # By its middle, so that a large one in the end does not leave a group empty.
+                if (2 * before + p.numel()) * self.config.stagger // (2 * total) == group:
+                    chosen.append(p)
+                before += p.numel()
+            params = chosen
+        own = set(params)
+        return [f for f in self._factors_of(number) if f.weight in own], self.injection.replicas.of(params)
 
     @property
     def _is_settling(self) -> bool:
         """Whether roles may still change: until every optimizer has made two steps, or one of them many."""
-        steps = [clock.step for clock in self.clocks]
+        steps = [clock.step - self.config.full_rank_steps for clock in self.clocks]
         return min(steps) < 2 and max(steps) < _SETTLING_STEPS
 
     def _look(self, look_at_bits: bool) -> None:
@@ -458,5 +613,7 @@ class Explorer(Trainees):
 
     def _before_demotion(self, factors: Sequence[Factors]) -> None:
         # What heads have learned since the last merge is not to be lost: a collective.
+        for flight in list(self.flights):
+            self._land(flight)
         if self.unmerged and factors:
-            merge.add_mean_deltas(factors, self.transport)
+            add_mean_deltas(factors, self.transport)

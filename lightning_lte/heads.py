@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_lte.config import Init
 from lightning_lte.trial import Trial
 
+Pair = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -84,7 +86,10 @@ class Factors:
         B: (n, *lead, out, rank), trained, zero at the start, so that the effective weight starts as W.
         anchor_A, anchor_B: shapes as A and B, or None with `reset`.
         remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
+        error: float32 in W's shape, what sums in int8 have lost so far on this device, or None.
         merging_from: while a merge writes to W, autograd's count of writes to it before; else None.
+        merging: while a merge writes to W, the factors that it merges, where they are not those of now.
+        merged_at: number of the last merge that wrote to W.
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients has used the factors.
     """
@@ -114,7 +119,10 @@ class Factors:
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self.remainder = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if half else None
+        self.error: Tensor | None = None
         self.merging_from: int | None = None
+        self.merging: Pair | None = None
+        self.merged_at = 0
         self.trial: Trial | None = None
         self.took_part = False
 
@@ -238,10 +246,20 @@ class Factors:
         """Write W <- W + delta. In half precision, what W can't hold is carried to the next merge."""
         if self.remainder is None:
             self.weight.add_(delta.to(self.weight.dtype))
-            return
-        exact = self.weight.float() + self.remainder + delta
+        else:
+            self.write(self.weight.float() + self.remainder + delta)
+
+    @torch.no_grad()
+    def exact(self) -> Tensor:
+        """A copy of W in float32 or better, with what a half-precision W could not hold."""
+        return self.weight.detach().clone() if self.remainder is None else self.weight.float() + self.remainder
+
+    @torch.no_grad()
+    def write(self, exact: Tensor) -> None:
+        """Write W <- exact. In half precision, what W can't hold is kept for the next merge."""
         self.weight.copy_(exact)
-        self.remainder.copy_(exact - self.weight.float())
+        if self.remainder is not None:
+            self.remainder.copy_(exact - self.weight.float())
 
     @torch.no_grad()
     def finite(self) -> Tensor:
@@ -249,11 +267,17 @@ class Factors:
         return self.A.isfinite().flatten(1).all(1) & self.B.isfinite().flatten(1).all(1)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """After a merge with `keep`: anchors <- factors, so that every head's effective weight is exactly W."""
+    def settle(self, merged: Pair | None = None) -> None:
+        """After a merge with `keep`: anchors <- the factors that were merged.
+
+        Args:
+            merged: these, shapes as A and B; None where they are the factors as they are now, which makes every head's
+                effective weight exactly W.
+        """
         if self.anchor_A is not None and self.anchor_B is not None:
-            self.anchor_A.copy_(self.A)
-            self.anchor_B.copy_(self.B)
+            A, B = merged or (self.A, self.B)
+            self.anchor_A.copy_(A)
+            self.anchor_B.copy_(B)
 
     @torch.no_grad()
     def restart(self, heads: Tensor, *, redraw: bool, merges: int = 0) -> None:
@@ -261,6 +285,8 @@ class Factors:
         self.B[heads] = 0
         if redraw:
             self.A[heads] = self.draw(merges).to(self.A)[heads]
+        if self.anchor_A is not None and self.anchor_B is not None:
+            self.anchor_A[heads], self.anchor_B[heads] = self.A[heads], self.B[heads]
 
 
 def _generator(seed: int, name: str, head: int, merges: int) -> torch.Generator:

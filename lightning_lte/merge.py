@@ -1,20 +1,25 @@
-"""The merge: W <- W + mean over all heads of delta, replicas <- their mean, then anchors or a reset."""
+"""The merge: W <- W + outer step of the mean delta of all heads, replicas <- their mean, then anchors or a reset."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lte.config import LTEConfig
-from lightning_lte.heads import Factors
+from lightning_lte.heads import Factors, Pair
+from lightning_lte.outer import OuterOptimizer
+from lightning_lte.payload import Payload, grouped
 from lightning_lte.replicas import Replicas
+from lightning_lte.report import listed
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
+from lightning_lte.trial import checksum
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
@@ -24,12 +29,15 @@ class MergeRecord:
     """What happened at one merge.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done when it started.
         merges: merges done, this one included.
-        time_s: seconds the merge took on this device.
-        bytes_sent: bytes this device sent for it.
+        time_s: seconds that training stood still for the merge on this device.
+        wait_s: seconds of these that it waited for what other devices send.
+        bytes_sent: bytes this device sent since the merge before; it received as many. See `Transport`.
+        ddp_bytes: bytes that data-parallel training would have sent in the same steps, one all-reduce of all trained
+            parameters for each.
         restarted: numbers of the heads, over all devices, that were left out because they were not finite.
-        delta_norm: Frobenius norm of what was added to all factored weights, or None if it was not asked for.
+        delta_norm: Frobenius norm of the mean delta of all factored weights, or None if it was not asked for.
         disagreement: sqrt(mean_h |delta_h|^2 / |mean delta|^2 - 1), the spread of the heads' deltas relative to their
             mean: 0 if all heads learned the same, sqrt(N - 1) if they learned orthogonal things. None if not asked for
             or if nothing was learned.
@@ -38,10 +46,234 @@ class MergeRecord:
     step: int
     merges: int
     time_s: float
+    wait_s: float
     bytes_sent: int
+    ddp_bytes: int
     restarted: tuple[int, ...]
     delta_norm: float | None
     disagreement: float | None
+
+
+class Merge:
+    """One merge, from its start to its landing.
+
+    `run` does all of it at once, with the memory of a few weights at a time. To let training go on meanwhile, call
+    `start`, then `exchange`, which alone communicates, in another thread, and in the end `land`: heads then go on from
+    the merged weights with what they have learned since the start.
+
+    Args:
+        factors: of the weights to merge.
+        replicas: to merge with them.
+        statistics: running statistics to average.
+        transport: to the other devices.
+        config: the user's choices.
+        step: optimizer steps done.
+        merges: merges done before this one.
+        measure: whether to compute the norm and the disagreement.
+        others: factors of weights that merge at other times. A head is bad if they are not finite, too; it starts anew
+            in all of them.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Factors],
+        replicas: Replicas,
+        statistics: RunningStatistics,
+        transport: Transport,
+        config: LTEConfig,
+        *,
+        step: int,
+        merges: int,
+        measure: bool = True,
+        others: Sequence[Factors] = (),
+    ) -> None:
+        self._others = others
+        self.factors, self.replicas, self.statistics = factors, replicas, statistics
+        self._transport, self._config, self._measure = transport, config, measure
+        self.step, self.number = step, merges + 1
+        self._time_s = self._wait_s = 0.0
+        self._sent_before = transport.bytes_sent
+        self._squared_mean = self._squared_heads = torch.zeros(())
+
+    def run(self, states: States, outer: OuterOptimizer | None = None) -> MergeRecord:
+        """All at once.
+
+        Args:
+            states: of the optimizers, by what they train; a reset or a restart changes moments.
+            outer: steps the weights; None for the plain sum.
+
+        Raises:
+            FloatingPointError: no head is finite. W stays as it was.
+        """
+        start = time.perf_counter()
+        self._find_good(states)
+        self._exchange_good()
+        self._check_good()
+        for group in grouped(self.factors, self._transport):
+            self._measure_heads(group)
+            payload = self._payload(group)
+            payload.take(self._good)
+            self._waiting(payload.exchange)
+            self._land_weights(payload, states, outer)
+        self._take_others(apart=False)
+        self._waiting(self._exchange_others)
+        return self._finish(states, start)
+
+    def start(self, states: States) -> None:
+        """Take what the heads have learned until now."""
+        start = time.perf_counter()
+        self._find_good(states)
+        self._measure_heads(self.factors)
+        self._together = self._payload(self.factors, apart=True)
+        self._together.take(self._good)
+        self._take_others(apart=True)
+        self._time_s += time.perf_counter() - start
+
+    def exchange(self) -> None:
+        """Communicate. A collective: every device has to call it."""
+        self._exchange_good()
+        self._together.exchange()
+        self._exchange_others()
+
+    def land(self, states: States, outer: OuterOptimizer | None = None, wait_s: float = 0.0) -> MergeRecord:
+        """Write what was merged; see `run`.
+
+        Args:
+            states: see `run`.
+            outer: see `run`.
+            wait_s: seconds that training stood still until the exchange was done.
+        """
+        start = time.perf_counter()
+        self._time_s, self._wait_s = self._time_s + wait_s, self._wait_s + wait_s
+        self._settle_interrupted(states)
+        self._check_good()
+        self._land_weights(self._together, states, outer)
+        return self._finish(states, start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it between `exchange` and `land`: what is equal on all devices, and under "rows" what is of the local
+        heads, or of this device, and has them as dimension 0."""
+        payload, replicas = self._together.state_dict(self._good_all), self.replicas.taken_state()
+        statistics = self.statistics.taken_state()
+        rows = {name: {"value": before} for name, before in replicas.pop("before").items()}
+        statistic_rows = {name: {"value": before} for name, before in statistics.pop("before").items()}
+        return {
+            "step": self.step,
+            "number": self.number,
+            "measure": self._measure,
+            "good": self._good_all.cpu(),
+            "squared_heads": self._squared_heads.cpu(),
+            "totals": payload["totals"],
+            "replicas": replicas,
+            "statistics": statistics,
+            "rows": {"factors": payload["merged"], "replicas": rows, "statistics": statistic_rows},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, in place of `start` and `exchange`."""
+        first = self._transport.rank * self.replicas.count
+        self._good_all = state["good"]
+        self._good = self._good_all[first : first + self.replicas.count]
+        self._squared_heads = state["squared_heads"]
+        rows = state["rows"]
+        self._together = self._payload(self.factors, apart=True)
+        self._together.load_state_dict({"totals": state["totals"], "merged": rows["factors"]})
+        self._mean_replicas = self._config.replicas == "merge"
+        before = {name: own["value"] for name, own in rows["replicas"].items()}
+        self.replicas.load_taken_state({**state["replicas"], "before": before})
+        before = {name: own["value"] for name, own in rows["statistics"].items()}
+        self.statistics.load_taken_state({**state["statistics"], "before": before})
+
+    # ---- heads that are not finite
+
+    def _settle_interrupted(self, states: States) -> None:
+        """Finish what an earlier try left half done: it was interrupted after it had written W."""
+        for f in self.factors:
+            if f.merging_from is not None and f.weight._version != f.merging_from:
+                _settle(f, states, self._config, None, self.number, f.merging)
+
+    def _find_good(self, states: States) -> None:
+        self._settle_interrupted(states)
+        self._good = _finite([*self.factors, *self._others], self.replicas)
+
+    def _exchange_good(self) -> None:
+        self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
+
+    def _check_good(self) -> None:
+        self._good_total = int(self._good_all.sum())
+        self._restarted = tuple(int(h) for h in (~self._good_all).nonzero().flatten())
+        if self._good_total == 0:
+            raise FloatingPointError(
+                f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, so there is"
+                " nothing to merge; the base weights stay as they were at the merge before. Lower the learning rate or"
+                " `alpha`, or clip gradients, and go on from the last checkpoint."
+            )
+
+    # ---- weights
+
+    def _payload(self, factors: Sequence[Factors], apart: bool = False) -> Payload:
+        return Payload(factors, self._transport, self._config.wire, self._config.payload, apart)
+
+    def _measure_heads(self, factors: Sequence[Factors]) -> None:
+        if self._measure:
+            self._squared_heads = sum((f.squared_norms(self._good) for f in factors), self._squared_heads)
+
+    def _land_weights(self, payload: Payload, states: States, outer: OuterOptimizer | None) -> None:
+        bad = ~self._good if self._restarted else None
+        for f in payload.factors:
+            # Settled one by one, so that a merge that was interrupted can be run, or landed, again.
+            if f.merged_at == self.number:
+                continue
+            delta = payload.total(f, self._good_all) / self._good_total
+            if self._measure:
+                self._squared_mean = self._squared_mean.to(delta) + delta.square().sum()
+            f.merging_from, f.merging = f.weight._version, payload.merged(f)
+            if outer is None:
+                f.add(delta)
+            else:
+                outer.step(f, delta)
+            _settle(f, states, self._config, bad, self.number, f.merging)
+
+    # ---- all else
+
+    def _take_others(self, apart: bool) -> None:
+        self._mean_replicas = self._config.replicas == "merge"
+        if self._mean_replicas:
+            self.replicas.take(self._transport, self._good, apart)
+        self.statistics.take(self._transport, apart)
+
+    def _exchange_others(self) -> None:
+        if self._mean_replicas:
+            self.replicas.exchange(self._transport)
+        self.statistics.exchange(self._transport)
+        if self._measure:
+            self._transport.sum_([self._squared_heads])
+
+    def _finish(self, states: States, start: float) -> MergeRecord:
+        if self._mean_replicas:
+            self.replicas.land(self._good_total)
+            if self._restarted:
+                _restart_replicas(self.replicas, states, ~self._good)
+        self.statistics.land()
+        if self._restarted:
+            for f in self._others:
+                _restart(f, states, ~self._good, self.number)
+        norm = disagreement = None
+        if self._measure:
+            norm = float(self._squared_mean.sqrt())
+            if norm > 0:
+                ratio = float(self._squared_heads) / self._good_total / norm**2
+                disagreement = max(0.0, ratio - 1) ** 0.5
+        self._time_s += time.perf_counter() - start
+        sent = self._transport.bytes_sent - self._sent_before
+        return MergeRecord(
+            self.step, self.number, self._time_s, self._wait_s, sent, 0, self._restarted, norm, disagreement
+        )
+
+    def _waiting(self, function: Any) -> None:
+        start = time.perf_counter()
+        function()
+        self._wait_s += time.perf_counter() - start
 
 
 def merge(
@@ -55,96 +287,64 @@ def merge(
     step: int,
     merges: int,
     measure: bool = True,
+    outer: OuterOptimizer | None = None,
 ) -> MergeRecord:
-    """Merge all heads of all devices into the base weights.
+    """Merge all heads of all devices into the base weights at once; see `Merge`."""
+    at_once = Merge(factors, replicas, statistics, transport, config, step=step, merges=merges, measure=measure)
+    return at_once.run(states, outer)
+
+
+def verify(factors: Sequence[Factors], transport: Transport, number: int, step: int) -> None:
+    """Raise if base weights are not bit-equal on all devices. A collective: every device has to call it.
 
     Args:
-        factors: of the weights to merge.
-        replicas: to merge with them.
-        statistics: running statistics to average.
-        states: of the optimizers, by what they train; a reset or a restart changes moments.
+        factors: of the weights.
         transport: to the other devices.
-        config: the user's choices.
-        step: optimizer steps done.
-        merges: merges done before this one.
-        measure: whether to compute the norm and the disagreement.
+        number: of the merge, for the message.
+        step: optimizer steps done, for the message.
 
     Raises:
-        FloatingPointError: no head is finite. W stays as it was.
+        RuntimeError: with the names of the weights.
     """
-    start, sent = time.perf_counter(), transport.bytes_sent
-    for f in factors:
-        if f.merging_from is not None and f.weight._version != f.merging_from:
-            # An earlier try was interrupted after it had written W.
-            _settle(f, states, config, None, merges + 1)
-    count = replicas.count
-    local = _finite(factors, replicas)
-    device = local.device
-    good_all = transport.stack(local.to(torch.uint8)).bool()
-    good = good_all[transport.rank * count : (transport.rank + 1) * count]
-    good_total = int(good_all.sum())
-    if good_total == 0:
-        raise FloatingPointError(
-            f"At the merge after step {step} no head of {len(good_all)} has finite factors, so there is nothing to"
-            " merge; the base weights stay as they were at the merge before. Lower the learning rate or `alpha`, or"
-            " clip gradients, and go on from the last checkpoint."
+    if transport.world_size == 1 or not factors:
+        return
+    sums = transport.stack(torch.stack([checksum(f.weight) for f in factors]).unsqueeze(0))
+    differ = (sums != sums[:1]).any(0).tolist()
+    if any(differ):
+        names = [f.name for f, unlike in zip(factors, differ, strict=True) if unlike]
+        raise RuntimeError(
+            f"Base weights must be bit-equal on all devices after a merge; after merge {number} (step {step}) these are"
+            f" not: {listed(names)}. Something else than merges writes to them on some devices, or the devices compute"
+            " differently; go on from the last checkpoint."
         )
-    good = good.to(device)
-    wide = torch.promote_types(factors[0].weight.dtype, torch.float32) if factors else torch.float32
-    squared_mean = torch.zeros((), device=device, dtype=wide)
-    squared_heads = torch.zeros((), device=device, dtype=wide)
-    bad, restarted = ~good, tuple(int(h) for h in (~good_all).nonzero().flatten())
-    for group in _groups(factors, transport):
-        if measure:
-            for f in group:
-                squared_heads += f.squared_norms(good).to(wide)
-        deltas = _summed(group, good, good_all, transport)
-        for f, delta in zip(group, deltas, strict=True):
-            delta /= good_total
-            if measure:
-                squared_mean += delta.square().sum().to(wide)
-            # Settled at once, so that a merge that was interrupted can be run again: this weight's delta is zero then.
-            f.merging_from = f.weight._version
-            f.add(delta)
-            _settle(f, states, config, bad if restarted else None, merges + 1)
-    if config.replicas == "merge":
-        replicas.merge(transport, good, good_total)
-        if restarted:
-            _restart_replicas(replicas, states, bad)
-    statistics.merge(transport)
 
-    norm = disagreement = None
-    if measure:
-        transport.sum_([squared_heads])
-        norm = float(squared_mean.sqrt())
-        if norm > 0:
-            disagreement = max(0.0, float(squared_heads / good_total / squared_mean) - 1) ** 0.5
-    return MergeRecord(
-        step, merges + 1, time.perf_counter() - start, transport.bytes_sent - sent, restarted, norm, disagreement
+
+def combined(records: Sequence[MergeRecord], *, bytes_sent: int, ddp_bytes: int) -> MergeRecord:
+    """One record for merges of different weights, with the bytes of all steps since the record before."""
+    norms = [record.delta_norm for record in records if record.delta_norm is not None]
+    return replace(
+        records[-1],
+        time_s=sum(record.time_s for record in records),
+        wait_s=sum(record.wait_s for record in records),
+        bytes_sent=bytes_sent,
+        ddp_bytes=ddp_bytes,
+        restarted=tuple(sorted({head for record in records for head in record.restarted})),
+        delta_norm=math.hypot(*norms) if norms else None,
     )
 
 
 @torch.no_grad()
 def add_mean_deltas(factors: Sequence[Factors], transport: Transport) -> None:
     """Write W <- W + mean over all heads of delta for some weights, whose heads are not needed any more."""
-    for group in _groups(factors, transport):
+    for group in grouped(factors, transport):
         everyone = torch.ones(group[0].count, dtype=torch.bool, device=group[0].A.device)
         heads = group[0].count * transport.world_size
+        payload = Payload(group, transport)
+        payload.take(everyone)
+        payload.exchange()
         everywhere = torch.ones(heads, dtype=torch.bool, device=everyone.device)
-        for f, delta in zip(group, _summed(group, everyone, everywhere, transport), strict=True):
-            f.add(delta / heads)
-
-
-def dense_is_cheaper(factors: Factors, world_size: int) -> bool:
-    """Which payload moves fewer bytes per device in a ring: the dense mean delta or the factors of all heads.
-
-    With anchors a head sends them beside its factors. The dense sum travels in float32 or better.
-    """
-    wide = torch.promote_types(factors.weight.dtype, torch.float32).itemsize
-    pairs = 1 if factors.anchor_A is None else 2
-    local = pairs * (factors.A.nbytes + factors.B.nbytes)
-    # 2 b (w - 1) / w bytes of an all-reduce against (w - 1) times the local factors, kept in whole numbers.
-    return 2 * factors.weight.numel() * wide <= world_size * local
+        for f in group:
+            f.add(payload.total(f, everywhere) / heads)
 
 
 def _finite(factors: Sequence[Factors], replicas: Replicas) -> Tensor:
@@ -155,51 +355,29 @@ def _finite(factors: Sequence[Factors], replicas: Replicas) -> Tensor:
     return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
 
 
-# Weights are merged a few at a time, which bounds the memory for their dense deltas.
-_GROUP_BYTES = 64 * 2**20
+def _settle(
+    f: Factors, states: States, config: LTEConfig, bad: Tensor | None, merges: int, merged: Pair | None = None
+) -> None:
+    """Let heads go on from the merged weight: new anchors, or a reset; `bad` heads, (n,) bool, start anew.
 
-
-def _groups(factors: Sequence[Factors], transport: Transport) -> list[list[Factors]]:
-    if transport.world_size == 1:
-        return [[f] for f in factors]
-    groups: list[list[Factors]] = [[]]
-    size = 0
-    for f in factors:
-        if groups[-1] and size + f.weight.numel() * 4 > _GROUP_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(f)
-        size += f.weight.numel() * 4
-    return groups
-
-
-def _summed(group: list[Factors], good: Tensor, good_all: Tensor, transport: Transport) -> list[Tensor]:
-    """Every weight's delta summed over all good heads of all devices, bit-equal on all devices."""
-    if transport.world_size == 1:
-        return [f.summed_delta(good) for f in group]
-    dense = {id(f): f.summed_delta(good) for f in group if dense_is_cheaper(f, transport.world_size)}
-    transport.sum_(list(dense.values()))
-    return [dense[id(f)] if id(f) in dense else _summed_from_all(f, good_all, transport) for f in group]
-
-
-def _summed_from_all(factors: Factors, good_all: Tensor, transport: Transport) -> Tensor:
-    A, B = (transport.stack(t.detach())[good_all.to(t.device)] for t in factors.current())
-    return factors.sum_of_products(A, B)
-
-
-def _settle(f: Factors, states: States, config: LTEConfig, bad: Tensor | None, merges: int) -> None:
-    """Let heads go on from the merged weight: new anchors, or a reset; `bad` heads, (n,) bool, start anew."""
+    Args:
+        merged: what was merged, where it is not the factors as they are now.
+    """
+    f.settle(merged)
     if bad is not None:
-        f.restart(bad, redraw=True, merges=merges)
-        for p in (f.A, f.B):
-            _zero_moments(p, states.get(p, {}), bad)
+        _restart(f, states, bad, merges)
     if config.after_merge == "reset":
         others = torch.ones(f.count, dtype=torch.bool, device=f.A.device) if bad is None else ~bad
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
         for p in (f.A, f.B):
             _prune_moments(p, states.get(p, {}), config.reset_moments)
-    f.settle()
-    f.merging_from = None
+    f.merging_from, f.merging, f.merged_at = None, None, merges
+
+
+def _restart(f: Factors, states: States, bad: Tensor, merges: int) -> None:
+    f.restart(bad, redraw=True, merges=merges)
+    for p in (f.A, f.B):
+        _zero_moments(p, states.get(p, {}), bad)
 
 
 def _restart_replicas(replicas: Replicas, states: States, bad: Tensor) -> None:

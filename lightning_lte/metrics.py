@@ -12,7 +12,10 @@ def merge_metrics(record: MergeRecord) -> dict[str, float]:
         "lte/delta_norm": record.delta_norm,
         "lte/head_disagreement": record.disagreement,
         "lte/merge_time_s": record.time_s,
+        "lte/merge_wait_s": record.wait_s,
         "lte/bytes_sent": record.bytes_sent,
+        "lte/bytes_received": record.bytes_sent,
+        "lte/ddp_bytes_sent": record.ddp_bytes,
         "lte/heads_restarted": len(record.restarted),
     }
     return {name: float(value) for name, value in metrics.items() if value is not None}

@@ -1,14 +1,16 @@
-"""Which optimizers can train heads."""
+"""Which optimizers can train heads, and step base weights at merges."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
@@ -38,6 +40,31 @@ def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
                 f"With {count} heads on a device the optimizer must update each element by itself, as SGD, Adam, AdamW"
                 f" and Adagrad do; received {name}, which mixes them. Choose another optimizer, or one head per device."
             )
+
+
+def check_outer_optimizer(make: Any) -> None:
+    """Raise if `make` makes no optimizer.
+
+    Raises:
+        TypeError: with rule, value and remedy.
+    """
+    remedy = "Give a class such as torch.optim.SGD, or functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9)."
+    if not callable(make) or isinstance(make, Optimizer):
+        raise TypeError(
+            f"outer_optimizer must make an optimizer from a list of parameters; received {make!r}. {remedy}"
+        )
+    try:
+        made = make([nn.Parameter(torch.zeros(1, 1))])
+    except Exception as error:
+        raise TypeError(
+            f"outer_optimizer must make an optimizer from a list of parameters; received {make!r}, which raised"
+            f" {type(error).__name__}: {error}. {remedy}"
+        ) from error
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"outer_optimizer must make a torch.optim.Optimizer; received {make!r}, which made"
+            f" {type(made).__name__}. {remedy}"
+        )
 
 
 def acts_per_element(optimizer: Optimizer) -> bool:

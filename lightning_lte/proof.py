@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -142,5 +143,12 @@ def _compare_inputs(
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    a, b = a.double(), b.double()
-    return bool(((a - b).abs() <= tolerance * (b.abs() + b.square().mean().sqrt())).all())
+    """Whether a is b but for `tolerance` times (|b| + the root mean square of b), element by element."""
+    if not b.numel():
+        return True
+    if b.dtype not in (torch.float32, torch.float64) or a.dtype != b.dtype:
+        a, b = a.double(), b.double()
+    scale = torch.linalg.vector_norm(b, dtype=torch.float64) / math.sqrt(b.numel())
+    # In place and without a copy in more bits: over all layers, comparing took as long as the forward passes.
+    excess = (a - b).abs_().sub_(b.abs().mul_(tolerance))
+    return bool(excess.max() <= tolerance * scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,8 @@ class Replicas:
     def __init__(self, count: int) -> None:
         self.count = count
         self._replicas: list[Replica] = []
+        # While a merge lasts: replica, its sum over heads, and its copies as they were.
+        self._taken: list[tuple[Replica, Tensor, Tensor | None]] = []
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas)
@@ -136,9 +138,15 @@ class Replicas:
         return torch.stack(checks).all(0) if checks else None
 
     @torch.no_grad()
-    def merge(self, transport: Transport, good: Tensor, good_total: int) -> None:
-        """Replace every replica by the mean over the good heads of all devices, accumulated in float32 or better."""
-        sums, merged = [], []
+    def take(self, transport: Transport, good: Tensor, apart: bool) -> None:
+        """Sum every replica over the good local heads, accumulated in float32 or better.
+
+        Args:
+            transport: to the other devices.
+            good: (n,) bool.
+            apart: whether replicas change before `land`, so that a copy of them is needed.
+        """
+        self._taken = []
         for replica in self._replicas:
             if not (replica.param.is_floating_point() or replica.param.is_complex()):
                 continue
@@ -155,26 +163,64 @@ class Replicas:
                     total.zero_()
             else:
                 total = replica.stack[good].to(wide).sum(0)
-            sums.append(total)
-            merged.append(replica)
-        transport.sum_(sums)
-        for replica, total in zip(merged, sums, strict=True):
-            replica.param.copy_(total / good_total)
-            if replica.stack is not None:
-                replica.stack.copy_(replica.param.expand_as(replica.stack))
+            self._taken.append((replica, total, replica.copies.clone() if apart else None))
+
+    def exchange(self, transport: Transport) -> None:
+        """Sum over all devices. A collective: every device has to call it."""
+        transport.sum_([total for _, total, _ in self._taken])
 
     @torch.no_grad()
+    def land(self, good_total: int) -> None:
+        """Replace every replica by the mean over the good heads of all devices; what it has learned since then stays.
+
+        Args:
+            good_total: how many heads are good.
+        """
+        for replica, total, before in self._taken:
+            mean = (total / good_total).to(replica.param.dtype)
+            if before is None:
+                own = mean.expand_as(replica.copies)
+            else:
+                # One that was not finite starts from the mean.
+                own = mean + (replica.copies - before).nan_to_num(0, 0, 0)
+            if replica.stack is None:
+                replica.param.copy_(own[0])
+            else:
+                replica.param.copy_(mean)
+                replica.stack.copy_(own)
+        self._taken = []
+
+    def taken_state(self) -> dict[str, dict[str, Tensor]]:
+        """What a merge has exchanged and not landed: sums over all heads, and the local copies as they were."""
+        return {
+            "totals": {replica.name: total.cpu() for replica, total, _ in self._taken},
+            "before": {replica.name: before.cpu() for replica, _, before in self._taken if before is not None},
+        }
+
+    def load_taken_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `taken_state`."""
+        self._taken = []
+        for replica in self._replicas:
+            if replica.name in state["totals"]:
+                device = replica.param.device
+                total, before = state["totals"][replica.name], state["before"][replica.name]
+                self._taken.append((replica, total.to(device, copy=True), before.to(device, copy=True)))
+
     def average_gradients(self, transport: Transport) -> None:
         """Average the gradients of replicas over devices, as data-parallel training does (`replicas="step"`)."""
-        if transport.world_size == 1:
-            return
-        trained = [r.param for r in self._replicas if r.param.requires_grad]
-        if not trained:
-            return
-        # Every device must send the same tensors, also for a parameter that took no part on one of them.
-        had = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        transport.sum_([*gradients, had])
-        for param, gradient, devices in zip(trained, gradients, had.tolist(), strict=True):
-            # One that took no part on any of them has none: optimizers pass it over.
-            param.grad = gradient / transport.world_size if devices else None
+        if transport.world_size > 1:
+            average_gradients([r.param for r in self._replicas if r.param.requires_grad], transport)
+
+
+@torch.no_grad()
+def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> None:
+    """Replace gradients by their mean over devices. A collective: every device has to call it."""
+    if not params:
+        return
+    # Every device must send the same tensors, also for a parameter that took no part on one of them.
+    had = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    transport.sum_([*gradients, had])
+    for param, gradient, devices in zip(params, gradients, had.tolist(), strict=True):
+        # One that took no part on any of them has none: optimizers pass it over.
+        param.grad = gradient / transport.world_size if devices else None

@@ -45,14 +45,14 @@ class RunningStatistics:
     """
 
     def __init__(self, module: nn.Module, trained_by: Mapping[nn.Parameter, int] | None = None) -> None:
-        self._statistics = [
-            _Statistic(
-                f"{name}.{key}" if name else key, layer, key, buffer, _trainer_of(module, name, trained_by or {})
-            )
-            for name, layer in module.named_modules()
-            for key in _KEYS
-            if (buffer := layer._buffers.get(key)) is not None
-        ]
+        self._statistics: list[_Statistic] = []
+        for name, layer in module.named_modules():
+            found = {key: buffer for key in _KEYS if (buffer := layer._buffers.get(key)) is not None}
+            number = _trainer_of(module, name, trained_by or {}) if found else 0
+            self._statistics += [_Statistic(f"{name}.{k}".lstrip("."), layer, k, b, number) for k, b in found.items()]
+        # While a merge lasts: those averaged, with their copies as they were; their sums, then counts of finite ones.
+        self._taken: list[tuple[_Statistic, Tensor | None]] = []
+        self._sums: list[Tensor] = []
 
     def of(self, number: int) -> RunningStatistics:
         """Those of layers that one optimizer trains."""
@@ -76,22 +76,42 @@ class RunningStatistics:
                 s.module._buffers[s.key] = s.buffer if head is None else s.own[head]
 
     @torch.no_grad()
-    def merge(self, transport: Transport) -> None:
-        """Average over all heads of all devices, leaving out those that are not finite: they would spoil all others."""
+    def take(self, transport: Transport, apart: bool) -> None:
+        """Sum over the local heads, leaving out those that are not finite: they would spoil all others.
+
+        Args:
+            transport: to the other devices.
+            apart: whether they change before `land`, so that a copy of them is needed.
+        """
         averaged = [s for s in self._statistics if s.buffer.is_floating_point()]
+        self._taken, self._sums = [], []
         if averaged and (transport.world_size > 1 or averaged[0].own):
             stacks = [torch.stack(s.own or [s.buffer]) for s in averaged]
             finite = torch.stack([stack.isfinite().flatten(1).all(1) for stack in stacks])  # (statistics, heads)
             wide = [torch.where(ok.view(-1, *[1] * (s.dim() - 1)), s, 0) for s, ok in zip(stacks, finite, strict=True)]
-            sums = [stack.sum(0) for stack in wide]
-            counts = finite.sum(1).to(torch.float32)
-            transport.sum_([*sums, counts])
-            for s, total, count in zip(averaged, sums, counts, strict=True):
-                s.buffer.copy_(torch.where(count > 0, total / count, s.buffer))
+            self._sums = [*(stack.sum(0) for stack in wide), finite.sum(1).to(torch.float32)]
+            self._taken = [(s, stack if apart else None) for s, stack in zip(averaged, stacks, strict=True)]
+
+    def exchange(self, transport: Transport) -> None:
+        """Sum over all devices. A collective: every device has to call it."""
+        transport.sum_(self._sums)
+
+    @torch.no_grad()
+    def land(self) -> None:
+        """Replace all by their means; what they have seen since then stays."""
+        if self._taken:
+            *sums, counts = self._sums
+            for (s, before), total, count in zip(self._taken, sums, counts, strict=True):
+                mean = torch.where(count > 0, total / count, s.buffer)
+                for i, own in enumerate(s.own or [s.buffer]):
+                    own.copy_(mean if before is None else mean + (own - before[i]).nan_to_num(0, 0, 0))
+                s.buffer.copy_(mean if s.own else s.buffer)
         for s in self._statistics:
             if s.own and not s.buffer.is_floating_point():
                 s.buffer.copy_(s.own[0])
-            self._give(s)
+                self._give(s)
+            s.version = s.buffer._version
+        self._taken, self._sums = [], []
 
     @torch.no_grad()
     def _give(self, s: _Statistic) -> None:
@@ -99,6 +119,26 @@ class RunningStatistics:
         for own in s.own:
             own.copy_(s.buffer)
         s.version = s.buffer._version
+
+    def taken_state(self) -> dict[str, dict[str, Tensor]]:
+        """What a merge has exchanged and not landed: sums over all heads, and the local ones as they were."""
+        if not self._taken:
+            return {"totals": {}, "counts": {}, "before": {}}
+        *sums, counts = self._sums
+        named = [s.name for s, _ in self._taken]
+        return {
+            "totals": {name: total.cpu() for name, total in zip(named, sums, strict=True)},
+            "counts": {name: count.cpu() for name, count in zip(named, counts, strict=True)},
+            "before": {s.name: before.cpu() for s, before in self._taken if before is not None},
+        }
+
+    def load_taken_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `taken_state`."""
+        taken = [s for s in self._statistics if s.name in state["totals"]]
+        self._taken = [(s, state["before"][s.name].to(s.buffer.device, copy=True)) for s in taken]
+        self._sums = [state["totals"][s.name].to(s.buffer.device, copy=True) for s in taken]
+        if taken:
+            self._sums.append(torch.stack([state["counts"][s.name] for s in taken]).to(taken[0].buffer.device))
 
     def rows(self) -> dict[str, Tensor]:
         """What local heads have of their own, by name: (n, *shape)."""

@@ -17,6 +17,15 @@ class MergeSchedule(ABC):
             last_merge: the value of `step` at the last merge, 0 before the first.
         """
 
+    def delay(self, group: int, groups: int) -> int:
+        """Steps that a group of weights waits after a merge is due, where groups merge in turn.
+
+        Args:
+            group: number of the group, from 0.
+            groups: how many there are.
+        """
+        return group
+
 
 class Every(MergeSchedule):
     """Merge whenever `period` optimizer steps have passed since the last merge (T in the paper).
@@ -41,6 +50,10 @@ class Every(MergeSchedule):
 
     def due(self, step: int, last_merge: int) -> bool:
         return step - last_merge >= self.period
+
+    def delay(self, group: int, groups: int) -> int:
+        """Groups are spread evenly over the period."""
+        return group * self.period // groups
 
     def __repr__(self) -> str:
         return f"Every({self.period})"

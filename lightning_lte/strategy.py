@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import ModuleType
@@ -37,6 +37,7 @@ from lightning_lte.report import Report
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
+from lightning_lte.wire import PayloadKind, Wire
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -82,6 +83,14 @@ class HeadsStrategy(_Base):
         execution: how heads share a device: "batched" in one forward, "sequential" in turn, "auto" batched where that
             is proved right on the first batch.
         loss_reduction: whether the loss is a "mean" or a "sum" over samples.
+        outer_optimizer: makes the optimizer that takes a merge's mean delta for the negative gradient of the base
+            weights; None for the plain sum.
+        wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
+        payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
+        full_rank_steps: optimizer steps of ordinary, synchronised training before heads begin.
+        overlap: steps that training goes on while a merge travels; 0 waits for it.
+        stagger: into how many groups weights are dealt that merge in turn.
+        verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -115,6 +124,13 @@ class HeadsStrategy(_Base):
         seed: int | None = None,
         execution: Execution = "auto",
         loss_reduction: LossReduction = "mean",
+        outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
+        wire: Wire = "float32",
+        payload: PayloadKind = "auto",
+        full_rank_steps: int = 0,
+        overlap: int = 0,
+        stagger: int = 1,
+        verify_every: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -138,6 +154,13 @@ class HeadsStrategy(_Base):
             seed=0 if seed is None else seed,
             execution=execution,
             loss_reduction=loss_reduction,
+            outer_optimizer=outer_optimizer,
+            wire=wire,
+            payload=payload,
+            full_rank_steps=full_rank_steps,
+            overlap=overlap,
+            stagger=stagger,
+            verify_every=verify_every,
         )
         self._seed = seed
         super().__init__(**kwargs)
@@ -151,6 +174,7 @@ class HeadsStrategy(_Base):
         self._synchronise = True
         self._stepping = False
         self._manual: ManualOptimization | None = None
+        self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
         self._interrupted = False
         self.measure = True
 
@@ -267,9 +291,7 @@ class HeadsStrategy(_Base):
     def configure_ddp(self) -> None:
         """Give all devices rank 0's weights. The module is not wrapped: its gradients stay where they are."""
         module = self._module
-        transport = Transport(self.world_size, self.global_rank)
-        if self._timeout is not None:
-            transport.timeout_s = self._timeout.total_seconds()
+        transport = Transport(self.world_size, self.global_rank, timeout=self._timeout)
         with torch.no_grad():
             transport.broadcast_([*module.parameters(), *module.buffers()])
         transport.bytes_sent = 0
@@ -284,7 +306,10 @@ class HeadsStrategy(_Base):
         self._synchronise, self._generators, self._interrupted = True, None, False
         # The norms of a merge cost time, and nobody sees them without a logger.
         self.measure = bool(trainer.loggers)
-        if explorer.count > 1 and config.execution != "auto":
+        self._split_batch = getattr(module, "split_batch", None)
+        if explorer.count > 1 and self._split_batch is not None:
+            explorer.go_sequential("split_batch splits the batch")
+        elif explorer.count > 1 and config.execution != "auto":
             how = explorer.go_batched if explorer.execution == "batched" else explorer.go_sequential
             how(f"execution={config.execution!r} was given")
         elif explorer.count > 1 and not module.automatic_optimization:
@@ -345,7 +370,7 @@ class HeadsStrategy(_Base):
         explorer = self._explorer
         assert explorer is not None
         step = super().training_step
-        if explorer.count == 1:
+        if explorer.count == 1 or explorer.full_rank:
             with explorer.heads():
                 return step(*args, **kwargs)
         batch, *rest = args
@@ -353,8 +378,7 @@ class HeadsStrategy(_Base):
         def own_step(part: Any) -> STEP_OUTPUT:
             return step(part, *rest, **kwargs)
 
-        by_hand = getattr(self._module, "split_batch", None)
-        if by_hand is None:
+        if self._split_batch is None:
             explorer.layout = explorer.layout or self._first_layout(batch)
             return execution.run(
                 explorer,
@@ -366,11 +390,8 @@ class HeadsStrategy(_Base):
                 # A step that steps optimizers by itself and serves all heads is not to meet heads that take turns.
                 fill_up=not self._module.automatic_optimization and explorer.execution == "batched",
             )
-        if explorer.execution != "sequential":
-            explorer.go_sequential("split_batch splits the batch")
-            self._announce()
         with self._logging_means():
-            return self._take_turns(explorer, own_step, by_hand(batch, explorer.count))
+            return self._take_turns(explorer, own_step, self._split_batch(batch, explorer.count))
 
     def _take_turns(self, explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
         if self._manual is None:
@@ -425,7 +446,7 @@ class HeadsStrategy(_Base):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer
         assert explorer is not None
-        if self._manual is not None:
+        if self._manual is not None or explorer.full_rank:
             acting: AbstractContextManager[Any] = nullcontext()  # that of the head whose turn it is
         elif explorer.execution == "batched":
             # Layers under activation checkpointing run forward again here.
@@ -616,8 +637,11 @@ class HeadsStrategy(_Base):
         self._checkpoint_io = io
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The settings of the user's param groups; the heads' moments are in checkpoint["lte"]."""
-        if self._explorer is None:
+        """The settings of the user's param groups; the heads' moments are in checkpoint["lte"].
+
+        Before heads begin it is what it always is.
+        """
+        if self._explorer is None or self._explorer.full_rank:
             return super().optimizer_state(optimizer)
         return self._explorer.substitution.plain_state(self._bare(optimizer))
 
@@ -660,6 +684,8 @@ class HeadsStrategy(_Base):
             return
         undecided = explorer.execution == "auto"
         explorer.load_state_dict(state)
+        if explorer.full_rank:
+            super().load_optimizer_state_dict(checkpoint)
         explorer.rest()
         devices, streams = state["devices"], state["generators"]
         # On another number of devices there is no telling whose stream goes on where.

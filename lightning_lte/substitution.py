@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,11 +85,12 @@ class Substitution:
                     group["param_names"] = [name for own in inside.values() for name in own]
                 self._swaps[number].append(_Swap(group, outside, names, list(group["params"])))
                 for param in outside:
-                    if param in self._replacements and optimizer.state.pop(param, None) is not None:
+                    state = optimizer.state.pop(param, None) if param in self._replacements else None
+                    if state is not None:
                         self._had_state[number].add(param)
                         for new in self._replacements[param].values():
                             if new not in self._states[number]:
-                                _start_state(optimizer, group, new)
+                                _start_state(optimizer, group, new, param, state)
             optimizer.state.update(self._states[number])
             self._states[number].clear()
 
@@ -104,6 +106,11 @@ class Substitution:
             self._swaps[number] = []
             for param in ours & optimizer.state.keys():
                 self._states[number][param] = optimizer.state.pop(param)
+
+    def forget(self) -> None:
+        """Forget the states of what is inside, while the substitution rests."""
+        for states in self._states:
+            states.clear()
 
     def undo(self) -> None:
         """Give every group the parameters that the user put there, for good, and forget the states of all others."""
@@ -177,8 +184,26 @@ class Substitution:
         return content
 
 
-def _start_state(optimizer: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> None:
-    """Give a parameter the state that some optimizers (Adagrad) make when they are constructed; most make it later."""
+def _start_state(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    param: nn.Parameter,
+    former: nn.Parameter | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Give a parameter its first state.
+
+    One that has a copy of a former parameter for each head goes on with that parameter's state. All others have what
+    some optimizers (Adagrad) make when they are constructed; most make it later.
+    """
+    if former is not None and state and param.shape[1:] == former.shape and param.dim() == former.dim() + 1:
+        optimizer.state[param] = {
+            key: value.expand(len(param), *value.shape).clone()
+            if isinstance(value, Tensor) and value.shape == former.shape and key != "step"
+            else copy.copy(value)
+            for key, value in state.items()
+        }
+        return
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     constructor: Any = type(optimizer)
     try:

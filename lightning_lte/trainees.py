@@ -38,6 +38,7 @@ class Trainees:
         frozen: what an optimizer holds and `replicas="freeze"` leaves as it is.
         gradient_scale: what gradients of single heads are multiplied by: n, as local heads share the mean of their
             losses; 1 where each of them runs backward on a loss of its own.
+        full_rank: whether heads have not begun, and the user's own parameters are trained.
         made_replicas: what lost its heads while training ran, and why.
 
     Raises:
@@ -54,6 +55,7 @@ class Trainees:
                 self.trained_by.setdefault(param, number)
         self.made_replicas: dict[str, str] = {}
         self.gradient_scale = count
+        self.full_rank = config.full_rank_steps > 0
         self._begun = False
         self._scaled: set[nn.Parameter] = set()
         self._names = {p: n for n, p in module.named_parameters()}
@@ -68,8 +70,10 @@ class Trainees:
             if config.execution == "sequential" and count > 1:
                 self.statistics.split(count)
             self.guard = Guard(self._watched())
-            for f in self.injection.factors.values():
-                f.trial = Trial(f.weight)
+            if self.full_rank:
+                self.substitution.rest()
+            else:
+                self._begin_trials()
         except BaseException:
             eject(module)
             if hasattr(self, "substitution"):
@@ -90,7 +94,10 @@ class Trainees:
         """Show the optimizers what they train. What came into their groups since is trained as a replica.
 
         The first time, the module's parameters are taken as they are now: hooks before training may have loaded them.
+        Nothing is done before heads begin.
         """
+        if self.full_rank:
+            return
         self.substitution.act()
         if not self._begun:
             self._begun = True
@@ -104,12 +111,29 @@ class Trainees:
                         self.injection.adopt(name, param)
                         self.substitution.names[param] = name
 
+    def begin_heads(self) -> None:
+        """Train through heads from now on, which go on from the weights as they are."""
+        self.full_rank = False
+        for param in self.trained_by:
+            param.grad = None
+        self.take_weights({w.name for w in self._watched()})
+        self.statistics.select(None)
+        self._begin_trials()
+        self.substitution.forget()
+        self.act()
+
+    def _begin_trials(self) -> None:
+        for f in self.injection.factors.values():
+            f.trial = Trial(f.weight)
+
     def rest(self) -> None:
         """Show the optimizers the user's own parameters; between batches, for those who look."""
         self.substitution.rest()
 
     def trained_for(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """What is trained in place of parameters that the module shows: factors, replicas, or they themselves."""
+        if self.full_rank:
+            return list(params)
         stacks = {shown: replica.trained for replica in self.injection.replicas for shown in replica.shown}
         trained: list[nn.Parameter] = []
         for param in params:

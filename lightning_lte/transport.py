@@ -17,9 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_lte.wire import Wire, decode, encode
+
 # Tensors are packed into flat buckets, so that many small ones cost one call; the cap bounds the extra memory.
 BUCKET_BYTES = 64 * 2**20
 
+# Seconds that devices wait for each other if nothing else was said.
+_TIMEOUT_S = 1800.0
 # Seconds beyond its own timeout that an answer of the store is waited for: where its host is stopped, none ever comes.
 _STORE_GRACE_S = 2.0
 
@@ -35,41 +39,144 @@ class Transport:
     Args:
         world_size: number of devices; 1 needs no process group.
         rank: number of this device.
+        group: process group; None for the one of all.
+        timeout: for meetings, and the collectives of groups made from this; None for that of the backend.
 
     Attributes:
         bytes_sent: bytes this device has sent since the start, by the count of a ring: an all-reduce of b bytes sends
-            2 b (w - 1) / w, an all-gather of b bytes per device sends b (w - 1).
-        timeout_s: seconds that devices wait for each other where they meet: that of the process group.
+            2 b (w - 1) / w, an all-gather of b bytes per device sends b (w - 1), and an exchange of b bytes between all
+            sends b (w - 1) / w. Each device receives as much.
+        timeout_s: seconds that devices wait for each other where they meet.
         lost: whether a meeting has failed. The devices that failed can't meet again.
     """
 
-    timeout_s = 1800.0
-    lost = False
-
-    def __init__(self, world_size: int = 1, rank: int = 0) -> None:
-        self.world_size, self.rank = world_size, rank
+    def __init__(
+        self,
+        world_size: int = 1,
+        rank: int = 0,
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.world_size, self.rank, self.group, self.timeout = world_size, rank, group, timeout
+        self.timeout_s = _TIMEOUT_S if timeout is None else timeout.total_seconds()
+        self.lost = False
         self.bytes_sent = 0
 
-    @torch.no_grad()
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its sum over all devices, bit-equal on all of them."""
+    def beside(self) -> Transport:
+        """A transport whose traffic does not wait for this one's. A collective: every device has to call it."""
         if self.world_size == 1:
+            return Transport()
+        group: Any = dist.new_group(timeout=self.timeout)
+        return Transport(self.world_size, self.rank, group, self.timeout)
+
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor], wire: Wire = "float32", errors: Sequence[Tensor] | None = None) -> None:
+        """Replace every tensor by its sum over all devices, bit-equal on all of them.
+
+        Args:
+            tensors: of the same shapes on all devices.
+            wire: "float32" sends each in its own dtype. With fewer bits each device receives its share of the rows from
+                all others, sums it in float32 in the order of ranks, and sends the sum to all.
+            errors: float32, one for each tensor: what the last sums lost to rounding, which is added now; what is lost
+                now is left there.
+        """
+        if self.world_size == 1:
+            return
+        if wire != "float32":
+            for indices in _indices(tensors):
+                self._sum_rounded([tensors[i] for i in indices], wire, errors and [errors[i] for i in indices])
             return
         for bucket in buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            dist.all_reduce(flat)
-            self.bytes_sent += 2 * flat.nbytes * (self.world_size - 1) // self.world_size
+            dist.all_reduce(flat, group=self.group)
+            self.bytes_sent += self.bytes_of_sum(flat.nbytes)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def bytes_of_sum(self, count: int) -> int:
+        """Bytes that a device sends for the sum of so many bytes."""
+        return 2 * count * (self.world_size - 1) // self.world_size
+
+    def _sum_rounded(self, tensors: Sequence[Tensor], wire: Wire, errors: Sequence[Tensor] | None) -> None:
+        devices = range(self.world_size)
+        # Rows of every tensor are dealt out to the devices.
+        wide = [_rows(t).float() for t in tensors]
+        lost = None if errors is None else [_rows(e) for e in errors]
+        if lost is not None:
+            wide = [x + e for x, e in zip(wide, lost, strict=True)]
+        shares = [[x.tensor_split(self.world_size)[device] for x in wide] for device in devices]
+        shapes = [[x.shape for x in share] for share in shares]
+        codes = [encode(share, wire) for share in shares]
+        received = self._exchange_bytes(codes)
+        own = [torch.zeros(shape, device=wide[0].device) for shape in shapes[self.rank]]
+        for code in received:
+            for total, part in zip(own, decode(code, shapes[self.rank], wire), strict=True):
+                total += part
+        summed = encode(own, wire)
+        sizes = [len(code) for code in codes]
+        sums = [decode(c, s, wire) for c, s in zip(self._gather_bytes(summed, sizes), shapes, strict=True)]
+        if lost is not None:
+            for device in devices:
+                sent = decode(codes[device], shapes[device], wire)
+                for e, x, rounded in zip(lost, shares[device], sent, strict=True):
+                    e.tensor_split(self.world_size)[device].copy_(x - rounded)
+            for e, total, rounded in zip(lost, own, sums[self.rank], strict=True):
+                e.tensor_split(self.world_size)[self.rank].add_(total - rounded)
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(torch.cat([share[i] for share in sums]).view_as(tensor))
+
+    def _exchange_bytes(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Send one code to each device; returns what each has sent here, which are all as long as the own one."""
+        length = max(map(len, codes))
+        sent = torch.stack([_padded(code, length) for code in codes]).flatten()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        self.bytes_sent += length * (self.world_size - 1)
+        return [part[: len(codes[self.rank])] for part in received.view(self.world_size, length)]
+
+    def _gather_bytes(self, code: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The codes of all devices, whose sizes everyone knows."""
+        length = max(sizes)
+        parts = [torch.empty(length, dtype=torch.uint8, device=code.device) for _ in sizes]
+        dist.all_gather(parts, _padded(code, length), group=self.group)
+        self.bytes_sent += length * (self.world_size - 1)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Concatenate along dimension 0 the tensors of all devices, in the order of ranks; all have one shape."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
         self.bytes_sent += tensor.nbytes * (self.world_size - 1)
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def stack_all(self, tensors: Sequence[Tensor], wire: Wire = "float32") -> list[Tensor]:
+        """`stack` for many tensors, in few calls.
+
+        Args:
+            tensors: of the same shapes on all devices.
+            wire: "float32" sends each in its own dtype; otherwise all come back in float32, rounded, the own ones too.
+        """
+        if self.world_size == 1:
+            return list(tensors)
+        stacked: list[Tensor] = [tensors[0]] * len(tensors) if tensors else []
+        for indices in _indices(tensors):
+            bucket = [tensors[i].detach() for i in indices]
+            shapes = [t.shape for t in bucket]
+            if wire == "float32":
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                rows = self.stack(flat.unsqueeze(0))
+                columns = rows.split([s.numel() for s in shapes], dim=1)
+                parts = [part.reshape(-1, *s[1:]) for part, s in zip(columns, shapes, strict=True)]
+            else:
+                code = encode(bucket, wire)
+                decoded = [decode(c, shapes, wire) for c in self._gather_bytes(code, [len(code)] * self.world_size)]
+                parts = [torch.cat(own) for own in zip(*decoded, strict=True)]
+            for i, part in zip(indices, parts, strict=True):
+                stacked[i] = part
+        return stacked
 
     @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
@@ -78,7 +185,7 @@ class Transport:
             return
         for tensor in tensors:
             contiguous = tensor.contiguous()
-            dist.broadcast(contiguous, src=0)
+            dist.broadcast(contiguous, src=0, group=self.group)
             tensor.copy_(contiguous)
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -86,7 +193,7 @@ class Transport:
         if self.world_size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0)
+        dist.gather_object(value, gathered, dst=0, group=self.group)
         return gathered
 
     @contextmanager
@@ -227,13 +334,27 @@ def _destroy() -> None:
 
 def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Deal tensors into lists of one dtype and device, of at most `BUCKET_BYTES` unless one tensor alone is larger."""
-    dealt: list[list[Tensor]] = []
-    filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
+    return [[tensors[i] for i in indices] for indices in _indices(tensors)]
+
+
+def _indices(tensors: Sequence[Tensor]) -> list[list[int]]:
+    dealt: list[list[int]] = []
+    filling: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+    for i, tensor in enumerate(tensors):
         key = (tensor.dtype, tensor.device)
-        bucket = filling.get(key)
-        if bucket is None or sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-            bucket = filling[key] = []
+        bucket, size = filling.get(key, ([], 0))
+        if not bucket or size + tensor.nbytes > BUCKET_BYTES:
+            bucket, size = [], 0
             dealt.append(bucket)
-        bucket.append(tensor)
+        bucket.append(i)
+        filling[key] = (bucket, size + tensor.nbytes)
     return dealt
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(rows, columns), with the last dimension as columns."""
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() and tensor.numel() else tensor.reshape(-1, 1)
+
+
+def _padded(code: Tensor, length: int) -> Tensor:
+    return torch.cat([code, code.new_zeros(length - len(code))])

@@ -128,6 +128,9 @@ class Oracle:
         optimizer: makes a worker's optimizer from its parameters.
         clip: the largest norm of a worker's gradient.
         accumulate: calls of `step` for one step of the optimizers, each with its share of the loss.
+        outer: makes the outer optimizer over the merged weights; None for the plain sum.
+        overlap: steps from the start of a merge to its landing.
+        groups: names of parameters that merge together, and how many steps after a merge is due; None for all at once.
 
     Attributes:
         merged: a plain model with W and the replicas as of the last merge.
@@ -147,6 +150,9 @@ class Oracle:
         replicas: Literal["merge", "step", "freeze"] = "merge",
         clip: float | None = None,
         accumulate: int = 1,
+        outer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        overlap: int = 0,
+        groups: Mapping[int, Iterable[str]] | None = None,
     ) -> None:
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
         self.clip, self.accumulate = clip, accumulate
@@ -157,6 +163,16 @@ class Oracle:
             for n in range(workers)
         ]
         self.steps = self.merges = self._calls = self._last_merge = 0
+        self.overlap = overlap
+        everything = [*self.workers[0].layers, *self.workers[0].replicas]
+        self.groups = {0: everything} if groups is None else {delay: list(names) for delay, names in groups.items()}
+        self._outer: dict[str, Optimizer] = {}
+        if outer is not None:
+            for name in self.workers[0].layers:
+                layer, key = place(self.merged, name)
+                self._outer[name] = outer([getattr(layer, key)])
+        # Merges that have started: the step when they land, and what each worker had.
+        self._flights: list[tuple[int, dict[str, list[Tensor]]]] = []
 
     def step(self, slices: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> None:
         """Train every worker on its own slice (x, y) with `loss(model(x), y)`, and merge if that is due."""
@@ -177,39 +193,74 @@ class Oracle:
             worker.optimizer.step()
             worker.optimizer.zero_grad()
         self.steps += 1
+        for flight in [f for f in self._flights if f[0] <= self.steps]:
+            self._land(flight)
         if self.steps - self._last_merge >= self.period:
-            self.merge()
+            self._last_merge = self.steps
+        for delay, names in self.groups.items():
+            if self._last_merge and self.steps - self._last_merge == delay:
+                self._start(names, self.overlap)
+
+    def merge(self) -> None:
+        """Merge everything now; what is on its way lands before."""
+        for flight in list(self._flights):
+            self._land(flight)
+        self._start([name for names in self.groups.values() for name in names], 0)
+        self._last_merge = self.steps
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """W <- W + 1/N sum_n s (B_n A_n - V_n), then V_n <- B_n A_n, or B_n <- 0."""
-        for name in self.workers[0].layers:
+    def _start(self, names: Iterable[str], overlap: int) -> None:
+        """Note what every worker has: B_n A_n, or its replica."""
+        taken = {
+            name: [
+                (w.layers[name].product() if name in w.layers else w.replicas[name]).detach().clone()
+                for w in self.workers
+            ]
+            for name in names
+        }
+        flight = (self.steps + overlap, taken)
+        self._flights.append(flight)
+        if not overlap:
+            self._land(flight)
+
+    @torch.no_grad()
+    def _land(self, flight: tuple[int, dict[str, list[Tensor]]]) -> None:
+        """W <- W + 1/N sum_n s (P_n - V_n), then V_n <- P_n, where P_n is B_n A_n at the start; or B_n <- 0."""
+        self._flights.remove(flight)
+        for name, taken in flight[1].items():
+            if name not in self.workers[0].layers:
+                mean = sum(taken) / len(taken)
+                self.merged.get_parameter(name).copy_(mean)
+                for worker, own in zip(self.workers, taken, strict=True):
+                    worker.replicas[name].add_(mean - own)
+                continue
             layers = [worker.layers[name] for worker in self.workers]
-            W = layers[0].W + sum(layer.delta() for layer in layers) / len(layers)
+            pairs = zip(layers, taken, strict=True)
+            delta = sum(layer.scale * (product - layer.V) for layer, product in pairs) / len(layers)
             layer, key = place(self.merged, name)
-            getattr(layer, key).copy_(W)
-            for layer in layers:
-                layer.W = W.clone()
+            weight = getattr(layer, key)
+            if name in self._outer:
+                weight.grad = -delta
+                self._outer[name].step()
+                weight.grad = None
+            else:
+                weight.copy_(layers[0].W + delta)
+            for layer, product in zip(layers, taken, strict=True):
+                layer.W = weight.detach().clone()
                 if self.after_merge == "keep":
-                    layer.V = layer.product()
+                    layer.V = product
                 else:
                     layer.B.zero_()
-        for name in self.workers[0].replicas:
-            mean = sum(worker.replicas[name] for worker in self.workers) / len(self.workers)
-            self.merged.get_parameter(name).copy_(mean)
-            for worker in self.workers:
-                worker.replicas[name].copy_(mean)
         for name, buffer in self.merged.named_buffers():
             own = [dict(worker.model.named_buffers())[name] for worker in self.workers]
             buffer.copy_(sum(own) / len(own) if buffer.is_floating_point() else own[0])
             for other in own:
                 other.copy_(buffer)
         self.merges += 1
-        self._last_merge = self.steps
 
     def finish(self) -> nn.Module:
         """Merge what was learned since the last merge; returns the plain model."""
-        if self.steps > self._last_merge:
+        if self._flights or len(self.groups) > 1 or self.steps > self._last_merge:
             self.merge()
         return self.merged
 

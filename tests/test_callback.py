@@ -21,7 +21,10 @@ NAMES = {
     "lte/delta_norm",
     "lte/head_disagreement",
     "lte/merge_time_s",
+    "lte/merge_wait_s",
     "lte/bytes_sent",
+    "lte/bytes_received",
+    "lte/ddp_bytes_sent",
     "lte/heads_restarted",
 }
 
@@ -109,4 +112,9 @@ def _fit_on_two(folder: str) -> list[dict[str, str]]:
 def test_bytes_are_counted_on_two_devices(tmp_path: Path) -> None:
     rows = run(_fit_on_two, 2, str(tmp_path), group=False)[0]
     assert len(rows) == 3
-    assert all(float(row["lte/bytes_sent"]) > 0 for row in rows)
+    for row in rows:
+        assert float(row["lte/bytes_received"]) == float(row["lte/bytes_sent"]) > 0
+        assert 0 <= float(row["lte/merge_wait_s"]) <= float(row["lte/merge_time_s"])
+    # The last merge came after one step, those before after three.
+    ddp = [float(row["lte/ddp_bytes_sent"]) for row in rows]
+    assert ddp[0] == ddp[1] == 3 * ddp[2] == 3 * sum(p.nbytes for p in Module().parameters())

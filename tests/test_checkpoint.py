@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+OUTER = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+
+
 @pytest.mark.parametrize(
     ("heads", "execution", "choices"),
     [
@@ -89,6 +93,14 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         (4, "batched", {"after_merge": "reset"}),
         (4, "batched", {"replicas": "freeze"}),
         (2, "batched", {"replicas": "step"}),
+        (4, "batched", {"outer_optimizer": OUTER}),
+        (4, "sequential", {"overlap": 3}),
+        (1, "auto", {"overlap": 3}),
+        (4, "batched", {"stagger": 2, "overlap": 3, "outer_optimizer": OUTER}),
+        (4, "batched", {"stagger": 3, "after_merge": "reset"}),
+        (4, "batched", {"full_rank_steps": 7}),
+        (4, "sequential", {"full_rank_steps": 2}),
+        (1, "auto", {"full_rank_steps": 5}),
     ],
 )
 def test_resuming_in_the_middle_of_a_period_equals_not_stopping(
@@ -98,21 +110,37 @@ def test_resuming_in_the_middle_of_a_period_equals_not_stopping(
     train(str(tmp_path / "part"), 1, heads=heads, execution=execution, **choices)
     # After 5 steps with a merge every 3: in the middle of a period.
     [first] = (tmp_path / "part").glob("epoch=0*")
-    assert torch.load(first, weights_only=True)["lte"]["clocks"] == [{"step": 5, "merges": 1, "last_merge": 3}]
+    saved = torch.load(first, weights_only=True)["lte"]
+    [clock] = saved["clocks"]
+    assert clock["step"] == 5
+    if "full_rank_steps" in choices:
+        assert saved["full_rank"] == (choices["full_rank_steps"] >= 5)
+    else:
+        assert (clock["merges"], clock["last_merge"]) == (choices.get("stagger", 1), 3)
+    # The merge that started at step 3 lands at step 6.
+    assert len(saved["flights"]) == ("overlap" in choices) * choices.get("stagger", 1)
     resumed = train(str(tmp_path / "rest"), 3, resume=str(first), heads=heads, execution=execution, **choices)
     assert_equal(whole, resumed)
 
 
-def _resume_on_two(folder: str, heads: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    whole = train(f"{folder}/whole", 3, heads=heads, devices=2)
-    train(f"{folder}/part", 1, heads=heads, devices=2)
+def _resume_on_two(folder: str, heads: int, choices: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    whole = train(f"{folder}/whole", 3, heads=heads, devices=2, **choices)
+    train(f"{folder}/part", 1, heads=heads, devices=2, **choices)
     [first] = Path(folder, "part").glob("epoch=0*")
-    return whole, train(f"{folder}/rest", 3, resume=str(first), heads=heads, devices=2)
+    return whole, train(f"{folder}/rest", 3, resume=str(first), heads=heads, devices=2, **choices)
 
 
-@pytest.mark.parametrize("heads", [2, 4])
-def test_resuming_on_two_processes_equals_not_stopping(tmp_path: Path, heads: int) -> None:
-    results = run(_resume_on_two, 2, str(tmp_path), heads, group=False, timeout_s=120)
+@pytest.mark.parametrize(
+    ("heads", "choices"),
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"wire": "int8", "payload": "dense", "overlap": 3}),
+        (4, {"wire": "bfloat16", "payload": "factors", "stagger": 2, "overlap": 2, "outer_optimizer": OUTER}),
+    ],
+)
+def test_resuming_on_two_processes_equals_not_stopping(tmp_path: Path, heads: int, choices: dict[str, Any]) -> None:
+    results = run(_resume_on_two, 2, str(tmp_path), heads, choices, group=False, timeout_s=120)
     for whole, resumed in results:
         assert_equal(whole, resumed)
     for name, value in results[0][0]["after"].items():
@@ -210,7 +238,8 @@ def test_training_goes_on_from_a_file_saved_after_fit(tmp_path: Path) -> None:
     t.fit(Module(), loader(160, 16))
     t.save_checkpoint(tmp_path / "after.ckpt")
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
-    assert saved["lte"]["clocks"] == [{"step": 7, "merges": 3, "last_merge": 7}]
+    [clock] = saved["lte"]["clocks"]
+    assert clock == {"step": 7, "merges": 3, "last_merge": 7, "groups_left": 0, "last_whole": 7}
     assert saved["lte"]["optimizers"][0]["net.first.weight.A"]["exp_avg"]["heads"].abs().sum() > 0
     again = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=10)
     merges = Recorder(lambda t, _: t.strategy.explorer.clock.merges)

@@ -56,6 +56,21 @@ def test_digits_yaml_with_overrides(tmp_path: Path) -> None:
     assert type(made.model.net.blocks[0].mlp.fc1) is torch.nn.Linear
 
 
+def test_an_outer_optimizer_comes_from_yaml(tmp_path: Path) -> None:
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(
+        "trainer:\n  strategy:\n    class_path: lightning_lte.LTEStrategy\n    init_args:\n      heads: 4\n"
+        "      overlap: 1\n      stagger: 2\n      wire: int8\n"
+        "      outer_optimizer:\n        class_path: torch.optim.SGD\n"
+        "        init_args:\n          lr: 0.5\n          momentum: 0.9\n"
+    )
+    made = cli.run([*brief("digits.yaml", tmp_path), f"--config={outer}", "--trainer.strategy.merge_every=2"])
+    strategy = made.trainer.strategy
+    assert isinstance(strategy, lightning_lte.LTEStrategy) and strategy.config.outer_optimizer is not None
+    optimizer = strategy.config.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.9
+
+
 def test_the_console_script_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lightning-lte", *brief("digits.yaml", tmp_path)])
 

@@ -55,6 +55,19 @@ BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"execution": "parallel"}, ValueError),
     ({"seed": 1.0}, TypeError),
     ({"seed": True}, TypeError),
+    ({"wire": "fp8"}, ValueError),
+    ({"payload": "both"}, ValueError),
+    ({"norms": "vector"}, ValueError),
+    ({"loss_reduction": "none"}, ValueError),
+    ({"overlap": -1}, ValueError),
+    ({"overlap": 1.5}, TypeError),
+    ({"overlap": 11}, ValueError),
+    ({"stagger": 0}, ValueError),
+    ({"stagger": 11}, ValueError),
+    ({"verify_every": 0}, ValueError),
+    ({"outer_optimizer": 0.7}, TypeError),
+    ({"outer_optimizer": len}, TypeError),
+    ({"outer_optimizer": list}, TypeError),
 ]
 
 
@@ -86,6 +99,20 @@ def test_what_a_reset_does_is_refused_where_nothing_is_reset(bad: dict[str, Any]
     with pytest.raises(ValueError, match=r"never resets; received .* Give after_merge='reset'"):
         LTEConfig(heads=8, **bad)
     LTEConfig(heads=8, after_merge="reset", **bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "remedy"),
+    [
+        ({"overlap": 2}, "Give after_merge='keep' or overlap=0"),
+        ({"payload": "factors", "wire": "int8"}, "Give payload='dense', or wire='float32'"),
+    ],
+    ids=str,
+)
+def test_what_needs_anchors_is_refused_where_there_are_none(bad: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"received .* {remedy}"):
+        LTEConfig(heads=8, after_merge="reset", **bad)
+    LTEConfig(heads=8, **bad)
 
 
 @given(st.integers(1, 64), st.integers(1, 64))

@@ -89,6 +89,21 @@ def test_weights_are_bit_equal_on_all_devices_after_every_merge(heads: int, exec
     assert not torch.equal(first[0]["net.first.weight"], first[1]["net.first.weight"])
 
 
+def full_rank_beside_ddp() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    trained = []
+    for s in (LTEStrategy(4, 3, rank=RANK, full_rank_steps=100), "ddp"):
+        module = Module(optimizer=sgd)
+        t = trainer(s, devices=2, max_epochs=1, gradient_clip_val=0.1, accumulate_grad_batches=2)
+        t.fit(module, loader(16 * 2 * 7, 16))
+        trained.append(clone(module.state_dict()))
+    return trained[0], trained[1]
+
+
+def test_before_heads_begin_training_is_data_parallel() -> None:
+    for own, ddp in run(full_rank_beside_ddp, 2, group=False):
+        torch.testing.assert_close(own, ddp, rtol=1e-12, atol=1e-13)
+
+
 class Fail(Callback):
     def __init__(self, error: BaseException, only: int | None) -> None:
         self.error, self.only = error, only

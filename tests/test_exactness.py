@@ -80,6 +80,12 @@ def train_both(
     opt = optimizer(model.parameters())
     explorer = Explorer(model, opt, config)
     assert set(first_A(explorer)) == set(factored)
+    groups = {}
+    for group in range(config.stagger):
+        factors, replicas = explorer._grouped(0, group)
+        delay = group * config.merge_every // config.stagger  # type: ignore[operator]
+        groups[delay] = [f.name for f in factors] + [replica.name for replica in replicas]
+        assert groups[delay]
     oracle = Oracle(
         plain,
         first_A(explorer),
@@ -89,6 +95,9 @@ def train_both(
         replicas=config.replicas,
         optimizer=optimizer,
         clip=clip,
+        outer=config.outer_optimizer,
+        overlap=config.overlap,
+        groups=groups,
     )
     x_eval, _ = make_data(5, seed=99, width=width)
     for step in range(steps):
@@ -116,7 +125,8 @@ def train_both(
             with torch.no_grad():
                 torch.testing.assert_close(model.eval()(x_eval), oracle.merged.eval()(x_eval), **TOLERANCE)
             model.train()
-    assert explorer.clock.merges == oracle.merges == steps // config.merge_every  # type: ignore[operator]
+    started = oracle.merges + len(explorer.flights)
+    assert explorer.clock.merges == started == sum((steps - d) // config.merge_every for d in groups)  # type: ignore[operator]
     explorer.finish()
     for name, value in oracle.finish().state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, **TOLERANCE)
@@ -128,6 +138,99 @@ def train_both(
 def test_training_equals_the_oracle(execution: Any, period: int, after_merge: Any) -> None:
     config = LTEConfig(HEADS, period, rank=RANK, after_merge=after_merge, execution=execution)
     train_both(config, adamw)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("optimizer", [adamw, sgd, torch.optim.Adagrad], ids=lambda o: o.__name__)
+def test_heads_begin_after_full_rank_steps_with_the_state_of_replicas(optimizer: Any, heads: int) -> None:
+    model = make_net()
+    plain = copy.deepcopy(model)
+    opt, plain_opt = optimizer(model.parameters()), optimizer(plain.parameters())
+    explorer = Explorer(model, opt, LTEConfig(heads, 3, rank=RANK, execution="batched", full_rank_steps=5))
+    starts = first_A(explorer)
+
+    def train(x: Tensor, y: Tensor) -> None:
+        loss = run_step(explorer, lambda own: cross_entropy(model(own[0]), own[1]), (x, y))
+        loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+
+    for step in range(5):
+        x, y = make_data(8 * heads, seed=step)
+        train(x, y)
+        cross_entropy(plain(x), y).backward()
+        plain_opt.step()
+        plain_opt.zero_grad()
+        torch.testing.assert_close(clone(model.state_dict()), clone(plain.state_dict()), rtol=0, atol=0)
+        assert explorer.full_rank and not explorer.unmerged
+    oracle = Oracle(plain, starts, scale=2.0, period=3, optimizer=optimizer)
+    for worker in oracle.workers:
+        for name, replica in worker.replicas.items():
+            state = plain_opt.state[plain.get_parameter(name)]
+            worker.optimizer.state[replica] = copy.deepcopy(dict(state))
+    for step in range(5, 15):
+        x, y = make_data(8 * heads, seed=step)
+        train(x, y)
+        oracle.step(list(zip(x.chunk(heads), y.chunk(heads), strict=True)), cross_entropy)
+        assert_same(explorer, oracle)
+    assert (explorer.clock.step, explorer.clock.merges) == (15, 3) and not explorer.full_rank
+
+
+OUTER = [
+    partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+    partial(torch.optim.SGD, lr=1.0),
+    partial(torch.optim.Adagrad, lr=0.01),
+    partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+@pytest.mark.parametrize("outer", OUTER, ids=lambda o: f"{o.func.__name__}-{o.keywords['lr']}")
+def test_outer_optimizers_equal_the_oracle(outer: Any, after_merge: Any) -> None:
+    train_both(LTEConfig(HEADS, 3, rank=RANK, after_merge=after_merge, outer_optimizer=outer), adamw)
+
+
+def test_an_outer_sgd_of_rate_1_is_the_plain_sum_to_the_bit() -> None:
+    plain, outer = (trained(outer_optimizer=o) for o in (None, OUTER[1]))
+    torch.testing.assert_close(plain, outer, rtol=0, atol=0)
+
+
+def trained(**choices: Any) -> dict[str, Tensor]:
+    model = make_net()
+    opt = sgd(model.parameters())
+    explorer = Explorer(model, opt, LTEConfig(HEADS, 3, rank=RANK, **choices))
+    for step in range(8):
+        loss = run_step(explorer, lambda own: cross_entropy(model(own[0]), own[1]), make_data(16, seed=step))
+        loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+    explorer.finish()
+    return clone(model.state_dict())
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+@pytest.mark.parametrize(("period", "overlap"), [(3, 1), (5, 3), (4, 4)])
+def test_merges_that_travel_while_training_goes_on_equal_the_oracle(execution: Any, period: int, overlap: int) -> None:
+    train_both(LTEConfig(HEADS, period, rank=RANK, execution=execution, overlap=overlap), adamw)
+
+
+@pytest.mark.parametrize(
+    ("stagger", "overlap", "outer"), [(2, 0, None), (3, 0, OUTER[0]), (2, 2, None), (3, 4, OUTER[3])]
+)
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_groups_that_merge_in_turn_equal_the_oracle(execution: Any, stagger: int, overlap: int, outer: Any) -> None:
+    config = LTEConfig(
+        HEADS, 6, rank=RANK, execution=execution, stagger=stagger, overlap=overlap, outer_optimizer=outer
+    )
+    train_both(config, adamw)
+
+
+def test_all_of_it_with_resets() -> None:
+    train_both(LTEConfig(HEADS, 6, rank=RANK, after_merge="reset", stagger=3, outer_optimizer=OUTER[0]), adamw)
 
 
 @pytest.mark.parametrize("after_merge", ["keep", "reset"])
@@ -331,14 +434,28 @@ def test_fit_with_gradients_of_replicas_averaged_equals_the_oracle() -> None:
 # ---- the same heads on several processes
 
 
-def on_devices(heads: int, after_merge: str, replicas: str, clip: float | None, execution: str) -> dict[str, Tensor]:
+def on_devices(
+    heads: int,
+    after_merge: str,
+    replicas: str,
+    clip: float | None,
+    execution: str,
+    more: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
     import torch.distributed as dist
 
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     model = make_net()
     opt = adamw(model.parameters())
-    config = LTEConfig(heads, 3, rank=RANK, after_merge=after_merge, replicas=replicas, execution=execution)  # type: ignore[arg-type]
+    config = LTEConfig(
+        heads,
+        **{"merge_every": 3, **(more or {})},
+        rank=RANK,
+        after_merge=after_merge,  # type: ignore[arg-type]
+        replicas=replicas,  # type: ignore[arg-type]
+        execution=execution,  # type: ignore[arg-type]
+    )
     explorer = Explorer(model, opt, config, Transport(world, rank))
     for step in range(10):
         x, y = (t.chunk(world)[rank] for t in make_data(4 * heads, seed=step))
@@ -370,6 +487,26 @@ def test_eight_heads_give_the_same_weights_wherever_they_sit(
             for name, value in state.items():
                 assert torch.equal(value, states[0][name]), f"{name} differs between the ranks of {world}"
                 torch.testing.assert_close(value, alone[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"outer_optimizer": OUTER[0]},
+        {"overlap": 2},
+        {"merge_every": 4, "stagger": 3, "verify_every": 1},
+        {"merge_every": 4, "stagger": 2, "overlap": 3, "outer_optimizer": OUTER[3], "verify_every": 1},
+    ],
+    ids=lambda c: "-".join(c),
+)
+def test_merges_in_other_ways_give_the_same_wherever_heads_sit(choices: dict[str, Any]) -> None:
+    args = (8, "keep", "merge", None, "batched", choices)
+    alone = on_devices(*args)
+    for world in (2, 4):
+        states = run(on_devices, world, *args)
+        for state in states:
+            torch.testing.assert_close(state, states[0], rtol=0, atol=0)
+            torch.testing.assert_close(state, alone, **TOLERANCE)
 
 
 def test_replicas_stay_equal_on_all_devices_where_their_gradients_are_averaged_and_heads_clipped() -> None:

@@ -54,10 +54,10 @@ class _NobodyThere:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
 
-    def all_reduce(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor, group: None) -> None:
         tensor.mul_(self.world_size)
 
-    def all_gather(self, parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
+    def all_gather(self, parts: list[torch.Tensor], tensor: torch.Tensor, group: None) -> None:
         for part in parts:
             part.copy_(tensor)
 

@@ -96,8 +96,7 @@ def _watched() -> list[str]:
 
     dist.get_backend = lambda *_: "nccl"  # it ends the process itself when the time is out, before an error can say why
     said = io.StringIO()
-    transport = Transport(dist.get_world_size(), dist.get_rank())
-    transport.timeout_s = 1.0
+    transport = Transport(dist.get_world_size(), dist.get_rank(), timeout=timedelta(seconds=1))
     with contextlib.redirect_stderr(said):
         with transport.meeting("merge 1, after step 3"):
             pass

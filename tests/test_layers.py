@@ -214,6 +214,28 @@ def test_conv1d_of_gpt2(own: tuple[str, ...], keep: bool, monkeypatch: pytest.Mo
     assert_each_head_computes_as_a_layer_of_its_own(Conv1D(), (random(COUNT * 2, 4, 6),), own=own, keep=keep)
 
 
+@pytest.mark.parametrize("own", OWN, ids=str)
+def test_linear_of_pytorch_geometric(own: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Linear(nn.Module):
+        """As PyTorch Geometric has it, which need not be here: no subclass of nn.Linear."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.empty(5, 6)), nn.Parameter(torch.empty(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.weight, self.bias)
+
+    library = types.ModuleType("torch_geometric.nn.dense.linear")
+    library.Linear = Linear  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_geometric.nn.dense.linear", library)
+    x = random(COUNT * 2, 4, 6)
+    assert_each_head_computes_as_a_layer_of_its_own(Linear(), (x,), own=own)
+    layer = Linear().double()
+    headed(layer, LayerState(Switch(COUNT)))
+    torch.testing.assert_close(layer(x=x), layer(x), rtol=0, atol=0, equal_nan=True)
+
+
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "1d": (nn.Conv1d, {"kernel_size": 3}, (9,)),
     "1d of stride, padding and dilation": (

@@ -107,6 +107,19 @@ def test_manual_optimization_equals_automatic(kind: type[Manual], heads: int) ->
     torch.testing.assert_close(manual, automatic, rtol=0 if kind is Manual else 1e-12, atol=0)
 
 
+@pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
+def test_a_batch_split_by_hand_is_dealt_out_in_lockstep_whatever_execution_says(execution: Any) -> None:
+    class Split(Manual):
+        def split_batch(self, batch: Any, heads: int) -> list[Any]:
+            return list(zip(batch[0].chunk(heads), batch[1].chunk(heads), strict=True))
+
+    s = strategy(execution=execution)
+    manual = fitted(Split(), s)
+    torch.testing.assert_close(manual, fitted(Module(), strategy(execution="sequential")), rtol=0, atol=0)
+    notes = [note for note in s.report().notes if "share this device" in note]
+    assert notes == [f"{HEADS} heads share this device in turn (sequential): split_batch splits the batch."]
+
+
 class Total(Manual):
     def loss(self, batch: Any) -> Tensor:
         return cross_entropy(self.net(batch[0]), batch[1], reduction="sum")

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-import lightning_lte.merge as merging
-from lightning_lte import Explorer
+from lightning_lte import Explorer, payload
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.injection import Injection, inject
-from lightning_lte.merge import MergeRecord, dense_is_cheaper, merge
+from lightning_lte.merge import MergeRecord, merge
+from lightning_lte.payload import is_dense
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
 from tests.processes import run
@@ -228,7 +228,7 @@ def test_the_payload_with_fewer_bytes_is_chosen(
     f = Factors("w", weight, rank=min(rank, into), scale=1, count=count, first=0, seed=0, init="kaiming", keep=keep)
     dense = Fraction(2 * (world - 1) * f.summed_delta(torch.ones(count, dtype=torch.bool)).nbytes, world)
     factors = (world - 1) * sum(t.nbytes for t in f.current())
-    assert dense_is_cheaper(f, world) == (dense <= factors)
+    assert is_dense(f, world) == (dense <= factors)
 
 
 def with_moments(injection: Injection) -> Optimizer:
@@ -391,7 +391,7 @@ def on_devices(after_merge: Any, bad: tuple[int, ...], dense: bool | None) -> di
     """Three merges of the same four heads, however many processes they are spread over."""
     transport = Transport(dist.get_world_size(), dist.get_rank())
     if dense is not None:
-        merging.dense_is_cheaper = lambda *_: dense
+        payload.is_dense = lambda *_: dense
     chosen = config(after_merge=after_merge)
     injection = made(chosen, transport=transport)
     records = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lte import transport
 from lightning_lte.transport import Transport, buckets
+from lightning_lte.wire import decode, encode, encoded_bytes
 from tests.processes import run
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -162,3 +163,76 @@ def one_is_gone() -> tuple[bool, bool, float]:
 def test_a_device_that_does_not_answer_ends_the_wait_and_old_answers_do_not_count() -> None:
     (before, after, waited), _ = run(one_is_gone, 2)
     assert before and not after and 0.4 < waited < 10
+
+
+# ---- fewer bits
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 7)), max_size=5), st.sampled_from(["bfloat16", "int8"]))
+def test_what_is_decoded_is_what_was_encoded_to_rounding(shapes: list[tuple[int, int]], wire: Any) -> None:
+    generator = torch.Generator().manual_seed(len(shapes))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    code = encode(tensors, wire)
+    assert len(code) == sum(encoded_bytes(shape, wire) for shape in shapes)
+    for tensor, back in zip(tensors, decode(code, [t.shape for t in tensors], wire), strict=True):
+        largest = tensor.abs().amax(1, keepdim=True) if tensor.numel() else tensor
+        bound = largest / 254 * 1.001 if wire == "int8" else tensor.abs() / 256
+        assert back.shape == tensor.shape and bool(((back - tensor).abs() <= bound + 1e-30).all())
+        # What can be written exactly stays as it is, but for the last bit of a scale.
+        torch.testing.assert_close(decode(encode([back], wire), [back.shape], wire)[0], back, rtol=3e-7, atol=0)
+
+
+def test_zeros_stay_zeros() -> None:
+    for wire in ("bfloat16", "int8"):
+        assert not decode(encode([torch.zeros(3, 4)], wire), [torch.Size((3, 4))], wire)[0].any()
+
+
+def rounded_sums(wire: Any, cap: int, rounds: int) -> list[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    transport.BUCKET_BYTES = cap
+    t, rank = here(), dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    shapes: list[tuple[int, ...]] = [(6,), (), (2, 3), (0, 4), (25,), (3, 1, 2), (7, 30), (1, 5)]
+    errors = [torch.zeros(shape) for shape in shapes]
+    results = []
+    for _ in range(rounds):
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        before = [x.clone() for x in tensors]
+        t.sum_(tensors, wire, errors)
+        results.append((before, tensors, [e.clone() for e in errors]))
+    return results
+
+
+@pytest.mark.parametrize("cap", [10, 300, 2**20])
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_rounded_sums_are_bit_equal_and_what_they_lose_is_not_lost(wire: str, cap: int) -> None:
+    """Sums plus errors that are left over are the exact sums: nothing gets lost, it only comes later."""
+    devices = run(rounded_sums, 3, wire, cap, 4)
+    exact: list[Any] = [0] * 8
+    seen: list[Any] = [0] * 8
+    for per_round in zip(*devices, strict=True):
+        for i in range(8):
+            exact[i] = exact[i] + sum(before[i] for before, _, _ in per_round)
+            seen[i] = seen[i] + per_round[0][1][i]
+            assert all(torch.equal(after[i], per_round[0][1][i]) for _, after, _ in per_round)
+            left = sum(errors[i] for _, _, errors in per_round)
+            torch.testing.assert_close(seen[i] + left, exact[i], rtol=1e-5, atol=1e-5)
+
+
+def stacks(wire: Any) -> list[Tensor]:
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    shapes: list[tuple[int, ...]] = [(1, 3, 4), (1, 5), (1, 2, 2)]
+    own = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [*own, *here().stack_all(own, wire)]
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("cap", [10, 2**20])
+def test_many_tensors_are_stacked_in_few_calls(wire: str, cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run(stacks, 3, wire)
+    for i in range(3):
+        expected = torch.cat([device[i] for device in results])
+        bound = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1 / 200}[wire] * expected.abs().max()
+        for device in results:
+            assert torch.equal(device[3 + i], results[0][3 + i])
+            assert bool(((device[3 + i] - expected).abs() <= bound).all())

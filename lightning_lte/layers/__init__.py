@@ -9,12 +9,14 @@ from lightning_lte.layers.base import HeadedLayer
 from lightning_lte.layers.conv import HeadedConv
 from lightning_lte.layers.conv_transpose import HeadedConvTranspose
 from lightning_lte.layers.embedding import HeadedEmbedding
+from lightning_lte.layers.geometric import HeadedGeometricLinear
 from lightning_lte.layers.gpt2 import HeadedConv1D
 from lightning_lte.layers.linear import HeadedLinear
 from lightning_lte.layers.norm import HeadedNorm
 
 KINDS: tuple[type[HeadedLayer], ...] = (
     HeadedLinear,
+    HeadedGeometricLinear,
     HeadedConv1D,
     HeadedConv,
     HeadedConvTranspose,

@@ -1,0 +1,158 @@
+"""What a merge sends for factored weights: dense deltas or factors, whichever is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lte.heads import Factors, Pair
+from lightning_lte.transport import Transport
+from lightning_lte.wire import PayloadKind, Wire, encoded_bytes
+
+# Weights are merged a few at a time, which bounds the memory for their dense deltas.
+GROUP_BYTES = 64 * 2**20
+
+
+class Payload:
+    """The deltas of some weights, from the local heads to their sum over all heads of all devices.
+
+    `take` first, then `exchange`, which alone communicates and may run in another thread while training goes on, then
+    `total` and `merged`.
+
+    Args:
+        factors: of the weights.
+        transport: to the other devices.
+        wire: how deltas or factors travel. In fewer bits than 32, factors are merged as they arrive, and the anchors
+            become what was sent: what was lost to rounding stays in the head and is merged the next time. For dense
+            deltas in int8 it is kept in `Factors.error`, and added the next time.
+        kind: "dense", "factors", or "auto" for the one of fewer bytes.
+        apart: whether factors change before the sums are used, so that a copy of them is needed.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Factors],
+        transport: Transport,
+        wire: Wire = "float32",
+        kind: PayloadKind = "auto",
+        apart: bool = False,
+    ) -> None:
+        self.factors, self._transport, self._wire, self._apart = factors, transport, wire, apart
+        world_size = transport.world_size
+        self._dense = [f for f in factors if world_size == 1 or is_dense(f, world_size, wire, kind)]
+        self._others = [f for f in factors if all(f is not other for other in self._dense)]
+        self._copies: dict[str, Pair] = {}
+        self._deltas: list[Tensor] = []
+        self._sent: list[list[Tensor]] = []
+        self._stacked: list[list[Tensor]] = []
+
+    def take(self, good: Tensor) -> None:
+        """Take what the local heads have learned, of those that are good, (n,) bool."""
+        self._deltas = [f.summed_delta(good) for f in self._dense]
+        if self._apart:
+            self._copies = {f.name: (f.A.detach().clone(), f.B.detach().clone()) for f in self.factors}
+        self._sent = [self._of(f) for f in self._others]
+        if self._wire == "int8" and self._transport.world_size > 1:
+            for f in self._dense:
+                if f.error is None:
+                    f.error = torch.zeros(f.weight.shape, device=f.weight.device)
+
+    def exchange(self) -> None:
+        """Communicate. A collective: every device has to call it."""
+        errors: Any = [f.error for f in self._dense] if self._wire == "int8" else None
+        self._transport.sum_(self._deltas, self._wire, errors)
+        flat = self._transport.stack_all([t for sent in self._sent for t in sent], self._wire)
+        self._stacked = [[flat.pop(0) for _ in sent] for sent in self._sent]
+        self._sent = []
+
+    def total(self, f: Factors, good_all: Tensor) -> Tensor:
+        """s * sum over all good heads of B A - B' A', in the shape of a weight; bit-equal on all devices.
+
+        Args:
+            f: of the weight.
+            good_all: (N,) bool, which of all heads are good.
+        """
+        for own, delta in zip(self._dense, self._deltas, strict=True):
+            if own is f:
+                return delta
+        stacked = self._stacked[next(i for i, own in enumerate(self._others) if own is f)]
+        good = good_all.to(f.A.device)
+        if self._wire == "float32":
+            A, B = stacked
+        else:
+            A, B, anchor_A, anchor_B = stacked[0], stacked[1].mT, stacked[2], stacked[3].mT
+            A, B = torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
+        return f.sum_of_products(A[good], B[good])
+
+    def merged(self, f: Factors) -> Pair | None:
+        """The factors of the local heads that were merged, where they are not those of now."""
+        if self._wire != "float32":
+            for own, stacked in zip(self._others, self._stacked, strict=True):
+                if own is f:
+                    local = slice(self._transport.rank * f.count, (self._transport.rank + 1) * f.count)
+                    return stacked[0][local], stacked[1].mT[local]
+        return self._copies.get(f.name)
+
+    def state_dict(self, good_all: Tensor) -> dict[str, Any]:
+        """What was exchanged, by the names of weights: sums that are equal on all devices, and the local heads' own."""
+        merged = {f.name: self.merged(f) for f in self.factors}
+        return {
+            "totals": {f.name: self.total(f, good_all).cpu() for f in self.factors},
+            "merged": {name: {"A": pair[0].cpu(), "B": pair[1].cpu()} for name, pair in merged.items() if pair},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._dense, self._others = list(self.factors), []
+        self._deltas = [state["totals"][f.name].to(f.A.device) for f in self.factors]
+        devices = {f.name: f.A.device for f in self.factors}
+        pairs = state["merged"].items()
+        self._copies = {name: (p["A"].to(devices[name]), p["B"].to(devices[name])) for name, p in pairs}
+
+    def _of(self, f: Factors) -> list[Tensor]:
+        if self._wire == "float32":
+            return [t.detach() for t in f.current()]
+        assert f.anchor_A is not None and f.anchor_B is not None
+        A, B = self._copies.get(f.name, (f.A.detach(), f.B.detach()))
+        # In int8 a row has a scale of its own: rows are to be long.
+        return [A, B.mT, f.anchor_A, f.anchor_B.mT]
+
+
+def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: PayloadKind = "auto") -> bool:
+    """Whether the dense mean delta is sent, and not the factors of all heads: what moves fewer bytes in a ring.
+
+    With anchors a head sends them beside its factors. Without (`reset`), factors are sent in full precision alone, as
+    what rounding takes from them would be lost.
+    """
+    if wire != "float32" and factors.anchor_A is None:
+        return True
+    if kind != "auto":
+        return kind == "dense"
+    pairs = 1 if factors.anchor_A is None else 2
+    if wire == "float32":
+        # In its own dtype; the sum travels in float32 or better.
+        dense = factors.weight.numel() * torch.promote_types(factors.weight.dtype, torch.float32).itemsize
+        local = pairs * (factors.A.nbytes + factors.B.nbytes)
+    else:
+        dense = encoded_bytes(factors.weight.shape, wire)
+        local = pairs * (encoded_bytes(factors.A.shape, wire) + encoded_bytes(factors.B.mT.shape, wire))
+    # 2 b (w - 1) / w bytes of an all-reduce against (w - 1) times the local factors, kept in whole numbers.
+    return 2 * dense <= world_size * local
+
+
+def grouped(factors: Sequence[Factors], transport: Transport) -> list[list[Factors]]:
+    """Deal weights into groups that are merged one after the other."""
+    if transport.world_size == 1:
+        return [[f] for f in factors]
+    groups: list[list[Factors]] = [[]]
+    size = 0
+    for f in factors:
+        if groups[-1] and size + f.weight.numel() * 4 > GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(f)
+        size += f.weight.numel() * 4
+    return groups
