@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -29,7 +29,7 @@ class LTEConfig:
 
     Attributes:
         heads: N, the number of heads over all devices.
-        merge_every: T, optimizer steps between two merges, or a schedule.
+        merge_every: T, optimizer steps between two merges; or a schedule, or a function (step, last_merge) -> bool.
         rank: r, the inner width of the factors of every weight without an entry in `rank_pattern`.
         alpha: the numerator of the scale s = alpha / r. None means s = 2 for every weight whatever its rank: with
             it, an ordinary full-rank learning rate works.
@@ -79,7 +79,7 @@ class LTEConfig:
     """
 
     heads: int
-    merge_every: int | MergeSchedule = 10
+    merge_every: int | MergeSchedule | Callable[[int, int], bool] = 10
     rank: int = 16
     alpha: float | None = None
     after_merge: AfterMerge = "keep"

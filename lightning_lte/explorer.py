@@ -117,6 +117,11 @@ class Explorer(Trainees):
         """Whether heads have learned something since the last merge."""
         return bool(self.flights) or any(clock.unmerged for clock in self.clocks)
 
+    @property
+    def merges_before_validation(self) -> bool:
+        """Whether the schedule wants a `merge` before each validation, which whoever validates has to call."""
+        return self._schedule.before_validation
+
     def heads(self) -> AbstractContextManager[None]:
         """A context in whose forwards all local heads act, each on its slice of dimension 0.
 

@@ -33,7 +33,7 @@ from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
 from lightning_lte.report import Report
-from lightning_lte.schedule import MergeSchedule
+from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
 from lightning_lte.wire import PayloadKind, Wire
@@ -61,7 +61,8 @@ class HeadsStrategy(_Base):
 
     Args:
         heads: N, over all devices, a multiple of their number. None means one per device.
-        merge_every: T, optimizer steps between merges, or a `MergeSchedule`.
+        merge_every: T, optimizer steps between merges; or a `MergeSchedule` (`At`, `Piecewise`, `Growing`,
+            `BeforeValidation`), or a function (step, last_merge) -> bool.
         rank: r, inner width of the factors.
         alpha: numerator of the scale s = alpha / r; None means s = 2.
         after_merge: "keep" factors and moments (the paper's appendix A.2) or "reset" B to zero (its Algorithm 1).
@@ -101,7 +102,7 @@ class HeadsStrategy(_Base):
     def __init__(
         self,
         heads: int | None = None,
-        merge_every: int | MergeSchedule = 10,
+        merge_every: int | MergeSchedule | Callable[[int, int], bool] = 10,
         *,
         rank: int = 16,
         alpha: float | None = None,
@@ -231,6 +232,7 @@ class HeadsStrategy(_Base):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         trainer = model.trainer
+        self._check_validation(trainer)
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
@@ -239,6 +241,20 @@ class HeadsStrategy(_Base):
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
             callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
+
+    def _check_validation(self, trainer: Trainer) -> None:
+        """Refuse merges before validations that devices don't begin together.
+
+        Raises:
+            ValueError: validation comes by the clock, and there are several devices.
+        """
+        by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+        if by_the_clock and self._world_size > 1 and as_schedule(self._config.merge_every).before_validation:
+            raise ValueError(
+                "To merge before validations, all devices must validate after the same step; received"
+                f" merge_every={self._config.merge_every!r} with a val_check_interval in time, which each of the"
+                f" {self._world_size} devices measures by itself. Give val_check_interval as a number of batches."
+            )
 
     def setup(self, trainer: Trainer) -> None:
         if self._world_size > 1 or trainer.state.fn == "fit":
@@ -458,7 +474,7 @@ class HeadsStrategy(_Base):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = False
-        self._after_step(explorer.step(self._bare(optimizer), self.measure))
+        self._after_merge(explorer.step(self._bare(optimizer), self.measure))
         return output
 
     def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -480,9 +496,9 @@ class HeadsStrategy(_Base):
         if self._manual is not None and self._manual.in_turn:
             self._manual.give_back()
         else:
-            self._after_step(self._explorer.step(optimizer, self.measure))
+            self._after_merge(self._explorer.step(optimizer, self.measure))
 
-    def _after_step(self, record: MergeRecord | None) -> None:
+    def _after_merge(self, record: MergeRecord | None) -> None:
         self._warn_of_restarts(record)
         if record is not None and self._world_size > 1:
             signals: Any = self._module.trainer._signal_connector
@@ -508,8 +524,23 @@ class HeadsStrategy(_Base):
         if self._explorer is None:
             raise RuntimeError("There are heads to merge only while `trainer.fit` runs.")
         record = self._explorer.merge(self.measure)
-        self._warn_of_restarts(record)
+        self._after_merge(record)
         return record
+
+    def merge_before_validation(self) -> None:
+        """Merge what is not merged yet, if the schedule wants that before validations. Every device has to call it."""
+        explorer = self._explorer
+        if explorer is None or not explorer.merges_before_validation or not explorer.unmerged:
+            return
+        if not self._module.trainer.sanity_checking:
+            self.merge()
+            # A merge may have put factors into the optimizers.
+            explorer.rest()
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        # LTECallback has done so already, unless a user took it away.
+        self.merge_before_validation()
 
     def final_merge(self) -> MergeRecord | None:
         """Merge what heads have learned since the last merge; None if there is nothing."""
