@@ -21,6 +21,7 @@ Init = Literal["orthogonal", "kaiming", "xavier"]
 Execution = Literal["auto", "batched", "sequential"]
 LossReduction = Literal["mean", "sum"]
 Norms = Literal["replica", "vector-scalar"]
+BadHeads = Literal["restart", "stop"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class LTEConfig:
             1/stagger.
         verify_every: after every so many merges, prove with a checksum that base weights are bit-equal on all devices.
             None never does.
+        bad_heads: what becomes of heads that are not finite at a merge, in their factors, replicas or optimizer
+            moments: "restart" leaves them out of it and lets them start again from the merged weights; "stop" ends
+            training with an error that names them, and no weight is changed.
 
     A pattern is a regular expression that must match a name as a whole or its end from a dot on: "fc1" matches
     "blocks.0.mlp.fc1". Names are those of modules, and of parameters where one module has several weights
@@ -102,6 +106,7 @@ class LTEConfig:
     overlap: int = 0
     stagger: int = 1
     verify_every: int | None = None
+    bad_heads: BadHeads = "restart"
 
     def __post_init__(self) -> None:
         plain = ("heads", "merge_every", "rank", "alpha", "reset_moments", "seed", "overlap", "stagger", "verify_every")
@@ -177,6 +182,7 @@ class LTEConfig:
                 )
         if self.verify_every is not None:
             _check_count("verify_every", self.verify_every, "verify_every=100")
+        _check_choice("bad_heads", self.bad_heads, get_args(BadHeads))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -255,7 +255,7 @@ class Explorer(Trainees):
         Raises:
             ValueError: with several optimizers, none was named.
             RuntimeError: no factored weight is left; or weights were written on some devices only.
-            FloatingPointError: a merge found no finite head.
+            FloatingPointError: a merge found no finite head; or one that is not, with `bad_heads="stop"`.
         """
         if optimizer is None and len(self.optimizers) > 1:
             raise ValueError(
@@ -434,7 +434,7 @@ class Explorer(Trainees):
             last = self.flights[-1] if self.flights else None
             self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, sorted(devices, key=str)))
         else:
-            records.append(merge.run(self._states(), self.outer))
+            records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
             self._merged(merge)
         clock.merged()
         self.merging = False
@@ -443,11 +443,18 @@ class Explorer(Trainees):
     def _land(self, flight: Flight) -> MergeRecord:
         self.merging = True
         waited = flight.wait()
-        record = flight.merge.land(self._states(), self.outer, waited)
+        record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
         self.flights.remove(flight)
         self._merged(flight.merge)
         self.merging = False
         return record
+
+    def _unless_refused(self, merge: Callable[[], MergeRecord]) -> MergeRecord:
+        try:
+            return merge()
+        except FloatingPointError:
+            self.merging = False  # no weight was written, on no device
+            raise
 
     def _merged(self, merge: Merge) -> None:
         self.guard.accept_writes()

@@ -222,6 +222,9 @@ class BeforeValidation(MergeSchedule):
     def due(self, step: int, last_merge: int) -> bool:
         return self.also is not None and self.also.due(step, last_merge)
 
+    def delay(self, group: int, groups: int) -> int:
+        return group if self.also is None else self.also.delay(group, groups)
+
     def __repr__(self) -> str:
         return f"BeforeValidation({'' if self.also is None else f'also={self.also!r}'})"
 

@@ -27,7 +27,7 @@ from lightning_lte import checkpoint as checkpoints
 from lightning_lte import execution
 from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
-from lightning_lte.config import AfterMerge, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
+from lightning_lte.config import AfterMerge, BadHeads, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
 from lightning_lte.explorer import Explorer
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
@@ -88,6 +88,7 @@ class HeadsStrategy(_Base):
         overlap: steps that training goes on while a merge travels; 0 waits for it.
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
+        bad_heads: heads that are not finite at a merge "restart" from the merged weights, or "stop" training.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -126,6 +127,7 @@ class HeadsStrategy(_Base):
         overlap: int = 0,
         stagger: int = 1,
         verify_every: int | None = None,
+        bad_heads: BadHeads = "restart",
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -155,6 +157,7 @@ class HeadsStrategy(_Base):
             overlap=overlap,
             stagger=stagger,
             verify_every=verify_every,
+            bad_heads=bad_heads,
         )
         self._seed = seed
         super().__init__(**kwargs)
@@ -510,7 +513,7 @@ class HeadsStrategy(_Base):
             self._warn(
                 f"At merge {record.merges} (step {record.step}) heads {', '.join(map(str, record.restarted))} were not"
                 " finite. They took no part in it and start again from the merged weights; lower the learning rate or"
-                " alpha, or clip gradients, if this comes back."
+                " alpha, or clip gradients, if this comes back. (bad_heads='stop' ends training in such a case.)"
             )
 
     # ---- the end of training
@@ -578,7 +581,9 @@ class HeadsStrategy(_Base):
         if explorer.merging:
             # Devices that were in the midst of different exchanges can't start another.
             where += f", in a merge on rank {explorer.transport.rank}"
-        last = max(clock.last_merge for clock in explorer.clocks)
+        # A merge that was due and refused is none.
+        record = explorer.last_record
+        last = record.step if record else max(clock.last_whole for clock in explorer.clocks)
         weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
         step = max(clock.step for clock in explorer.clocks)
         if not explorer.transport.agree(where, _AGREE_TIMEOUT_S):

@@ -82,11 +82,27 @@ def test_validations_see_all_that_heads_have_learned_and_the_sanity_check_merges
     seen, _ = fit(execution=execution)
     assert seen.sanity == 1
     assert seen.at == [(3, 1), (8, 2), (13, 3)]
+    assert_as_stated(seen)
+
+
+@pytest.mark.parametrize("choices", [{"overlap": 2}, {"stagger": 2}, {"overlap": 2, "stagger": 3}], ids=str)
+def test_validations_do_not_go_ahead_of_merges_on_their_way_or_of_weights_whose_turn_has_not_come(
+    choices: dict[str, int],
+) -> None:
+    seen = Seen()
+    t = trainer(strategy(BeforeValidation(also=6), **choices), max_epochs=3, val_check_interval=3, callbacks=[seen])
+    t.fit(Module(), loader(80), loader(16))
+    assert [step for step, _ in seen.at] == [3, 8, 13]
+    assert_as_stated(seen)
+
+
+def assert_as_stated(seen: Seen) -> None:
+    """The losses are those of a plain net with the weights that were seen."""
     x, y = make_data(16)
     for weights, loss in zip(seen.weights, seen.losses, strict=True):
         plain = make_net()
         plain.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
-        assert float(cross_entropy(plain(x), y)) == pytest.approx(loss, rel=1e-5)
+        assert cross_entropy(plain(x), y).item() == pytest.approx(loss, rel=1e-5)
     assert seen.losses[0] != seen.losses[1] != seen.losses[2]
 
 

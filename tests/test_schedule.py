@@ -151,6 +151,9 @@ def test_before_validation_carries_a_flag_and_asks_the_other_schedule() -> None:
     assert BeforeValidation().before_validation and merges_of(BeforeValidation(), 100) == []
     for also in (5, Every(5), lambda step, last_merge: step % 5 == 0):
         assert merges_of(BeforeValidation(also), 12) == [5, 10]
+    # Groups of weights that merge in turn are spread as that schedule does.
+    assert [BeforeValidation(also=12).delay(group, 3) for group in range(3)] == [0, 4, 8]
+    assert [BeforeValidation().delay(group, 3) for group in range(3)] == [0, 1, 2]
 
 
 def test_what_the_user_gives_becomes_a_schedule_and_a_schedule_stays_the_same_object() -> None:
