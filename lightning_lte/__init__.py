@@ -3,7 +3,7 @@
 from lightning_lte.config import LTEConfig
 from lightning_lte.explorer import Explorer
 from lightning_lte.merge import MergeRecord
-from lightning_lte.schedule import Every, MergeSchedule
+from lightning_lte.schedule import At, BeforeValidation, Every, Growing, MergeSchedule, Piecewise, When
 from lightning_lte.transport import Transport
 
 # Projects that import `pytorch_lightning` take these two from `lightning_lte.pytorch_lightning`.
@@ -17,12 +17,17 @@ except ModuleNotFoundError as error:
 __version__ = "0.1.0"
 
 __all__ = [
+    "At",
+    "BeforeValidation",
     "Every",
     "Explorer",
+    "Growing",
     "LTECallback",
     "LTEConfig",
     "LTEStrategy",
     "MergeRecord",
     "MergeSchedule",
+    "Piecewise",
     "Transport",
+    "When",
 ]

@@ -49,8 +49,17 @@ class HeadsCallback(_Base):
             return
         # The callbacks that come after this one see the user's own parameters in the optimizers.
         explorer.rest()
+        if explorer.merges_before_validation and _validation_is_next(trainer):
+            # Now already: a run that goes on from a checkpoint saved after this batch skips its validation.
+            _strategy(trainer).merge_before_validation()
         pl_module.log("lte/merges", float(explorer.merges), prog_bar=True, logger=False)
         self._log_merge(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where the validation was not to be foreseen. Before callbacks that put averaged weights in for the validation.
+        if hasattr(trainer.strategy, "merge_before_validation"):
+            trainer.strategy.merge_before_validation()
+            self._log_merge(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The strategy puts this callback first, so that the others (weight averaging, checkpoints) see merged weights.
@@ -69,6 +78,12 @@ class HeadsCallback(_Base):
         self._logged = record.merges
         for logger in trainer.loggers:
             logger.log_metrics(merge_metrics(record), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _validation_is_next(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the batch that has just ended."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _strategy(trainer: Trainer) -> HeadsStrategy:

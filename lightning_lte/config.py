@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ Init = Literal["orthogonal", "kaiming", "xavier"]
 Execution = Literal["auto", "batched", "sequential"]
 LossReduction = Literal["mean", "sum"]
 Norms = Literal["replica", "vector-scalar"]
+BadHeads = Literal["restart", "stop"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LTEConfig:
 
     Attributes:
         heads: N, the number of heads over all devices.
-        merge_every: T, optimizer steps between two merges, or a schedule.
+        merge_every: T, optimizer steps between two merges; or a schedule, or a function (step, last_merge) -> bool.
         rank: r, the inner width of the factors of every weight without an entry in `rank_pattern`.
         alpha: the numerator of the scale s = alpha / r. None means s = 2 for every weight whatever its rank: with
             it, an ordinary full-rank learning rate works.
@@ -71,6 +72,9 @@ class LTEConfig:
             1/stagger.
         verify_every: after every so many merges, prove with a checksum that base weights are bit-equal on all devices.
             None never does.
+        bad_heads: what becomes of heads that are not finite at a merge, in their factors, replicas or optimizer
+            moments: "restart" leaves them out of it and lets them start again from the merged weights; "stop" ends
+            training with an error that names them, and no weight is changed.
 
     A pattern is a regular expression that must match a name as a whole or its end from a dot on: "fc1" matches
     "blocks.0.mlp.fc1". Names are those of modules, and of parameters where one module has several weights
@@ -81,7 +85,7 @@ class LTEConfig:
     """
 
     heads: int
-    merge_every: int | MergeSchedule = 10
+    merge_every: int | MergeSchedule | Callable[[int, int], bool] = 10
     rank: int = 16
     alpha: float | None = None
     after_merge: AfterMerge = "keep"
@@ -105,6 +109,7 @@ class LTEConfig:
     overlap: int = 0
     stagger: int = 1
     verify_every: int | None = None
+    bad_heads: BadHeads = "restart"
 
     def __post_init__(self) -> None:
         counts = ("heads", "merge_every", "rank", "seed", "full_rank_steps", "overlap", "stagger", "verify_every")
@@ -181,6 +186,7 @@ class LTEConfig:
                 )
         if self.verify_every is not None:
             _check_count("verify_every", self.verify_every, "verify_every=100")
+        _check_choice("bad_heads", self.bad_heads, get_args(BadHeads))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -119,6 +119,11 @@ class Explorer(Trainees):
     def where(self) -> str:
         """How far training is, for messages."""
         return f"after step {max(clock.step for clock in self.clocks)} and merge {self.merges}"
+
+    @property
+    def merges_before_validation(self) -> bool:
+        """Whether the schedule wants a `merge` before each validation, which whoever validates has to call."""
+        return self._schedule.before_validation
 
     def heads(self) -> AbstractContextManager[None]:
         """A context in whose forwards all local heads act, each on its slice of dimension 0.
@@ -278,7 +283,7 @@ class Explorer(Trainees):
         Raises:
             ValueError: with several optimizers, none was named.
             RuntimeError: no factored weight is left; or weights were written on some devices only.
-            FloatingPointError: a merge found no finite head.
+            FloatingPointError: a merge found no finite head; or one that is not, with `bad_heads="stop"`.
         """
         if optimizer is None and len(self.optimizers) > 1:
             raise ValueError(
@@ -462,7 +467,7 @@ class Explorer(Trainees):
                     Flight(merge, number, group or 0, clock.step + overlap, last, devices=sorted(devices, key=str))
                 )
             else:
-                records.append(merge.run(self._states(), self.outer))
+                records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
                 self._merged(merge)
         clock.merged()
         self.merging = False
@@ -500,11 +505,18 @@ class Explorer(Trainees):
         self.merging = True
         with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
             waited = flight.wait()
-            record = flight.merge.land(self._states(), self.outer, waited)
+            record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
             self.flights.remove(flight)
             self._merged(flight.merge)
         self.merging = False
         return record
+
+    def _unless_refused(self, merge: Callable[[], MergeRecord]) -> MergeRecord:
+        try:
+            return merge()
+        except FloatingPointError:
+            self.merging = False  # no weight was written, on no device
+            raise
 
     def _merged(self, merge: Merge) -> None:
         self.guard.accept_writes()

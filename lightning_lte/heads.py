@@ -263,8 +263,11 @@ class Factors:
 
     @torch.no_grad()
     def finite(self) -> Tensor:
-        """(n,) bool: whether a local head's factors are finite."""
-        return self.A.isfinite().flatten(1).all(1) & self.B.isfinite().flatten(1).all(1)
+        """(n,) bool: whether a local head's factors are finite, and so small that their product can't overflow."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        A, B = (t.abs().flatten(1).amax(1).to(dtype) for t in (self.A, self.B))
+        # No element of s B A is larger; and a factor that is not finite makes this so, times zero too.
+        return (self.scale * self.rank * A * B).isfinite()
 
     @torch.no_grad()
     def settle(self, merged: Pair | None = None) -> None:

@@ -103,7 +103,8 @@ class Merge:
             outer: steps the weights; None for the plain sum.
 
         Raises:
-            FloatingPointError: no head is finite. W stays as it was.
+            FloatingPointError: no head is finite; or some are not, and `bad_heads="stop"` was given. All devices raise
+                it, and W stays as it was.
         """
         start = time.perf_counter()
         self._find_good(states)
@@ -194,7 +195,7 @@ class Merge:
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
-        self._good = _finite([*self.factors, *self._others], self.replicas)
+        self._good = _finite([*self.factors, *self._others], self.replicas, states)
 
     def _exchange_good(self) -> None:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
@@ -204,9 +205,17 @@ class Merge:
         self._restarted = tuple(int(h) for h in (~self._good_all).nonzero().flatten())
         if self._good_total == 0:
             raise FloatingPointError(
-                f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, so there is"
-                " nothing to merge; the base weights stay as they were at the merge before. Lower the learning rate or"
-                " `alpha`, or clip gradients, and go on from the last checkpoint."
+                f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, replicas and"
+                " optimizer moments, so there is nothing to merge; the base weights stay as they were at the merge"
+                " before. Lower the learning rate or `alpha`, or clip gradients, and go on from the last checkpoint."
+            )
+        if self._restarted and self._config.bad_heads == "stop":
+            raise FloatingPointError(
+                f"At merge {self.number}, after step {self.step}, heads {', '.join(map(str, self._restarted))} of"
+                f" {len(self._good_all)} are not finite in their factors, replicas or optimizer moments, and"
+                " bad_heads='stop' was given; the base weights stay as they were at the merge before. Lower the"
+                " learning rate or `alpha`, or clip gradients, and go on from the last checkpoint; or give"
+                " bad_heads='restart', which leaves such heads out and lets them start again."
             )
 
     # ---- weights
@@ -255,6 +264,7 @@ class Merge:
             if self._restarted:
                 _restart_replicas(self.replicas, states, ~self._good)
         self.statistics.land()
+        _mend_shared_moments(self.replicas, states)
         if self._restarted:
             for f in self._others:
                 _restart(f, states, ~self._good, self.number)
@@ -335,23 +345,30 @@ def combined(records: Sequence[MergeRecord], *, bytes_sent: int, ddp_bytes: int)
 
 @torch.no_grad()
 def add_mean_deltas(factors: Sequence[Factors], transport: Transport) -> None:
-    """Write W <- W + mean over all heads of delta for some weights, whose heads are not needed any more."""
-    for group in grouped(factors, transport):
-        everyone = torch.ones(group[0].count, dtype=torch.bool, device=group[0].A.device)
-        heads = group[0].count * transport.world_size
+    """Write W <- W + mean over all finite heads of delta for some weights, whose heads are not needed any more."""
+    good = torch.stack([f.finite() for f in factors]).all(0)
+    good_all = transport.stack(good.to(torch.uint8)).bool()
+    heads = int(good_all.sum())
+    for group in grouped(factors, transport) if heads else ():
         payload = Payload(group, transport)
-        payload.take(everyone)
+        payload.take(good)
         payload.exchange()
-        everywhere = torch.ones(heads, dtype=torch.bool, device=everyone.device)
         for f in group:
-            f.add(payload.total(f, everywhere) / heads)
+            f.add(payload.total(f, good_all) / heads)
 
 
-def _finite(factors: Sequence[Factors], replicas: Replicas) -> Tensor:
-    """(n,) bool: whether a local head is finite."""
+def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> Tensor:
+    """(n,) bool: whether a local head is finite: its factors, its replicas, and the optimizer's moments of both.
+
+    A gradient that is finite and overflows when it is squared leaves the factors finite. But the second moment is
+    infinite from then on, and the element would never learn again.
+    """
     checks = [f.finite() for f in factors]
     others = replicas.finite()
     checks += [] if others is None else [others]
+    own = [p for f in factors for p in (f.A, f.B)] + [r.trained for r in replicas if r.count == replicas.count]
+    for moment in (moment for p in own for moment in _moments(p, states.get(p, {}), replicas.count)):
+        checks.append(moment.isfinite().reshape(replicas.count, -1).all(1).to(checks[0].device))
     return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
 
 
@@ -386,14 +403,35 @@ def _restart_replicas(replicas: Replicas, states: States, bad: Tensor) -> None:
         _zero_moments(replica.trained, states.get(replica.trained, {}), which)
 
 
+def _mend_shared_moments(replicas: Replicas, states: States) -> None:
+    """Zero moments that are not finite of replicas that local heads share: they are of no head that could be bad."""
+    for replica in replicas:
+        if replica.count < replicas.count:
+            for moment in _moments(replica.trained, states.get(replica.trained, {}), 1):
+                moment.nan_to_num_(0, 0, 0)
+
+
 def _zero_moments(param: nn.Parameter, state: Mapping[str, Any], heads: Tensor) -> None:
-    for key, value in state.items():
-        # The step count of a scalar parameter has its shape, too.
-        if isinstance(value, Tensor) and value.shape == param.shape and key != "step":
-            if len(heads) > 1:
-                value[heads] = 0
-            elif bool(heads):
-                value.zero_()
+    for moment in _moments(param, state, len(heads)):
+        if len(heads) > 1:
+            moment[heads] = 0
+        elif bool(heads) and moment.shape == param.shape:
+            moment.zero_()
+        elif bool(heads):
+            moment.nan_to_num_(0, 0, 0)
+
+
+def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[Tensor]:
+    """What an optimizer keeps of the gradients of a parameter.
+
+    Args:
+        param: what it trains.
+        state: its state.
+        rows: heads that have a row of the parameter each. Of a head alone, moments may have other shapes (Adafactor's).
+    """
+    # The step count of a scalar parameter has its shape, too.
+    kept = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
+    return [value for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
 
 
 def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:

@@ -27,14 +27,14 @@ from lightning_lte import checkpoint as checkpoints
 from lightning_lte import execution
 from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
-from lightning_lte.config import AfterMerge, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
+from lightning_lte.config import AfterMerge, BadHeads, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
 from lightning_lte.explorer import Explorer
 from lightning_lte.files import AtomicFiles
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
 from lightning_lte.report import Report
-from lightning_lte.schedule import MergeSchedule
+from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
 from lightning_lte.wire import PayloadKind, Wire
@@ -64,7 +64,8 @@ class HeadsStrategy(_Base):
 
     Args:
         heads: N, over all devices, a multiple of their number. None means one per device.
-        merge_every: T, optimizer steps between merges, or a `MergeSchedule`.
+        merge_every: T, optimizer steps between merges; or a `MergeSchedule` (`At`, `Piecewise`, `Growing`,
+            `BeforeValidation`), or a function (step, last_merge) -> bool.
         rank: r, inner width of the factors.
         alpha: numerator of the scale s = alpha / r; None means s = 2.
         after_merge: "keep" factors and moments (the paper's appendix A.2) or "reset" B to zero (its Algorithm 1).
@@ -91,6 +92,7 @@ class HeadsStrategy(_Base):
         overlap: steps that training goes on while a merge travels; 0 waits for it.
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
+        bad_heads: heads that are not finite at a merge "restart" from the merged weights, or "stop" training.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -106,7 +108,7 @@ class HeadsStrategy(_Base):
     def __init__(
         self,
         heads: int | None = None,
-        merge_every: int | MergeSchedule = 10,
+        merge_every: int | MergeSchedule | Callable[[int, int], bool] = 10,
         *,
         rank: int = 16,
         alpha: float | None = None,
@@ -131,6 +133,7 @@ class HeadsStrategy(_Base):
         overlap: int = 0,
         stagger: int = 1,
         verify_every: int | None = None,
+        bad_heads: BadHeads = "restart",
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -161,6 +164,7 @@ class HeadsStrategy(_Base):
             overlap=overlap,
             stagger=stagger,
             verify_every=verify_every,
+            bad_heads=bad_heads,
         )
         self._seed = seed
         super().__init__(**kwargs)
@@ -268,6 +272,7 @@ class HeadsStrategy(_Base):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         trainer = model.trainer
+        self._check_validation(trainer)
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
@@ -276,6 +281,20 @@ class HeadsStrategy(_Base):
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
             callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
+
+    def _check_validation(self, trainer: Trainer) -> None:
+        """Refuse merges before validations that devices don't begin together.
+
+        Raises:
+            ValueError: validation comes by the clock, and there are several devices.
+        """
+        by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+        if by_the_clock and self._world_size > 1 and as_schedule(self._config.merge_every).before_validation:
+            raise ValueError(
+                "To merge before validations, all devices must validate after the same step; received"
+                f" merge_every={self._config.merge_every!r} with a val_check_interval in time, which each of the"
+                f" {self._world_size} devices measures by itself. Give val_check_interval as a number of batches."
+            )
 
     def setup(self, trainer: Trainer) -> None:
         if self._world_size > 1 or trainer.state.fn == "fit":
@@ -494,7 +513,7 @@ class HeadsStrategy(_Base):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = False
-        self._after_step(explorer.step(self._bare(optimizer), self.measure))
+        self._after_merge(explorer.step(self._bare(optimizer), self.measure))
         return output
 
     def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -516,9 +535,9 @@ class HeadsStrategy(_Base):
         if self._manual is not None and self._manual.in_turn:
             self._manual.give_back()
         else:
-            self._after_step(self._explorer.step(optimizer, self.measure))
+            self._after_merge(self._explorer.step(optimizer, self.measure))
 
-    def _after_step(self, record: MergeRecord | None) -> None:
+    def _after_merge(self, record: MergeRecord | None) -> None:
         self._warn_of_restarts(record)
         if record is not None and self._world_size > 1:
             signals: Any = self._module.trainer._signal_connector
@@ -530,7 +549,7 @@ class HeadsStrategy(_Base):
             self._warn(
                 f"At merge {record.merges} (step {record.step}) heads {', '.join(map(str, record.restarted))} were not"
                 " finite. They took no part in it and start again from the merged weights; lower the learning rate or"
-                " alpha, or clip gradients, if this comes back."
+                " alpha, or clip gradients, if this comes back. (bad_heads='stop' ends training in such a case.)"
             )
 
     # ---- the end of training
@@ -544,8 +563,23 @@ class HeadsStrategy(_Base):
         if self._explorer is None:
             raise RuntimeError("There are heads to merge only while `trainer.fit` runs.")
         record = self._explorer.merge(self.measure)
-        self._warn_of_restarts(record)
+        self._after_merge(record)
         return record
+
+    def merge_before_validation(self) -> None:
+        """Merge what is not merged yet, if the schedule wants that before validations. Every device has to call it."""
+        explorer = self._explorer
+        if explorer is None or not explorer.merges_before_validation or not explorer.unmerged:
+            return
+        if not self._module.trainer.sanity_checking:
+            self.merge()
+            # A merge may have put factors into the optimizers.
+            explorer.rest()
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        # LTECallback has done so already, unless a user took it away.
+        self.merge_before_validation()
 
     def final_merge(self) -> MergeRecord | None:
         """Merge what heads have learned since the last merge; None if there is nothing."""
@@ -585,7 +619,9 @@ class HeadsStrategy(_Base):
             # Devices that were in the midst of different exchanges can't start another. Who has waited for the others
             # in vain only lets them know.
             where += f", in a meeting on rank {explorer.transport.rank}"
-        last = max(clock.last_merge for clock in explorer.clocks)
+        # A merge that was due and refused is none.
+        record = explorer.last_record
+        last = record.step if record else max(clock.last_whole for clock in explorer.clocks)
         weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
         step = max(clock.step for clock in explorer.clocks)
         if not explorer.transport.agree(where, _TELL_TIMEOUT_S if in_vain else _AGREE_TIMEOUT_S):

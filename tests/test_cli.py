@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_lte
 from lightning_lte import cli
+from lightning_lte.schedule import as_schedule
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BRIEF = [
@@ -98,6 +99,34 @@ def test_the_strategy_is_preset(tmp_path: Path) -> None:
     made = cli.run(["fit", f"--config={config}", *BRIEF, f"--trainer.default_root_dir={tmp_path}"])
 
     assert isinstance(made.trainer.strategy, lightning_lte.LTEStrategy)
+
+
+NESTED = "also: {class_path: lightning_lte.Every, init_args: {period: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("merge_every", "shown", "merges"),
+    [
+        ("{class_path: lightning_lte.Growing, init_args: {first: 1, factor: 2, last: 9}}", "Growing(1, 2.0, 9)", 2),
+        ("{class_path: lightning_lte.Piecewise, init_args: {periods: {0: 1, 2: 3}}}", "Piecewise({0: 1, 2: 3})", 2),
+        (
+            f"{{class_path: lightning_lte.BeforeValidation, init_args: {{{NESTED}}}}}",
+            "BeforeValidation(also=Every(2))",
+            2,
+        ),
+        ("tests.test_schedule.powers_of_two", "When(powers_of_two)", 3),
+    ],
+)
+def test_schedules_in_a_yaml(merge_every: str, shown: str, merges: int, tmp_path: Path) -> None:
+    config = tmp_path / "scheduled.yaml"
+    text = (EXAMPLES / "digits.yaml").read_text()
+    config.write_text(text.replace("merge_every: 10", f"merge_every: {merge_every}"))
+    args = [argument for argument in BRIEF if "merge_every" not in argument]
+
+    made = cli.run(["fit", f"--config={config}", *args, f"--trainer.logger.save_dir={tmp_path}"])
+
+    assert repr(as_schedule(made.trainer.strategy.config.merge_every)) == shown
+    assert len(metrics(tmp_path)["lte/merges"]) == merges  # in three steps, with that at the end
 
 
 @pytest.mark.parametrize("command_line", [cli.run, lambda args: LightningCLI(args=args)])

@@ -53,6 +53,7 @@ BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"replicas": "average"}, ValueError),
     ({"init": "zeros"}, ValueError),
     ({"execution": "parallel"}, ValueError),
+    ({"bad_heads": "skip"}, ValueError),
     ({"seed": 1.0}, TypeError),
     ({"seed": True}, TypeError),
     ({"wire": "fp8"}, ValueError),
