@@ -7,7 +7,7 @@ differ between heads or devices have these as dimension 0, over all devices in t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lightning_lte.transport import Transport
 
 VERSION = 1
+
+# What torch's optimizers count for a parameter as a whole. For one without dimensions, shapes don't tell these apart.
+_COUNTS_OF_A_DEVICE = ("step", "mu_product", "eta", "mu")
 
 State = dict[str, Any]
 
@@ -48,8 +51,12 @@ def gather_state(local: State, transport: Transport) -> State | None:
     }
 
 
-def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
+def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     """Take this device's part of what `gather_state` returned; all checks come before the first change.
+
+    Returns:
+        What could not be laid out as it was, a sentence or two for the user; empty if all was. All devices see the
+        whole state, so they come to the same without a word to each other.
 
     Raises:
         ValueError: the state is of other heads, ranks, targets or a newer version.
@@ -64,62 +71,150 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> None:
         go("as in the checkpoint")
     for clock, saved_clock in zip(explorer.clocks, state["clocks"], strict=True):
         clock.load_state_dict(saved_clock)
-    heads, transport = explorer.config.heads, explorer.transport
-
-    def mine(rows: Tensor, copies: int) -> Tensor:
-        return rows_for(rows, heads, transport.world_size, transport.rank, copies)
-
+    layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
+    merged: dict[str, list[str]] = {"replica": [], "running statistic": []}
     with torch.no_grad():
         for f in explorer.injection.factors.values():
             saved = state["factors"][f.name]
             for key, tensor in _factor_tensors(f).items():
-                tensor.copy_(mine(saved[key], f.count))
+                tensor.copy_(layout.mine(saved[key], f.count))
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
             lost_on_wire = state["wire_errors"].get(f.name)
             if lost_on_wire is not None:
                 rows = lost_on_wire["value"]
-                same = len(rows) == transport.world_size
+                same = len(rows) == layout.world_size
                 # What all devices have lost together is what counts.
-                own = rows[transport.rank] if same else rows.sum(0) / transport.world_size
+                own = rows[layout.rank] if same else rows.sum(0) / layout.world_size
                 f.error = own.to(f.weight.device, copy=True)
         if explorer.outer is not None:
             explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
         for replica in explorer.injection.replicas:
-            own = mine(state["replicas"][replica.name]["value"], len(replica.copies))
+            rows = state["replicas"][replica.name]["value"]
+            if layout.must_merge(rows, len(replica.copies)):
+                merged["replica"].append(replica.name)
+                rows = layout.mean(rows)
+            own = layout.mine(rows, len(replica.copies))
             replica.trained.copy_(own if replica.stack is not None else own[0])
-        statistics = state["statistics"].items()
-        explorer.statistics.load_rows({name: mine(saved["value"], explorer.count) for name, saved in statistics})
+            if replica.stack is not None and len(rows) == state["devices"]:
+                # The devices trained it in place: the module's own has what the first of them had, and no mean.
+                replica.param.copy_(layout.mean(rows)[0])
         buffers = dict(explorer.module.named_buffers())
-        for name, value in state["buffers"][min(transport.rank, len(state["buffers"]) - 1)].items():
+        for name, value in state["buffers"][layout.device_of_first_head(len(state["buffers"]))].items():
             if name in buffers:
                 buffers[name].copy_(value)
-    stacked = explorer.per_head
+        statistics = {}
+        for name, copies in explorer.statistics.copies().items():
+            rows = _statistic_rows(state, name)
+            if rows is None:
+                continue
+            if layout.must_merge(rows, copies):
+                merged["running statistic"].append(name)
+                rows = layout.mean(rows)
+            statistics[name] = layout.mine(rows, copies)
+        explorer.statistics.load_rows(statistics)
+    averaged = _scatter_moments(explorer, state, layout)
+    _restore_flights(explorer, state["flights"], layout, merged)
+    merged["replica"] += [name for name in averaged if name not in merged["replica"]]
+    explorer.guard.accept_writes()
+    kept = explorer.statistics.copies()
+    left = (
+        [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(state["devices"]) else []
+    )
+    return _told(state["devices"], layout.world_size, merged, left)
+
+
+def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
+    """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it."""
+    stacked, averaged = explorer.per_head, []
     for optimizer, saved_fields in zip(explorer.optimizers, state["optimizers"], strict=True):
         held = explorer.substitution.held(optimizer)
         for name, fields in saved_fields.items():
             param = held.get(name)
             if param is None:
                 continue
-            copies = explorer.count if param in stacked else 1
-            state_here = {key: _restored(param, value, copies, mine) for key, value in fields.items()}
-            _place_step(optimizer, param, state_here)
-            explorer.substitution.set_state(optimizer, param, state_here)
-    _restore_flights(explorer, state["flights"], mine)
-    explorer.guard.accept_writes()
+            had_heads = any(isinstance(value, Mapping) and "heads" in value for value in fields.values())
+            here: State = {}
+            for key, value in fields.items():
+                if not isinstance(value, Mapping):
+                    here[key] = value
+                    continue
+                [(whose, rows)] = value.items()
+                # What a device trained in place has moments of its shape, and these are of each of its heads.
+                of_heads = whose == "heads" or (
+                    not had_heads and rows.dim() == param.dim() and key not in _COUNTS_OF_A_DEVICE
+                )
+                copies = explorer.count if param in stacked and of_heads else 1
+                if layout.must_merge(rows, copies) and name not in averaged:
+                    averaged.append(name)
+                own = layout.mine(rows, copies)
+                own = own if param in stacked and of_heads else own[0]
+                # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
+                here[key] = own.clone() if own.dim() == 0 and param.dim() else own.to(param.device).clone()
+            _place_step(optimizer, param, here)
+            explorer.substitution.set_state(optimizer, param, here)
+    return averaged
 
 
-def _restore_flights(explorer: Explorer, flights: Sequence[State], mine: Callable[[Tensor, int], Tensor]) -> None:
+class _Layout:
+    """How the heads sit on the devices of this run.
+
+    Args:
+        heads: N.
+        world_size: devices.
+        rank: number of this device.
+    """
+
+    def __init__(self, heads: int, world_size: int, rank: int) -> None:
+        self.heads, self.world_size, self.rank = heads, world_size, rank
+
+    def mine(self, rows: Tensor, copies: int) -> Tensor:
+        """This device's `rows_for`."""
+        return rows_for(rows, self.heads, self.world_size, self.rank, copies)
+
+    def must_merge(self, rows: Tensor, copies: int) -> bool:
+        """Whether one copy would have to stand for several rows that differ."""
+        if len(rows) == copies * self.world_size or copies * self.world_size == self.heads:
+            return False
+        own = rows.repeat_interleave(self.heads // len(rows), dim=0).unflatten(0, (self.world_size, -1))
+        return not torch.equal(own, own[:, :1].expand_as(own))
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """The mean over all heads, once for each device. Counts have none: they are the first one's."""
+        mean = _mean(rows) if rows.is_floating_point() or rows.is_complex() else rows[:1]
+        return mean.expand(self.world_size, *rows.shape[1:])
+
+    def device_of_first_head(self, devices: int) -> int:
+        """Which of the devices of the run that was saved held this one's first head."""
+        return self.rank * devices // self.world_size
+
+    def leaves_out(self, devices: int) -> bool:
+        """Whether some of the devices of the run that was saved are no device's `device_of_first_head`."""
+        return devices > self.world_size
+
+
+def _restore_flights(
+    explorer: Explorer, flights: Sequence[State], layout: _Layout, merged: Mapping[str, list[str]]
+) -> None:
     """Put merges on their way again that had not landed."""
     explorer.flights = []
-    copies: dict[str, Callable[[str], int]] = {
-        "factors": lambda _: explorer.count,
-        "replicas": {r.name: len(r.copies) for r in explorer.injection.replicas}.__getitem__,
-        "statistics": explorer.statistics.copies_of,
+    statistics = explorer.statistics.copies()
+    copies: dict[str, dict[str, int]] = {
+        "factors": {f.name: explorer.count for f in explorer.injection.factors.values()},
+        "replicas": {r.name: len(r.copies) for r in explorer.injection.replicas},
+        "statistics": statistics,
     }
+    # What was merged has to be compared with the mean of what was there when the merge started.
+    means = {*merged["replica"], *merged["running statistic"]}
     for flight in flights:
         rows = {
-            kind: {name: {k: mine(rows, copies[kind](name)) for k, rows in own.items()} for name, own in named.items()}
+            kind: {
+                name: {
+                    key: layout.mine(layout.mean(rows) if name in means else rows, copies[kind][name])
+                    for key, rows in own.items()
+                }
+                for name, own in named.items()
+            }
             for kind, named in flight["merge"]["rows"].items()
         }
         explorer.restore_flight({**flight, "merge": {**flight["merge"], "rows": rows}})
@@ -144,7 +239,53 @@ def rows_for(rows: Tensor, heads: int, world_size: int, rank: int, copies: int) 
     own = rows.tensor_split(world_size)[rank]
     if len(own) == copies:
         return own
-    return own.mean(0, keepdim=True) if own.is_floating_point() else own[:1]
+    return _mean(own) if own.is_floating_point() or own.is_complex() else own[:1]
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """(1, ...): the mean, accumulated in float32 or better; of rows that are all the same, these to the bit."""
+    if torch.equal(rows, rows[:1].expand_as(rows)):
+        return rows[:1]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(wide).mean(0, keepdim=True).to(rows.dtype)
+
+
+def _statistic_rows(state: Mapping[str, Any], name: str) -> Tensor | None:
+    """A running statistic of every head, or of every device; None if all heads had the one in the state_dict."""
+    if name in state["statistics"]:
+        return state["statistics"][name]["value"]
+    found = [own[name] for own in state["buffers"] if name in own]
+    return torch.stack(found) if found else None
+
+
+def _differing_buffers(state: Mapping[str, Any]) -> list[str]:
+    first, *others = state["buffers"]
+    return [n for n, value in first.items() if not all(n in own and torch.equal(value, own[n]) for own in others)]
+
+
+def _told(devices: int, world_size: int, merged: Mapping[str, list[str]], left: list[str]) -> str:
+    """What is said of replicas, running statistics and buffers that could not go on as they were."""
+    sentences = []
+    some = [_counted(what, names) for what, names in merged.items() if names]
+    if some:
+        sentences.append(
+            f"In this checkpoint, of {_counted('device', devices)}, heads have copies of {' and of '.join(some)} that"
+            f" differ; here, on {_counted('device', world_size)}, they share them. So these were merged first: averaged"
+            " over all heads, and their optimizer moments over the heads that share them."
+        )
+    if left:
+        sentences.append(
+            f"{_counted('buffer', left)} differed between the {devices} devices of the checkpoint: each device here"
+            " goes on with those of the one that held its first head."
+        )
+    return " ".join(sentences)
+
+
+def _counted(what: str, found: list[str] | int) -> str:
+    """ "1 device", or "2 buffers (a, b)"."""
+    count = found if isinstance(found, int) else len(found)
+    names = "" if isinstance(found, int) else f" ({listed(found)})"
+    return f"{count} {what}{'s' * (count != 1)}{names}"
 
 
 def generators() -> State:
@@ -226,18 +367,6 @@ def _saved(param: nn.Parameter, value: Any, per_head: bool) -> Any:
     if per_head and value.dim() == param.dim() and value.shape[0] == param.shape[0]:
         return {"heads": value}
     return {"devices": value.unsqueeze(0)}
-
-
-def _restored(param: nn.Parameter, value: Any, copies: int, rows: Callable[[Tensor, int], Tensor]) -> Any:
-    """The inverse of `_saved`, for this device's heads."""
-    if not isinstance(value, Mapping):
-        return value
-    [(whose, saved)] = value.items()
-    if whose == "heads":
-        return rows(saved, copies).to(param.device).clone()
-    own = rows(saved, 1)[0] if saved.dim() > 1 or saved.is_floating_point() else saved[0]
-    # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
-    return own.clone() if own.dim() == 0 and param.dim() else own.to(param.device).clone()
 
 
 def _place_step(optimizer: Optimizer, param: nn.Parameter, state: State) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.batch import Layout
-from lightning_lte.explorer import TIMEOUT_S, Explorer
+from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
 
 
@@ -80,8 +80,10 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
     else:
         reason = _try(explorer, step, batch, parts)
     verdict = "batched" if reason is None else "sequential"
-    agreed = explorer.transport.agree(verdict, TIMEOUT_S)
-    if reason is None and agreed:
+    transport = explorer.transport
+    with transport.meeting("the trial of the first batch"):
+        verdicts = transport.union({str(transport.rank): verdict}, transport.timeout_s)
+    if set(verdicts.values()) == {"batched"}:
         explorer.share_layers(left_out)
         explorer.go_batched("proved on the first batch")
     else:

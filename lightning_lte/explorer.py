@@ -29,8 +29,6 @@ from lightning_lte.transport import Transport
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
-# Seconds that devices wait for each other's word on first batches and steps.
-TIMEOUT_S = 1800.0
 
 
 class Explorer(Trainees):
@@ -122,6 +120,11 @@ class Explorer(Trainees):
         """Whether the schedule wants a `merge` before each validation, which whoever validates has to call."""
         return self._schedule.before_validation
 
+    @property
+    def where(self) -> str:
+        """How far training is, for messages."""
+        return f"after step {max(clock.step for clock in self.clocks)} and merge {self.merges}"
+
     def heads(self) -> AbstractContextManager[None]:
         """A context in whose forwards all local heads act, each on its slice of dimension 0.
 
@@ -209,7 +212,7 @@ class Explorer(Trainees):
             self._starved_known = True
             self.guard.check_starved()
         if self.config.replicas == "step" and synchronise:
-            self.injection.replicas.average_gradients(self.transport)
+            self._average_gradients()
             self._averaged = True
 
     def settle(self) -> None:
@@ -231,7 +234,8 @@ class Explorer(Trainees):
         found = self.guard.found(settling=True)
         if self.transport.world_size == 1 and self._takes_all(found):
             return
-        self._demote(self.transport.union(found, TIMEOUT_S))
+        with self.transport.meeting(f"the look at the first gradients {self.where}"):
+            self._demote(self.transport.union(found, self.transport.timeout_s))
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
@@ -243,7 +247,7 @@ class Explorer(Trainees):
         if not self._is_settling:
             self._look(look_at_bits=False)
         if self.config.replicas == "step" and not self._averaged:
-            self.injection.replicas.average_gradients(self.transport)
+            self._average_gradients()
 
     def clip_grad_norm_(
         self, max_norm: float, optimizer: Optimizer | None = None, params: Iterable[nn.Parameter] | None = None
@@ -392,13 +396,15 @@ class Explorer(Trainees):
             names = [f.name for f in state.factors.values()]
             names += [r.name for r in self.injection.replicas if any(r.stack is own for own in state.stacks.values())]
             reasons.update({name: "its layer's input is not the batch" for name in names})
-        reasons = self.transport.union(reasons, TIMEOUT_S)
+        with self.transport.meeting("the trial of the first batch"):
+            reasons = self.transport.union(reasons, self.transport.timeout_s)
         if reasons:
             self.make_replicas(reasons)
 
     def state_dict(self) -> checkpoint.State | None:
         """All that is needed beside the module's and the optimizers' own state; see `checkpoint.gather_state`."""
-        return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
+        with self.transport.meeting(f"a checkpoint {self.where}"):
+            return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
 
     def closed_state(self) -> checkpoint.State:
         """This device's part of `state_dict` as it was when this was closed."""
@@ -410,11 +416,17 @@ class Explorer(Trainees):
         if self.full_rank and not state["full_rank"]:
             self.begin_heads()
         self.act()
-        checkpoint.scatter_state(self, state)
+        told = checkpoint.scatter_state(self, state)
+        if told and self.transport.rank == 0:
+            warnings.warn(told, stacklevel=2)
         for f in self.injection.factors.values():
             f.end_trial()
             f.merged_at = 0
         self._counted_steps = [clock.step for clock in self.clocks]
+
+    def _average_gradients(self) -> None:
+        with self.transport.meeting(f"the averaging of gradients {self.where}"):
+            self.injection.replicas.average_gradients(self.transport)
 
     def _merge_next(self, number: int, measure: bool) -> list[MergeRecord]:
         """Merge the next group of the weights that one optimizer trains."""
@@ -441,21 +453,20 @@ class Explorer(Trainees):
         earlier = [f for f in self.flights if f.number == number and group in (None, f.group)]
         records = [self._land(flight) for flight in earlier]
         again, self.merging = self.merging, True
-        if not again:  # an interrupted merge has written itself
-            if not self._is_settling:
-                self._look(look_at_bits=True)
-            self._tell_of_late()
-        merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
-        if overlap:
-            merge.start(self._states())
-            devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
-            last = self.flights[-1] if self.flights else None
-            self.flights.append(
-                Flight(merge, number, group or 0, clock.step + overlap, last, devices=sorted(devices, key=str))
-            )
-        else:
-            records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
-            self._merged(merge)
+        with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
+            if not again:  # an interrupted merge has written itself
+                if not self._is_settling:
+                    self._look(look_at_bits=True)
+                self._tell_of_late()
+            merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
+            if overlap:
+                merge.start(self._states())
+                devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
+                last = self.flights[-1] if self.flights else None
+                self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, devices=devices))
+            else:
+                records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
+                self._merged(merge)
         clock.merged()
         self.merging = False
         return records
@@ -485,14 +496,16 @@ class Explorer(Trainees):
         """Average the gradients of all parameters over devices, before heads begin."""
         if self.transport.world_size > 1:
             params = [p for p in self.trained_by if p.requires_grad]
-            average_gradients(params, self.transport)
+            with self.transport.meeting(f"the averaging of gradients {self.where}"):
+                average_gradients(params, self.transport)
 
     def _land(self, flight: Flight) -> MergeRecord:
         self.merging = True
-        waited = flight.wait()
-        record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
-        self.flights.remove(flight)
-        self._merged(flight.merge)
+        with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
+            waited = flight.wait()
+            record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
+            self.flights.remove(flight)
+            self._merged(flight.merge)
         self.merging = False
         return record
 
@@ -578,7 +591,7 @@ class Explorer(Trainees):
         self._taken = False
         if late.any():
             found, self._late = self._late, {}
-            self._demote(self.transport.union(found, TIMEOUT_S))
+            self._demote(self.transport.union(found, self.transport.timeout_s))
 
     def _demote(self, reasons: dict[str, str]) -> None:
         if not reasons:

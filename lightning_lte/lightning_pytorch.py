@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import lightning.pytorch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_lte.callback import HeadsCallback
+from lightning_lte.files import AtomicFiles
 from lightning_lte.strategy import HeadsStrategy
 
 
@@ -14,11 +16,16 @@ class LTECallback(HeadsCallback, Callback):
     __doc__ = HeadsCallback.__doc__
 
 
+class AtomicCheckpointIO(AtomicFiles, TorchCheckpointIO):
+    __doc__ = AtomicFiles.__doc__
+
+
 class LTEStrategy(HeadsStrategy, DDPStrategy):
     __doc__ = HeadsStrategy.__doc__
 
     package = lightning.pytorch
     callback_class = LTECallback
+    checkpoint_io_class = AtomicCheckpointIO
 
 
 StrategyRegistry.register(

@@ -140,19 +140,23 @@ class RunningStatistics:
         if taken:
             self._sums.append(torch.stack([state["counts"][s.name] for s in taken]).to(taken[0].buffer.device))
 
-    def copies_of(self, name: str) -> int:
-        """How many of a statistic there are here: n, or 1 while local heads share it."""
-        return next(max(1, len(s.own)) for s in self._statistics if s.name == name)
-
     def rows(self) -> dict[str, Tensor]:
         """What local heads have of their own, by name: (n, *shape)."""
         return {s.name: torch.stack(s.own).cpu() for s in self._statistics if s.own}
 
-    def load_rows(self, rows: dict[str, Tensor]) -> None:
-        """The inverse of `rows`."""
+    def copies(self) -> dict[str, int]:
+        """How many of each there are on this device, by name: n where local heads have their own, else 1."""
+        return {s.name: max(1, len(s.own)) for s in self._statistics}
+
+    @torch.no_grad()
+    def load_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Take (copies, *shape) of each. The buffers that are not heads' own have to be loaded before."""
         for s in self._statistics:
-            for own, saved in zip(s.own, rows.get(s.name, ()), strict=False):
-                own.copy_(saved)
+            if s.name in rows:
+                for own, saved in zip(s.own or [s.buffer], rows[s.name], strict=True):
+                    own.copy_(saved)
+                # Or the next turn would take the buffers for written by someone who means every head's.
+                s.version = s.buffer._version
 
 
 def _trainer_of(module: nn.Module, name: str, trained_by: Mapping[nn.Parameter, int]) -> int:

@@ -29,6 +29,7 @@ from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
 from lightning_lte.config import AfterMerge, BadHeads, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
 from lightning_lte.explorer import Explorer
+from lightning_lte.files import AtomicFiles
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
@@ -40,6 +41,7 @@ from lightning_lte.wire import PayloadKind, Wire
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.strategies import DDPStrategy as _Base
     from lightning.pytorch.utilities.types import STEP_OUTPUT
 else:
@@ -47,6 +49,7 @@ else:
 
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
+_TELL_TIMEOUT_S = 1.0
 
 
 class HeadsStrategy(_Base):
@@ -97,9 +100,10 @@ class HeadsStrategy(_Base):
     """
 
     strategy_name = "lte"
-    # The package of Lightning's that the class is for, and its callback.
+    # The package of Lightning's that the class is for, its callback, and what writes its checkpoints.
     package: ModuleType
     callback_class: type[HeadsCallback]
+    checkpoint_io_class: type[AtomicFiles]
 
     def __init__(
         self,
@@ -226,13 +230,42 @@ class HeadsStrategy(_Base):
             )
         self.config.local_heads(self._world_size)
         if self._world_size > 1:
-            super().setup_environment()
+            try:
+                super().setup_environment()
+            except RuntimeError as error:
+                lives = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+                if lives and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    raise RuntimeError(
+                        "Processes that torchrun starts anew need a store of their own to meet; at restart"
+                        f" {lives} they got that of those before, with addresses of the dead (pytorch/pytorch#135712)."
+                        " Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, with --standalone or"
+                        " --rdzv-backend=c10d."
+                    ) from error
+                raise
             destroy_at_exit()
             return
         # What DDPStrategy does, less the process group and the seed that is set again for other processes.
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
+
+    # Devices meet here, too: for checkpoints, for metrics, and when callbacks decide.
+
+    def barrier(self, name: str | None = None) -> None:
+        with self._meeting(f"a barrier of Lightning's ({name})"):
+            super().barrier(name)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self._meeting("a broadcast of Lightning's"):
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        with self._meeting("a reduction of Lightning's"):
+            return super().reduce(tensor, group, reduce_op)
+
+    def _meeting(self, what: str) -> AbstractContextManager[None]:
+        explorer = self._explorer
+        return nullcontext() if explorer is None else explorer.transport.meeting(f"{what}, {explorer.where}")
 
     # ---- setting up
 
@@ -581,15 +614,17 @@ class HeadsStrategy(_Base):
             return
         # Devices may have stopped at different steps of the same period.
         where = f"merge {explorer.merges}"
-        if explorer.merging:
-            # Devices that were in the midst of different exchanges can't start another.
-            where += f", in a merge on rank {explorer.transport.rank}"
+        in_vain = explorer.merging or explorer.transport.lost
+        if in_vain:
+            # Devices that were in the midst of different exchanges can't start another. Who has waited for the others
+            # in vain only lets them know.
+            where += f", in a meeting on rank {explorer.transport.rank}"
         # A merge that was due and refused is none.
         record = explorer.last_record
         last = record.step if record else max(clock.last_whole for clock in explorer.clocks)
         weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
         step = max(clock.step for clock in explorer.clocks)
-        if not explorer.transport.agree(where, _AGREE_TIMEOUT_S):
+        if not explorer.transport.agree(where, _TELL_TIMEOUT_S if in_vain else _AGREE_TIMEOUT_S):
             warnings.warn(
                 f"Training was interrupted at step {step} and the devices could not meet for a last merge: {weights}.",
                 stacklevel=2,
@@ -621,6 +656,21 @@ class HeadsStrategy(_Base):
             self._finished = (state, [p._version for p in explorer.module.parameters()])
 
     # ---- checkpoints
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes files: the user's own, or ours in the place of Lightning's, also where another wraps that."""
+        lightnings: Any = self.package.plugins.io.TorchCheckpointIO
+        chosen: Any = self._checkpoint_io
+        if chosen is None or type(chosen) is lightnings:
+            chosen = self._checkpoint_io = self.checkpoint_io_class()  # type: ignore[assignment]
+        elif type(getattr(chosen, "checkpoint_io", self)) in (type(None), lightnings):
+            chosen.checkpoint_io = self.checkpoint_io_class()
+        return chosen
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The settings of the user's param groups; the heads' moments are in checkpoint["lte"].
@@ -676,6 +726,11 @@ class HeadsStrategy(_Base):
         devices, streams = state["devices"], state["generators"]
         # On another number of devices there is no telling whose stream goes on where.
         self._generators = streams[self.global_rank] if devices == self.world_size else {}
+        if devices != self.world_size:
+            self._say(
+                f"The checkpoint was written on {devices} device{'s' * (devices > 1)}, and this run has"
+                f" {self.world_size}: heads, moments and clocks go on as they were, and random streams start anew."
+            )
         if undecided and explorer.execution != "auto":
             self._announce()
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +21,13 @@ from lightning_lte.wire import Wire, decode, encode
 
 # Tensors are packed into flat buckets, so that many small ones cost one call; the cap bounds the extra memory.
 BUCKET_BYTES = 64 * 2**20
+
+# Seconds that devices wait for each other if nothing else was said.
+_TIMEOUT_S = 1800.0
+# Seconds beyond its own timeout that an answer of the store is waited for: where its host is stopped, none ever comes.
+_STORE_GRACE_S = 2.0
+
+_T = TypeVar("_T")
 
 # Questions put to `Transport.agree`, numbered alike on all devices: an answer to an earlier one must not count.
 _questions = itertools.count()
@@ -29,12 +40,14 @@ class Transport:
         world_size: number of devices; 1 needs no process group.
         rank: number of this device.
         group: process group; None for the one of all.
-        timeout: for the collectives of groups made from this; None for that of the backend.
+        timeout: for meetings, and the collectives of groups made from this; None for that of the backend.
 
     Attributes:
         bytes_sent: bytes this device has sent since the start, by the count of a ring: an all-reduce of b bytes sends
             2 b (w - 1) / w, an all-gather of b bytes per device sends b (w - 1), and an exchange of b bytes between all
             sends b (w - 1) / w. Each device receives as much.
+        timeout_s: seconds that devices wait for each other where they meet.
+        lost: whether a meeting has failed. The devices that failed can't meet again.
     """
 
     def __init__(
@@ -45,6 +58,8 @@ class Transport:
         timeout: timedelta | None = None,
     ) -> None:
         self.world_size, self.rank, self.group, self.timeout = world_size, rank, group, timeout
+        self.timeout_s = _TIMEOUT_S if timeout is None else timeout.total_seconds()
+        self.lost = False
         self.bytes_sent = 0
 
     def beside(self) -> Transport:
@@ -181,6 +196,60 @@ class Transport:
         dist.gather_object(value, gathered, dst=0, group=self.group)
         return gathered
 
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """Say in errors what the devices could not meet for, and who was missing.
+
+        Args:
+            what: "merge 3, after step 30", the same on all devices.
+
+        Raises:
+            RuntimeError: a device did not come before the time was out, or is gone; from torch's own error. NCCL ends
+                the process by itself when the time is out, so there the same is written before.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        key = f"lte/at/{self.rank}"
+        # The store does not answer this, so it costs microseconds.
+        dist.distributed_c10d._get_default_store().set(key, what)
+        start = time.monotonic()
+        timer = None
+        if dist.get_backend() == "nccl":
+            timer = threading.Timer(0.9 * self.timeout_s, lambda: print(self._missed(what, start), file=sys.stderr))
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        except (RuntimeError, TimeoutError) as error:
+            if not _is_of_meeting(error):
+                raise
+            self.lost = True
+            raise RuntimeError(self._missed(what, start)) from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _missed(self, what: str, start: float) -> str:
+        store = dist.distributed_c10d._get_default_store()
+
+        def ask() -> list[str | None]:
+            keys = [f"lte/at/{rank}" for rank in range(self.world_size)]
+            return [store.get(key).decode() if store.check([key]) else None for key in keys]
+
+        heard = _within(_STORE_GRACE_S, ask)
+        if heard is None:
+            where = "Rank 0's process, which all ask for each other, does not answer: it hangs or is gone."
+        else:
+            late = [f"rank {rank} ({at or 'nowhere yet'})" for rank, at in enumerate(heard) if at != what]
+            where = f"Last heard of elsewhere: {'; '.join(late)}." if late else "All had come to it."
+        return (
+            f"At {what}, all devices have to meet within {self.timeout_s:g} s; rank {self.rank} gave up after"
+            f" {time.monotonic() - start:.1f} s, as another hangs, is late or is gone. {where} Look into its output,"
+            " and go on from the last checkpoint. If devices may be that late, give a longer"
+            " LTEStrategy(timeout=timedelta(seconds=...))."
+        )
+
     def agree(self, value: str, timeout_s: float) -> bool:
         """Whether all devices arrive here with the same value before the time is out."""
         answers = self._exchange(value, timeout_s)
@@ -210,12 +279,42 @@ class Transport:
         store = dist.distributed_c10d._get_default_store()
         question = next(_questions)
         keys = [f"lte/agree/{question}/{rank}" for rank in range(self.world_size)]
-        try:
+
+        def ask() -> list[str]:
             store.set(keys[self.rank], value)
             store.wait(keys, timedelta(seconds=timeout_s))
             return [store.get(key).decode() for key in keys]
-        except RuntimeError:  # the time is out, or the device that holds the store is gone
-            return None
+
+        return _within(timeout_s + _STORE_GRACE_S, ask)
+
+
+def _within(timeout_s: float, ask: Callable[[], _T]) -> _T | None:
+    """What the store answers; None if the time is out, or the process that holds the store is gone or stopped."""
+    answers: list[_T] = []
+
+    def work() -> None:
+        try:
+            answers.append(ask())
+        except RuntimeError:
+            pass
+
+    # A store whose process is stopped keeps whoever asks for ever, whatever timeout was given.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answers[0] if answers else None
+
+
+def _is_of_meeting(error: BaseException) -> bool:
+    """Whether an error comes from torch's communication, or is that of `Transport.union`."""
+    if isinstance(error, TimeoutError | dist.DistError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    innermost = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    # Gloo raises plain RuntimeErrors.
+    return innermost.startswith("torch.distributed") or "/gloo/" in str(error)
 
 
 def destroy_at_exit() -> None:
