@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,25 +13,20 @@ from torch.optim import Optimizer
 
 from lightning_lte import checkpoint
 from lightning_lte.batch import Layout
-from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
-from lightning_lte.flight import Flight
 from lightning_lte.gradients import clip_grad_norm_
 from lightning_lte.heads import Factors
-from lightning_lte.merge import Merge, MergeRecord, add_mean_deltas, combined, verify
-from lightning_lte.optimizers import check_optimizers
-from lightning_lte.outer import OuterOptimizer
-from lightning_lte.replicas import Replicas, average_gradients
+from lightning_lte.merge import MergeRecord, add_mean_deltas
+from lightning_lte.merging import Merging
+from lightning_lte.replicas import average_gradients
 from lightning_lte.report import listed
-from lightning_lte.schedule import as_schedule
-from lightning_lte.trainees import Trainees
 from lightning_lte.transport import Transport
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
 
 
-class Explorer(Trainees):
+class Explorer(Merging):
     """Gives heads to a module and trains them in place of its weights.
 
         explorer = Explorer(model, optimizer, LTEConfig(heads=8, merge_every=10))
@@ -74,56 +69,17 @@ class Explorer(Trainees):
         config: LTEConfig,
         transport: Transport | None = None,
     ) -> None:
-        self.transport = transport or Transport()
-        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self.count = config.local_heads(self.transport.world_size)
+        chosen = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        super().__init__(module, chosen, config, transport or Transport())
         self.execution = config.execution if self.count > 1 else "batched"
-        self._schedule = as_schedule(config.merge_every)
-        check_optimizers(self.optimizers, self.count)
-
-        super().__init__(module, self.optimizers, config, self.count, self.transport.rank * self.count)
         self.layout: Layout | None = None
         self._closed: checkpoint.State | None = None
-        self.clocks = [Clock() for _ in self.optimizers]
-        self.last_record: MergeRecord | None = None
-        self.outer = None if config.outer_optimizer is None else OuterOptimizer(config.outer_optimizer)
-        self.flights: list[Flight] = []
-        # Merges on their way must not get mixed up with what devices exchange meanwhile.
-        self._beside = self.transport.beside() if config.overlap else self.transport
-        self._counted_bytes = 0
-        self._counted_steps = [0 for _ in self.optimizers]
-        self.merging = False
         self._starved_known = self._averaged = False
         # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
         self._late: dict[str, str] = {}
         self._taken = False
         self._taken_at = -2
         self._asked_at: list[int] | None = None
-
-    @property
-    def clock(self) -> Clock:
-        """The clock of the first optimizer."""
-        return self.clocks[0]
-
-    @property
-    def merges(self) -> int:
-        """Merges done, for all optimizers together."""
-        return sum(clock.merges for clock in self.clocks)
-
-    @property
-    def unmerged(self) -> bool:
-        """Whether heads have learned something since the last merge."""
-        return bool(self.flights) or any(clock.unmerged for clock in self.clocks)
-
-    @property
-    def where(self) -> str:
-        """How far training is, for messages."""
-        return f"after step {max(clock.step for clock in self.clocks)} and merge {self.merges}"
-
-    @property
-    def merges_before_validation(self) -> bool:
-        """Whether the schedule wants a `merge` before each validation, which whoever validates has to call."""
-        return self._schedule.before_validation
 
     def heads(self) -> AbstractContextManager[None]:
         """A context in whose forwards all local heads act, each on its slice of dimension 0.
@@ -309,45 +265,7 @@ class Explorer(Trainees):
         if not self._is_settling:
             for f in self.injection.factors.values():
                 f.end_trial()
-        arriving = [f for f in self.flights if f.number == number and clock.step >= f.lands_at]
-        records = [self._land(flight) for flight in arriving]
-        groups = self.config.stagger
-        if self._schedule.due(clock.step, clock.last_merge):
-            while clock.groups_left:  # the last round was too short for all
-                records += self._merge_next(number, measure)
-            clock.begin(groups)
-        while clock.groups_left:
-            delay = self._schedule.delay(groups - clock.groups_left, groups)
-            if clock.step < clock.last_merge + delay:
-                break
-            records += self._merge_next(number, measure)
-        return self._noted(records)
-
-    def merge(self, measure: bool = True, everything: bool = False) -> MergeRecord:
-        """Merge now. A collective: every device has to call it.
-
-        With several optimizers, what each of them trains is merged if it made a step since its last merge; or all, if
-        none did.
-
-        Args:
-            measure: whether to compute what `MergeRecord` calls norm and disagreement.
-            everything: merge what all optimizers train, which devices have to that stopped at different steps.
-
-        Returns:
-            One record for all of these merges.
-
-        Raises:
-            RuntimeError, FloatingPointError: see `step`.
-        """
-        self.select(None)  # an exception may have come in the turn of a head
-        records = [self._land(flight) for flight in list(self.flights)]
-        numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
-        for number in numbers or range(len(self.clocks)):
-            records += self._start(number, None, measure, overlap=0)
-            self.clocks[number].settled()
-        record = self._noted(records)
-        assert record is not None
-        return record
+        return self._merge_if_due(number, measure)
 
     def finish(self) -> None:
         """Merge what is not merged yet, and give the module and the optimizers back."""
@@ -428,136 +346,12 @@ class Explorer(Trainees):
         with self.transport.meeting(f"the averaging of gradients {self.where}"):
             self.injection.replicas.average_gradients(self.transport)
 
-    def _merge_next(self, number: int, measure: bool) -> list[MergeRecord]:
-        """Merge the next group of the weights that one optimizer trains."""
-        clock, groups = self.clocks[number], self.config.stagger
-        records = self._start(number, groups - clock.groups_left, measure, self.config.overlap)
-        clock.groups_left -= 1
-        if groups == 1:
-            clock.last_whole = clock.step
-        return records
-
-    def _start(self, number: int, group: int | None, measure: bool, overlap: int) -> list[MergeRecord]:
-        """Merge a group of the weights that one optimizer trains, or let it start on its way.
-
-        Args:
-            number: of the optimizer.
-            group: of its weights; None for all.
-            measure: see `step`.
-            overlap: steps until it lands.
-
-        Returns:
-            The records of merges that are done.
-        """
-        clock = self.clocks[number]
-        earlier = [f for f in self.flights if f.number == number and group in (None, f.group)]
-        records = [self._land(flight) for flight in earlier]
-        again, self.merging = self.merging, True
-        with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
-            if not again:  # an interrupted merge has written itself
-                if not self._is_settling:
-                    self._look(look_at_bits=True)
-                self._tell_of_late()
-            merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
-            if overlap:
-                merge.start(self._states())
-                devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
-                last = self.flights[-1] if self.flights else None
-                self.flights.append(
-                    Flight(merge, number, group or 0, clock.step + overlap, last, devices=sorted(devices, key=str))
-                )
-            else:
-                records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
-                self._merged(merge)
-        clock.merged()
-        self.merging = False
-        return records
-
-    def _made_merge(self, number: int, group: int | None, step: int, merges: int, measure: bool, apart: bool) -> Merge:
-        factors, replicas = self._grouped(number, group)
-        return Merge(
-            factors,
-            replicas,
-            self.statistics.of(number if group in (None, 0) else -1),
-            self._beside if apart else self.transport,
-            self.config,
-            step=step,
-            merges=merges,
-            measure=measure,
-            others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
-        )
-
-    def restore_flight(self, state: Mapping[str, Any]) -> None:
-        """Put a merge on its way again that had started and not landed; see `Flight.state_dict`."""
-        number, group, saved = state["number"], state["group"], state["merge"]
-        merge = self._made_merge(number, group, saved["step"], saved["number"] - 1, saved["measure"], apart=True)
-        merge.load_state_dict(saved)
-        self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
-
     def _average_all(self) -> None:
         """Average the gradients of all parameters over devices, before heads begin."""
         if self.transport.world_size > 1:
             params = [p for p in self.trained_by if p.requires_grad]
             with self.transport.meeting(f"the averaging of gradients {self.where}"):
                 average_gradients(params, self.transport)
-
-    def _land(self, flight: Flight) -> MergeRecord:
-        self.merging = True
-        with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
-            waited = flight.wait()
-            record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
-            self.flights.remove(flight)
-            self._merged(flight.merge)
-        self.merging = False
-        return record
-
-    def _unless_refused(self, merge: Callable[[], MergeRecord]) -> MergeRecord:
-        try:
-            return merge()
-        except FloatingPointError:
-            self.merging = False  # no weight was written, on no device
-            raise
-
-    def _merged(self, merge: Merge) -> None:
-        self.guard.accept_writes()
-        every = self.config.verify_every
-        if every and merge.number % every == 0:
-            verify(merge.factors, self.transport, merge.number, merge.step)
-
-    def _noted(self, records: Sequence[MergeRecord]) -> MergeRecord | None:
-        """One record for all merges of a step, with the bytes of all steps since the one before."""
-        if not records:
-            return None
-        sent = self.transport.bytes_sent + (self._beside.bytes_sent if self.config.overlap else 0)
-        ddp = 0
-        for number, clock in enumerate(self.clocks):
-            steps = clock.step - self._counted_steps[number]
-            trained = [p for p, own in self.trained_by.items() if own == number and p.requires_grad]
-            ddp += steps * self.transport.bytes_of_sum(sum(p.nbytes for p in trained))
-            self._counted_steps[number] = clock.step
-        self.last_record = combined(records, bytes_sent=sent - self._counted_bytes, ddp_bytes=ddp)
-        self._counted_bytes = sent
-        return self.last_record
-
-    def _states(self) -> dict[Tensor, Any]:
-        return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}
-
-    def _factors_of(self, number: int) -> list[Factors]:
-        return [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number]
-
-    def _grouped(self, number: int, group: int | None) -> tuple[list[Factors], Replicas]:
-        """What a group of the parameters that one optimizer trains is made of; groups are of about one size."""
-        params = [p for p, own in self.trained_by.items() if own == number]
-        if group is not None and self.config.stagger > 1:
-            total, before, chosen = sum(p.numel() for p in params), 0, []
-            for p in params:
-                # By its middle, so that a large one in the end does not leave a group empty.
-                if (2 * before + p.numel()) * self.config.stagger // (2 * total) == group:
-                    chosen.append(p)
-                before += p.numel()
-            params = chosen
-        own = set(params)
-        return [f for f in self._factors_of(number) if f.weight in own], self.injection.replicas.of(params)
 
     @property
     def _is_settling(self) -> bool:
@@ -577,6 +371,11 @@ class Explorer(Trainees):
             for w in self._watched():
                 if w.name in found:
                     w.param.grad = None
+
+    def _before_merge(self) -> None:
+        if not self._is_settling:
+            self._look(look_at_bits=True)
+        self._tell_of_late()
 
     def _tell_of_late(self) -> None:
         """Let all devices act alike on what some of them found."""

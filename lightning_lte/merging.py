@@ -1,0 +1,251 @@
+"""When what is merged: the clocks of the optimizers, groups of weights, and merges on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lte.clock import Clock
+from lightning_lte.config import LTEConfig
+from lightning_lte.flight import Flight
+from lightning_lte.heads import Factors
+from lightning_lte.merge import Merge, MergeRecord, combined, verify
+from lightning_lte.optimizers import check_optimizers
+from lightning_lte.outer import OuterOptimizer
+from lightning_lte.replicas import Replicas
+from lightning_lte.schedule import as_schedule
+from lightning_lte.trainees import Trainees
+from lightning_lte.transport import Transport
+
+
+class Merging(Trainees):
+    """Merges what the heads of a module have learned, when it is due.
+
+    Args:
+        module: the user's.
+        optimizers: over its parameters.
+        config: the user's choices.
+        transport: to other devices.
+
+    Attributes:
+        clocks: steps and merges done, for each optimizer.
+        last_record: what happened at the last merge.
+        outer: the outer optimizer, or None.
+        flights: merges that have started and not landed.
+        merging: whether a merge has begun and not ended.
+
+    Raises:
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers` and `inject` refuse.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], config: LTEConfig, transport: Transport
+    ) -> None:
+        self.transport = transport
+        count = config.local_heads(transport.world_size)
+        self._schedule = as_schedule(config.merge_every)
+        check_optimizers(optimizers, count)
+        super().__init__(module, optimizers, config, count, transport.rank * count)
+        self.clocks = [Clock() for _ in self.optimizers]
+        self.last_record: MergeRecord | None = None
+        self.outer = None if config.outer_optimizer is None else OuterOptimizer(config.outer_optimizer)
+        self.flights: list[Flight] = []
+        # Merges on their way must not get mixed up with what devices exchange meanwhile.
+        self._beside = transport.beside() if config.overlap else transport
+        self._counted_bytes = 0
+        self._counted_steps = [0 for _ in self.optimizers]
+        self.merging = False
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of the first optimizer."""
+        return self.clocks[0]
+
+    @property
+    def merges(self) -> int:
+        """Merges done, for all optimizers together."""
+        return sum(clock.merges for clock in self.clocks)
+
+    @property
+    def unmerged(self) -> bool:
+        """Whether heads have learned something since the last merge."""
+        return bool(self.flights) or any(clock.unmerged for clock in self.clocks)
+
+    @property
+    def merges_before_validation(self) -> bool:
+        """Whether the schedule wants a `merge` before each validation, which whoever validates has to call."""
+        return self._schedule.before_validation
+
+    @property
+    def where(self) -> str:
+        """How far training is, for messages."""
+        return f"after step {max(clock.step for clock in self.clocks)} and merge {self.merges}"
+
+    def merge(self, measure: bool = True, everything: bool = False) -> MergeRecord:
+        """Merge now. A collective: every device has to call it.
+
+        With several optimizers, what each of them trains is merged if it made a step since its last merge; or all, if
+        none did.
+
+        Args:
+            measure: whether to compute what `MergeRecord` calls norm and disagreement.
+            everything: merge what all optimizers train, which devices have to that stopped at different steps.
+
+        Returns:
+            One record for all of these merges.
+
+        Raises:
+            RuntimeError, FloatingPointError: see `step`.
+        """
+        self.select(None)  # an exception may have come in the turn of a head
+        records = [self._land(flight) for flight in list(self.flights)]
+        numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
+        for number in numbers or range(len(self.clocks)):
+            records += self._start(number, None, measure, overlap=0)
+            self.clocks[number].settled()
+        record = self._noted(records)
+        assert record is not None
+        return record
+
+    def _before_merge(self) -> None:
+        """Called before a merge starts."""
+
+    def _merge_if_due(self, number: int, measure: bool) -> MergeRecord | None:
+        """Land and start what is due after a step of an optimizer."""
+        clock = self.clocks[number]
+        arriving = [f for f in self.flights if f.number == number and clock.step >= f.lands_at]
+        records = [self._land(flight) for flight in arriving]
+        groups = self.config.stagger
+        if self._schedule.due(clock.step, clock.last_merge):
+            while clock.groups_left:  # the last round was too short for all
+                records += self._merge_next(number, measure)
+            clock.begin(groups)
+        while clock.groups_left:
+            delay = self._schedule.delay(groups - clock.groups_left, groups)
+            if clock.step < clock.last_merge + delay:
+                break
+            records += self._merge_next(number, measure)
+        return self._noted(records)
+
+    def _merge_next(self, number: int, measure: bool) -> list[MergeRecord]:
+        """Merge the next group of the weights that one optimizer trains."""
+        clock, groups = self.clocks[number], self.config.stagger
+        records = self._start(number, groups - clock.groups_left, measure, self.config.overlap)
+        clock.groups_left -= 1
+        if groups == 1:
+            clock.last_whole = clock.step
+        return records
+
+    def _start(self, number: int, group: int | None, measure: bool, overlap: int) -> list[MergeRecord]:
+        """Merge a group of the weights that one optimizer trains, or let it start on its way.
+
+        Args:
+            number: of the optimizer.
+            group: of its weights; None for all.
+            measure: see `step`.
+            overlap: steps until it lands.
+
+        Returns:
+            The records of merges that are done.
+        """
+        clock = self.clocks[number]
+        earlier = [f for f in self.flights if f.number == number and group in (None, f.group)]
+        records = [self._land(flight) for flight in earlier]
+        again, self.merging = self.merging, True
+        with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
+            if not again:  # an interrupted merge has written itself
+                self._before_merge()
+            merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
+            if overlap:
+                merge.start(self._states())
+                devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
+                last = self.flights[-1] if self.flights else None
+                self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, devices=devices))
+            else:
+                records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
+                self._merged(merge)
+        clock.merged()
+        self.merging = False
+        return records
+
+    def _made_merge(self, number: int, group: int | None, step: int, merges: int, measure: bool, apart: bool) -> Merge:
+        factors, replicas = self._grouped(number, group)
+        return Merge(
+            factors,
+            replicas,
+            self.statistics.of(number if group in (None, 0) else -1),
+            self._beside if apart else self.transport,
+            self.config,
+            step=step,
+            merges=merges,
+            measure=measure,
+            others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
+        )
+
+    def restore_flight(self, state: Mapping[str, Any]) -> None:
+        """Put a merge on its way again that had started and not landed; see `Flight.state_dict`."""
+        number, group, saved = state["number"], state["group"], state["merge"]
+        merge = self._made_merge(number, group, saved["step"], saved["number"] - 1, saved["measure"], apart=True)
+        merge.load_state_dict(saved)
+        self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
+
+    def _land(self, flight: Flight) -> MergeRecord:
+        self.merging = True
+        with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
+            waited = flight.wait()
+            record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
+            self.flights.remove(flight)
+            self._merged(flight.merge)
+        self.merging = False
+        return record
+
+    def _unless_refused(self, merge: Callable[[], MergeRecord]) -> MergeRecord:
+        try:
+            return merge()
+        except FloatingPointError:
+            self.merging = False  # no weight was written, on no device
+            raise
+
+    def _merged(self, merge: Merge) -> None:
+        self.guard.accept_writes()
+        every = self.config.verify_every
+        if every and merge.number % every == 0:
+            verify(merge.factors, self.transport, merge.number, merge.step)
+
+    def _noted(self, records: Sequence[MergeRecord]) -> MergeRecord | None:
+        """One record for all merges of a step, with the bytes of all steps since the one before."""
+        if not records:
+            return None
+        sent = self.transport.bytes_sent + (self._beside.bytes_sent if self.config.overlap else 0)
+        ddp = 0
+        for number, clock in enumerate(self.clocks):
+            steps = clock.step - self._counted_steps[number]
+            trained = [p for p, own in self.trained_by.items() if own == number and p.requires_grad]
+            ddp += steps * self.transport.bytes_of_sum(sum(p.nbytes for p in trained))
+            self._counted_steps[number] = clock.step
+        self.last_record = combined(records, bytes_sent=sent - self._counted_bytes, ddp_bytes=ddp)
+        self._counted_bytes = sent
+        return self.last_record
+
+    def _states(self) -> dict[Tensor, Any]:
+        return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}
+
+    def _factors_of(self, number: int) -> list[Factors]:
+        return [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number]
+
+    def _grouped(self, number: int, group: int | None) -> tuple[list[Factors], Replicas]:
+        """What a group of the parameters that one optimizer trains is made of; groups are of about one size."""
+        params = [p for p, own in self.trained_by.items() if own == number]
+        if group is not None and self.config.stagger > 1:
+            total, before, chosen = sum(p.numel() for p in params), 0, []
+            for p in params:
+                # By its middle, so that a large one in the end does not leave a group empty.
+                if (2 * before + p.numel()) * self.config.stagger // (2 * total) == group:
+                    chosen.append(p)
+                before += p.numel()
+            params = chosen
+        own = set(params)
+        return [f for f in self._factors_of(number) if f.weight in own], self.injection.replicas.of(params)
