@@ -25,9 +25,6 @@ class HeadsCallback(_Base):
         TypeError: on `fit` with another strategy.
     """
 
-    def __init__(self) -> None:
-        self._logged = 0
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # By name, as the strategy imports this module.
         kinds = {cls.__name__ for cls in type(trainer.strategy).__mro__}
@@ -36,10 +33,6 @@ class HeadsCallback(_Base):
                 f"LTECallback watches LTEStrategy; received a Trainer with {type(trainer.strategy).__name__}. Give"
                 " Trainer(strategy=LTEStrategy(...)), or leave the callback out."
             )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        explorer = _strategy(trainer).explorer
-        self._logged = explorer.merges if explorer else 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,31 +46,30 @@ class HeadsCallback(_Base):
             # Now already: a run that goes on from a checkpoint saved after this batch skips its validation.
             _strategy(trainer).merge_before_validation()
         pl_module.log("lte/merges", float(explorer.merges), prog_bar=True, logger=False)
-        self._log_merge(trainer)
+        self._log_merges(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where the validation was not to be foreseen. Before callbacks that put averaged weights in for the validation.
         if hasattr(trainer.strategy, "merge_before_validation"):
             trainer.strategy.merge_before_validation()
-            self._log_merge(trainer)
+            self._log_merges(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The strategy puts this callback first, so that the others (weight averaging, checkpoints) see merged weights.
         _strategy(trainer).final_merge()
-        self._log_merge(trainer)
+        self._log_merges(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Before the callbacks that save a checkpoint now, or raise an exception of their own.
         if hasattr(trainer.strategy, "end_after"):
             trainer.strategy.end_after(exception)
 
-    def _log_merge(self, trainer: Trainer) -> None:
-        record = _strategy(trainer).last_record
-        if record is None or record.merges <= self._logged:
-            return
-        self._logged = record.merges
-        for logger in trainer.loggers:
-            logger.log_metrics(merge_metrics(record), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    def _log_merges(self, trainer: Trainer) -> None:
+        explorer = _strategy(trainer).explorer
+        while explorer is not None and explorer.records:
+            metrics = merge_metrics(explorer.records.popleft())
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _validation_is_next(trainer: Trainer) -> bool:

@@ -71,6 +71,10 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
         go("as in the checkpoint")
     for clock, saved_clock in zip(explorer.clocks, state["clocks"], strict=True):
         clock.load_state_dict(saved_clock)
+        if state["stagger"] != explorer.config.stagger:
+            clock.groups_left = 0
+    if state["stagger"] == explorer.config.stagger:
+        explorer.load_groups(state["groups"])
     layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
     merged: dict[str, list[str]] = {"replica": [], "running statistic": []}
     with torch.no_grad():
@@ -78,6 +82,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             saved = state["factors"][f.name]
             for key, tensor in _factor_tensors(f).items():
                 tensor.copy_(layout.mine(saved[key], f.count))
+            f.merged_step = state["merged_steps"].get(f.name, -1)
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
             lost_on_wire = state["wire_errors"].get(f.name)
@@ -121,7 +126,10 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     left = (
         [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(state["devices"]) else []
     )
-    return _told(state["devices"], layout.world_size, merged, left)
+    told = _told(state["devices"], layout.world_size, merged, left)
+    if state["outer"] and explorer.outer is None:
+        told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
+    return told.strip()
 
 
 def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
@@ -313,8 +321,13 @@ def set_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def local_state(explorer: Explorer) -> State:
-    """What this device holds; on one device, all that `scatter_state` needs."""
+def local_state(explorer: Explorer, closing: bool = False) -> State:
+    """What this device holds; on one device, all that `scatter_state` needs.
+
+    Args:
+        explorer: whose state it is.
+        closing: leave out merges that have not landed, and may never do: heads still have what they took.
+    """
     injection, rank = explorer.injection, explorer.transport.rank
     stacked = explorer.per_head
     optimizers = []
@@ -341,7 +354,10 @@ def local_state(explorer: Explorer) -> State:
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer and rank == 0 else {},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
-        "flights": [flight.state_dict() for flight in explorer.flights],
+        "flights": [] if closing else [flight.state_dict() for flight in explorer.flights],
+        "stagger": explorer.config.stagger,
+        "groups": explorer.groups_by_name(),
+        "merged_steps": {f.name: f.merged_step for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None} if rank == 0 else {},
         "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
         "replicas": {replica.name: {"value": replica.copies.cpu()} for replica in injection.replicas},
@@ -435,6 +451,9 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             "full_rank",
             "wire_errors",
             "flights",
+            "stagger",
+            "groups",
+            "merged_steps",
             "remainders",
             "buffers",
             "generators",
@@ -462,6 +481,8 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"heads={state['heads']} there, heads={config.heads} here")
     if state["after_merge"] != config.after_merge:
         problems.append(f"after_merge={state['after_merge']!r} there, after_merge={config.after_merge!r} here")
+    if state["flights"] and state["stagger"] != config.stagger:
+        problems.append(f"stagger={state['stagger']} there, with merges on their way, stagger={config.stagger} here")
     kinds = [type(optimizer).__name__ for optimizer in explorer.optimizers]
     if state["optimizer_kinds"] != kinds:
         problems.append(f"optimizers {', '.join(state['optimizer_kinds'])} there, {', '.join(kinds)} here")

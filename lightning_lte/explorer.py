@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -56,6 +55,7 @@ class Explorer(Merging):
         layout: how batches are laid out, once one was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
+        terminated: whether a device has told at the last merge that it is to end.
 
     Raises:
         TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers` and `inject` refuse; the module and
@@ -77,7 +77,7 @@ class Explorer(Merging):
         self._starved_known = self._averaged = False
         # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
         self._late: dict[str, str] = {}
-        self._taken = False
+        self._taken = self.terminated = False
         self._taken_at = -2
         self._asked_at: list[int] | None = None
 
@@ -258,7 +258,7 @@ class Explorer(Merging):
                 param.grad = None
         for param in self.frozen:
             param.grad = None
-        clock.step += 1
+        self._count_step(number)
         if self.full_rank:
             clock.settled()
             return None
@@ -280,7 +280,7 @@ class Explorer(Merging):
         try:
             # An exception may have come in the turn of a head.
             self.select(None)
-            self._closed = checkpoint.local_state(self)
+            self._closed = checkpoint.local_state(self, closing=True)
         finally:
             self.give_back()
 
@@ -340,7 +340,6 @@ class Explorer(Merging):
         for f in self.injection.factors.values():
             f.end_trial()
             f.merged_at = 0
-        self._counted_steps = [clock.step for clock in self.clocks]
 
     def _average_gradients(self) -> None:
         with self.transport.meeting(f"the averaging of gradients {self.where}"):
@@ -375,21 +374,18 @@ class Explorer(Merging):
     def _before_merge(self) -> None:
         if not self._is_settling:
             self._look(look_at_bits=True)
-        self._tell_of_late()
+        self.flags.update(late=bool(self._late), taken=self._taken)
+        self._taken = False
 
-    def _tell_of_late(self) -> None:
+    def _hear(self, flags: Mapping[str, Tensor]) -> None:
         """Let all devices act alike on what some of them found."""
-        if self.transport.world_size == 1 or self._is_settling:
-            return
-        device = next(iter(self.injection.factors)).device
-        mine = torch.tensor([[bool(self._late), self._taken]], dtype=torch.uint8, device=device)
-        late, taken = self.transport.stack(mine).bool().unbind(1)
+        taken, late = flags["taken"], flags["late"]
         if taken.any() and not taken.all():
             raise RuntimeError(
                 "Whoever writes to all weights has to do so on all devices alike; they were written on ranks"
                 f" {taken.nonzero().flatten().tolist()} only. Write them in a hook that runs on every rank."
             )
-        self._taken = False
+        self.terminated = bool(flags["terminated"].any())
         if late.any():
             found, self._late = self._late, {}
             self._demote(self.transport.union(found, self.transport.timeout_s))
@@ -418,6 +414,10 @@ class Explorer(Merging):
             " learned since the last merge is gone.",
             stacklevel=2,
         )
+        # A merge on its way is one of the weights as they were.
+        for flight in self.flights:
+            flight.wait()
+        self.flights = []
         self.take_weights({w.name for w in self._watched()})
         self._taken, self._taken_at = True, self.merges
         return True

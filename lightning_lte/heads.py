@@ -90,6 +90,7 @@ class Factors:
         merging_from: while a merge writes to W, autograd's count of writes to it before; else None.
         merging: while a merge writes to W, the factors that it merges, where they are not those of now.
         merged_at: number of the last merge that wrote to W.
+        merged_step: optimizer steps done when its last merge started; -1 before the first.
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients has used the factors.
     """
@@ -123,6 +124,7 @@ class Factors:
         self.merging_from: int | None = None
         self.merging: Pair | None = None
         self.merged_at = 0
+        self.merged_step = -1
         self.trial: Trial | None = None
         self.took_part = False
 

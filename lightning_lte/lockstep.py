@@ -21,8 +21,11 @@ from torch.optim import Optimizer
 
 from lightning_lte.execution import check_parts, combined
 from lightning_lte.explorer import Explorer
+from lightning_lte.rehearsal import REGISTRIES
 
 Closure = Callable[[], Any]
+# What modules have beside parameters, buffers, modules and hooks, by name.
+Attributes = dict[nn.Module, dict[str, Any]]
 
 
 class _Abandoned(BaseException):
@@ -51,7 +54,7 @@ class _Turn:
         head: its number on this device.
         gradients: what it has accumulated, while other heads run: of a tensor with a row per head its own row.
         flags: `requires_grad` of all parameters as the head has set them.
-        attributes: of the module, as the head has set them.
+        attributes: of the module and those inside it, as the head has set them.
         wish: the step it waits for.
         output: what the step returned.
         done: whether the step has ended.
@@ -61,7 +64,7 @@ class _Turn:
         self.head = head
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.flags: dict[nn.Parameter, bool] = {}
-        self.attributes: dict[str, Any] = {}
+        self.attributes: Attributes = {}
         self.wish: _Wish | None = None
         self.output: Any = None
         self.done = False
@@ -120,6 +123,8 @@ class _Turn:
             closure: of the head, or None.
             step: makes the optimizer step for all heads; called in the main thread, of one of the heads.
         """
+        if self._abandoned:
+            raise _Abandoned  # the user's step has caught it once, and goes on
         self.wish = _Wish(optimizer, closure, step)
         while True:
             self._paused.release()
@@ -145,11 +150,10 @@ class Lockstep:
 
     Args:
         explorer: whose heads act.
-        attributes: names of attributes of the module that a step sets and finds again.
     """
 
-    def __init__(self, explorer: Explorer, attributes: Sequence[str] = ()) -> None:
-        self._explorer, self._attributes = explorer, attributes
+    def __init__(self, explorer: Explorer) -> None:
+        self._explorer = explorer
         self._turns: list[_Turn] = []
         self._per_head: set[nn.Parameter] = set()
 
@@ -243,31 +247,33 @@ class Lockstep:
         held = [p for optimizer in explorer.optimizers for p in explorer.substitution.held(optimizer).values()]
         return dict.fromkeys([*explorer.module.parameters(), *held])
 
-    def _take(self) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, bool], dict[str, Any]]:
+    def _take(self) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, bool], Attributes]:
         """Take gradients away, and note flags and attributes."""
         params = self._params()
         gradients = {p: p.grad for p in params if p.grad is not None}
         for p in gradients:
             p.grad = None
-        module = self._explorer.module
-        attributes = {name: module.__dict__[name] for name in self._attributes if name in module.__dict__}
+        attributes = {
+            module: {name: value for name, value in vars(module).items() if name not in REGISTRIES}
+            for module in self._explorer.module.modules()
+        }
         return gradients, {p: p.requires_grad for p in params}, attributes
 
     def _put(
         self,
         gradients: dict[nn.Parameter, Tensor],
         flags: dict[nn.Parameter, bool] | None = None,
-        attributes: dict[str, Any] | None = None,
+        attributes: Attributes | None = None,
     ) -> None:
         """The inverse of `_take`."""
         for p, gradient in gradients.items():
             p.grad = gradient
         for p, flag in (flags or {}).items():
             p.requires_grad_(flag)
-        if attributes is not None:
-            for name in self._attributes:
-                self._explorer.module.__dict__.pop(name, None)
-            self._explorer.module.__dict__.update(attributes)
+        for module, own in (attributes or {}).items():
+            for name in vars(module).keys() - own.keys() - REGISTRIES:
+                del vars(module)[name]
+            vars(module).update(own)
 
     def _together(self) -> dict[nn.Parameter, Tensor]:
         """The gradients of all heads: rows below each other, and of what they share the mean."""

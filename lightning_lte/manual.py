@@ -29,8 +29,7 @@ class ManualOptimization:
 
     def __init__(self, explorer: Explorer, module: LightningModule) -> None:
         self._explorer, self._module = explorer, module
-        # What `toggle_optimizer` notes for `untoggle_optimizer`.
-        self._lockstep = Lockstep(explorer, attributes=("_param_requires_grad_state",))
+        self._lockstep = Lockstep(explorer)
         self._counts: dict[Optimizer, tuple[Callable[[], None], Callable[[], None]]] = {}
         self._held_back: dict[nn.Parameter, Tensor] = {}
 
@@ -44,25 +43,34 @@ class ManualOptimization:
         with self._counted_once():
             return self._lockstep.run(step, parts)
 
-    def step(self, optimizer: Optimizer, closure: Closure | None, step: Callable[[Closure | None], Any]) -> Any:
+    def step(
+        self,
+        optimizer: Optimizer,
+        closure: Closure | None,
+        step: Callable[[Closure | None], Any],
+        counted: bool = True,
+    ) -> Any:
         """Wait, in the turn of a head, until the optimizer has made its step for all heads.
 
         Args:
             optimizer: bare.
             closure: the head's, or None.
             step: makes the step; takes a closure for all heads, or None.
+            counted: whether Lightning counts it, as it does those of its own optimizers.
         """
         turn = self._lockstep.current
         assert turn is not None
+        if not counted:
+            return turn.wait(optimizer, closure, step)
         before, after = self._counts[optimizer]
 
-        def counted(closure: Closure | None) -> Any:
+        def counting(closure: Closure | None) -> Any:
             before()
             result = step(closure)
             after()
             return result
 
-        return turn.wait(optimizer, closure, counted)
+        return turn.wait(optimizer, closure, counting)
 
     def hold_back(self, optimizer: Optimizer) -> None:
         """Have a head's own call of a bare optimizer's `step` do nothing, after it was done for all heads."""

@@ -61,6 +61,9 @@ class Merge:
     `start`, then `exchange`, which alone communicates, in another thread, and in the end `land`: heads then go on from
     the merged weights with what they have learned since the start.
 
+    Attributes:
+        flags: what else devices tell each other with it, (1, flags) uint8, and after the exchange (devices, flags).
+
     Args:
         factors: of the weights to merge.
         replicas: to merge with them.
@@ -70,6 +73,8 @@ class Merge:
         step: optimizer steps done.
         merges: merges done before this one.
         measure: whether to compute the norm and the disagreement.
+        exact: whether it travels in full precision, and with all that rounding took before: no other merge follows.
+        device: where it is computed; None for that of the factors.
         others: factors of weights that merge at other times. A head is bad if they are not finite, too; it starts anew
             in all of them.
     """
@@ -86,14 +91,19 @@ class Merge:
         merges: int,
         measure: bool = True,
         others: Sequence[Factors] = (),
+        exact: bool = False,
+        device: torch.device | None = None,
     ) -> None:
-        self._others = others
+        self._others, self._wire = others, "float32" if exact else config.wire
         self.factors, self.replicas, self.statistics = factors, replicas, statistics
         self._transport, self._config, self._measure = transport, config, measure
         self.step, self.number = step, merges + 1
+        self._device: torch.device = device or (factors[0].A.device if factors else torch.device("cpu"))
         self._time_s = self._wait_s = 0.0
+        self.flags = torch.zeros(1, 0, dtype=torch.uint8, device=self._device)
         self._sent_before = transport.bytes_sent
-        self._squared_mean = self._squared_heads = torch.zeros(())
+        self._good = torch.ones(replicas.count, dtype=torch.bool)
+        self._squared_mean = self._squared_heads = torch.zeros((), device=self._device)
 
     def run(self, states: States, outer: OuterOptimizer | None = None) -> MergeRecord:
         """All at once.
@@ -163,6 +173,7 @@ class Merge:
             "number": self.number,
             "measure": self._measure,
             "good": self._good_all.cpu(),
+            "flags": self.flags.cpu(),
             "squared_heads": self._squared_heads.cpu(),
             "totals": payload["totals"],
             "replicas": replicas,
@@ -173,9 +184,10 @@ class Merge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, in place of `start` and `exchange`."""
         first = self._transport.rank * self.replicas.count
-        self._good_all = state["good"]
+        self._good_all = state["good"].to(self._device)
+        self.flags = state["flags"].to(self._device)
         self._good = self._good_all[first : first + self.replicas.count]
-        self._squared_heads = state["squared_heads"]
+        self._squared_heads = state["squared_heads"].to(self._device)
         rows = state["rows"]
         self._together = self._payload(self.factors, apart=True)
         self._together.load_state_dict({"totals": state["totals"], "merged": rows["factors"]})
@@ -195,10 +207,11 @@ class Merge:
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
-        self._good = _finite([*self.factors, *self._others], self.replicas, states)
+        self._good = _finite([*self.factors, *self._others], self.replicas, states).to(self._device)
 
     def _exchange_good(self) -> None:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
+        self.flags = self._transport.stack(self.flags)
 
     def _check_good(self) -> None:
         self._good_total = int(self._good_all.sum())
@@ -221,7 +234,7 @@ class Merge:
     # ---- weights
 
     def _payload(self, factors: Sequence[Factors], apart: bool = False) -> Payload:
-        return Payload(factors, self._transport, self._config.wire, self._config.payload, apart)
+        return Payload(factors, self._transport, self._wire, self._config.payload, apart)
 
     def _measure_heads(self, factors: Sequence[Factors]) -> None:
         if self._measure:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,6 +40,9 @@ class Merging(Trainees):
         outer: the outer optimizer, or None.
         flights: merges that have started and not landed.
         merging: whether a merge has begun and not ended.
+        records: those of merges that nobody has taken yet, the youngest last.
+        flags: what devices tell each other at merges: each is 0 or 1, by what it means.
+        groups: parameter -> number of the group that it merges with.
 
     Raises:
         TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers` and `inject` refuse.
@@ -55,8 +62,11 @@ class Merging(Trainees):
         self.flights: list[Flight] = []
         # Merges on their way must not get mixed up with what devices exchange meanwhile.
         self._beside = transport.beside() if config.overlap else transport
-        self._counted_bytes = 0
-        self._counted_steps = [0 for _ in self.optimizers]
+        self.records: deque[MergeRecord] = deque(maxlen=1000)
+        self.flags = {"late": False, "taken": False, "terminated": False}
+        self.groups: dict[nn.Parameter, int] = {}
+        self._counted_bytes = self._ddp_bytes = 0
+        self._reduced: set[nn.Parameter] = set()
         self.merging = False
 
     @property
@@ -101,8 +111,8 @@ class Merging(Trainees):
             RuntimeError, FloatingPointError: see `step`.
         """
         self.select(None)  # an exception may have come in the turn of a head
-        records = [self._land(flight) for flight in list(self.flights)]
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
+        records = [self._land(flight) for flight in list(self.flights)]
         for number in numbers or range(len(self.clocks)):
             records += self._start(number, None, measure, overlap=0)
             self.clocks[number].settled()
@@ -112,6 +122,9 @@ class Merging(Trainees):
 
     def _before_merge(self) -> None:
         """Called before a merge starts."""
+
+    def _hear(self, flags: Mapping[str, Tensor]) -> None:
+        """Called with the flags of all devices, (devices,) bool, as soon as they are known."""
 
     def _merge_if_due(self, number: int, measure: bool) -> MergeRecord | None:
         """Land and start what is due after a step of an optimizer."""
@@ -155,24 +168,36 @@ class Merging(Trainees):
         earlier = [f for f in self.flights if f.number == number and group in (None, f.group)]
         records = [self._land(flight) for flight in earlier]
         again, self.merging = self.merging, True
+        waited = 0.0
         with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
             if not again:  # an interrupted merge has written itself
                 self._before_merge()
+                if not overlap:
+                    start = time.perf_counter()
+                    self._hear_of(self.transport.stack(self._told()))
+                    waited = time.perf_counter() - start
             merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
             if overlap:
+                merge.flags = self._told()
                 merge.start(self._states())
                 devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
                 last = self.flights[-1] if self.flights else None
                 self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, devices=devices))
             else:
-                records.append(self._unless_refused(lambda: merge.run(self._states(), self.outer)))
+                record = self._unless_refused(lambda: merge.run(self._states(), self.outer))
+                records.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
                 self._merged(merge)
+        for f in merge.factors:
+            f.merged_step = clock.step
         clock.merged()
         self.merging = False
         return records
 
     def _made_merge(self, number: int, group: int | None, step: int, merges: int, measure: bool, apart: bool) -> Merge:
         factors, replicas = self._grouped(number, group)
+        if group is None:
+            # An outer optimizer would move weights that have learned nothing since.
+            factors = [f for f in factors if f.merged_step < self.clocks[number].step]
         return Merge(
             factors,
             replicas,
@@ -183,6 +208,8 @@ class Merging(Trainees):
             merges=merges,
             measure=measure,
             others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
+            exact=group is None,
+            device=next(iter(self.injection.factors)).device,
         )
 
     def restore_flight(self, state: Mapping[str, Any]) -> None:
@@ -190,6 +217,7 @@ class Merging(Trainees):
         number, group, saved = state["number"], state["group"], state["merge"]
         merge = self._made_merge(number, group, saved["step"], saved["number"] - 1, saved["measure"], apart=True)
         merge.load_state_dict(saved)
+        merge.flags.zero_()  # what devices told in the run before
         self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
 
     def _land(self, flight: Flight) -> MergeRecord:
@@ -199,8 +227,18 @@ class Merging(Trainees):
             record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
             self.flights.remove(flight)
             self._merged(flight.merge)
+            self._hear_of(flight.merge.flags)
         self.merging = False
         return record
+
+    def _told(self) -> Tensor:
+        """What this device tells the others, (1, flags) uint8."""
+        device = next(iter(self.injection.factors)).device
+        return torch.tensor([list(self.flags.values())], dtype=torch.uint8, device=device)
+
+    def _hear_of(self, told: Tensor) -> None:
+        heard = told.bool().cpu().unbind(1)
+        self._hear(dict(zip(self.flags, heard, strict=True)))
 
     def _unless_refused(self, merge: Callable[[], MergeRecord]) -> MergeRecord:
         try:
@@ -213,22 +251,26 @@ class Merging(Trainees):
         self.guard.accept_writes()
         every = self.config.verify_every
         if every and merge.number % every == 0:
-            verify(merge.factors, self.transport, merge.number, merge.step)
+            verify(list(self.injection.factors.values()), self.transport, merge.number, merge.step)
 
     def _noted(self, records: Sequence[MergeRecord]) -> MergeRecord | None:
         """One record for all merges of a step, with the bytes of all steps since the one before."""
         if not records:
             return None
         sent = self.transport.bytes_sent + (self._beside.bytes_sent if self.config.overlap else 0)
-        ddp = 0
-        for number, clock in enumerate(self.clocks):
-            steps = clock.step - self._counted_steps[number]
-            trained = [p for p, own in self.trained_by.items() if own == number and p.requires_grad]
-            ddp += steps * self.transport.bytes_of_sum(sum(p.nbytes for p in trained))
-            self._counted_steps[number] = clock.step
-        self.last_record = combined(records, bytes_sent=sent - self._counted_bytes, ddp_bytes=ddp)
-        self._counted_bytes = sent
+        self.last_record = combined(records, bytes_sent=sent - self._counted_bytes, ddp_bytes=self._ddp_bytes)
+        self._counted_bytes, self._ddp_bytes = sent, 0
+        self.records.append(self.last_record)
         return self.last_record
+
+    def _count_step(self, number: int) -> None:
+        """Count a step of an optimizer, and what data-parallel training would have sent for it."""
+        self.clocks[number].step += 1
+        if self.transport.world_size > 1:
+            # Users may freeze for a while what DDP reduces all the same.
+            own = [p for p, trainer in self.trained_by.items() if trainer == number]
+            self._reduced.update(p for p in own if p.requires_grad)
+            self._ddp_bytes += self.transport.bytes_of_sum(sum(p.nbytes for p in own if p in self._reduced))
 
     def _states(self) -> dict[Tensor, Any]:
         return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}
@@ -237,15 +279,30 @@ class Merging(Trainees):
         return [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number]
 
     def _grouped(self, number: int, group: int | None) -> tuple[list[Factors], Replicas]:
-        """What a group of the parameters that one optimizer trains is made of; groups are of about one size."""
+        """What a group of the parameters that one optimizer trains is made of; all of them for None."""
         params = [p for p, own in self.trained_by.items() if own == number]
-        if group is not None and self.config.stagger > 1:
-            total, before, chosen = sum(p.numel() for p in params), 0, []
-            for p in params:
-                # By its middle, so that a large one in the end does not leave a group empty.
-                if (2 * before + p.numel()) * self.config.stagger // (2 * total) == group:
-                    chosen.append(p)
-                before += p.numel()
-            params = chosen
+        if group is not None:
+            self._deal(params)
+            params = [p for p in params if self.groups[p] == group]
         own = set(params)
         return [f for f in self._factors_of(number) if f.weight in own], self.injection.replicas.of(params)
+
+    def groups_by_name(self) -> dict[str, int]:
+        """`groups` for a checkpoint."""
+        return {self._names[p]: group for p, group in self.groups.items() if p in self._names}
+
+    def load_groups(self, groups: Mapping[str, int]) -> None:
+        """The inverse of `groups_by_name`."""
+        self.groups = {p: groups[name] for p, name in self._names.items() if name in groups}
+
+    def _deal(self, params: Sequence[nn.Parameter]) -> None:
+        """Deal parameters into groups of about one size, once: a merge of some of them may be on its way."""
+        if all(p in self.groups for p in params):
+            return
+        total, before, stagger = sum(p.numel() for p in params), 0, self.config.stagger
+        dealt = any(p in self.groups for p in params)
+        for p in params:
+            # By its middle, so that a large one in the end does not leave a group empty. What came later is put last.
+            group = stagger - 1 if dealt else (2 * before + p.numel()) * stagger // (2 * total)
+            self.groups.setdefault(p, group)
+            before += p.numel()

@@ -42,7 +42,10 @@ class Payload:
     ) -> None:
         self.factors, self._transport, self._wire, self._apart = factors, transport, wire, apart
         world_size = transport.world_size
-        self._dense = [f for f in factors if world_size == 1 or is_dense(f, world_size, wire, kind)]
+        # What sums in int8 have lost is added to a dense delta.
+        self._dense = [
+            f for f in factors if world_size == 1 or f.error is not None or is_dense(f, world_size, wire, kind)
+        ]
         self._others = [f for f in factors if all(f is not other for other in self._dense)]
         self._copies: dict[str, Pair] = {}
         self._deltas: list[Tensor] = []
@@ -59,14 +62,19 @@ class Payload:
             for f in self._dense:
                 if f.error is None:
                     f.error = torch.zeros(f.weight.shape, device=f.weight.device)
+        else:
+            for f, delta in zip(self._dense, self._deltas, strict=True):
+                if f.error is not None:
+                    delta += f.error
+                    f.error = None
 
     def exchange(self) -> None:
         """Communicate. A collective: every device has to call it."""
         errors: Any = [f.error for f in self._dense] if self._wire == "int8" else None
         self._transport.sum_(self._deltas, self._wire, errors)
         flat = self._transport.stack_all([t for sent in self._sent for t in sent], self._wire)
+        # What was sent is kept: on CUDA it may be read only after this has returned.
         self._stacked = [[flat.pop(0) for _ in sent] for sent in self._sent]
-        self._sent = []
 
     def total(self, f: Factors, good_all: Tensor) -> Tensor:
         """s * sum over all good heads of B A - B' A', in the shape of a weight; bit-equal on all devices.

@@ -184,7 +184,7 @@ def alike(stacks: Iterable[Tensor]) -> Iterator[None]:
 
 
 # PyTorch's registries: parameters, modules and hooks. Buffers are kept by themselves.
-_REGISTRIES = frozenset(vars(nn.Module()))
+REGISTRIES = frozenset(vars(nn.Module()))
 _CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")
 
 
@@ -192,11 +192,11 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     if id(module) in memo:
         return partial(_same, module)
     memo.add(id(module))
-    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in _REGISTRIES}
+    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
     buffers = _kept(module._buffers, memo)
 
     def restore() -> nn.Module:
-        for key in module.__dict__.keys() - attributes.keys() - _REGISTRIES:
+        for key in module.__dict__.keys() - attributes.keys() - REGISTRIES:
             del module.__dict__[key]
         module.__dict__.update({key: own() for key, own in attributes.items()})
         buffers()

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -177,6 +178,8 @@ class HeadsStrategy(_Base):
         self._resumes_mid_epoch = False
         self._synchronise = True
         self._stepping = False
+        # How deep each thread is in calls of `step` that go past Lightning.
+        self._depth: dict[int, int] = {}
         self._manual: ManualOptimization | None = None
         self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
         self._interrupted = False
@@ -320,6 +323,8 @@ class HeadsStrategy(_Base):
         super().setup_optimizers(trainer)
         module = self._module
         config = self.config
+        if not module.automatic_optimization:
+            _check_manual_optimization(module, config, config.local_heads(self.world_size))
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted = True, None, False
@@ -372,6 +377,7 @@ class HeadsStrategy(_Base):
             self._resumes_mid_epoch = False
             self._restore_generators()
         assert self._explorer is not None
+        self._depth.clear()  # one that raised has not come back
         self._explorer.act()
 
     def _announce(self) -> None:
@@ -470,8 +476,6 @@ class HeadsStrategy(_Base):
         elif explorer.execution == "batched":
             # Layers under activation checkpointing run forward again here.
             acting = explorer.heads()
-            if not self._module.automatic_optimization and explorer.config.loss_reduction == "sum":
-                closure_loss = closure_loss / explorer.count
         else:
             acting = explorer.backward()
         with acting:
@@ -513,15 +517,23 @@ class HeadsStrategy(_Base):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = False
-        self._after_merge(explorer.step(self._bare(optimizer), self.measure))
+        self._step(self._bare(optimizer))
         return output
 
     def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if self._stepping or self._explorer is None:
             return None
+        thread = threading.get_ident()
+        self._depth[thread] = self._depth.get(thread, 0) + 1
+        if self._depth[thread] > 1:
+            return None  # the step of a class calls that of its base, which has the hooks, too
         if self._manual is not None and self._manual.in_turn:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            self._manual.step(optimizer, closure, optimizer.step)
+
+            def step(closure: Callable[[], Any] | None) -> Any:
+                return optimizer.step() if closure is None else optimizer.step(closure)
+
+            self._manual.step(optimizer, closure, step, counted=False)
             self._manual.hold_back(optimizer)
             return (optimizer,), {}
         self._explorer.act()
@@ -532,17 +544,30 @@ class HeadsStrategy(_Base):
         """Count a step that went past Lightning, as in manual optimization `optimizer.optimizer.step()` does."""
         if self._stepping or self._explorer is None:
             return
+        thread = threading.get_ident()
+        self._depth[thread] -= 1
+        if self._depth[thread]:
+            return
         if self._manual is not None and self._manual.in_turn:
             self._manual.give_back()
         else:
-            self._after_merge(self._explorer.step(optimizer, self.measure))
+            self._step(optimizer)
+
+    @property
+    def _signals(self) -> Any:
+        connector: Any = self._module.trainer._signal_connector
+        return connector
+
+    def _step(self, optimizer: Optimizer) -> None:
+        assert self._explorer is not None
+        # Devices tell each other at merges whether one was told to terminate.
+        self._explorer.flags["terminated"] = bool(self._signals.received_sigterm)
+        self._after_merge(self._explorer.step(optimizer, self.measure))
 
     def _after_merge(self, record: MergeRecord | None) -> None:
         self._warn_of_restarts(record)
-        if record is not None and self._world_size > 1:
-            signals: Any = self._module.trainer._signal_connector
-            told = torch.tensor([signals.received_sigterm], dtype=torch.uint8, device=self.root_device)
-            signals.received_sigterm = bool(self._transport.stack(told).any())
+        if self._explorer is not None and self._explorer.terminated:
+            self._signals.received_sigterm = True
 
     def _warn_of_restarts(self, record: MergeRecord | None) -> None:
         if record is not None and record.restarted:
@@ -808,6 +833,27 @@ class HeadsStrategy(_Base):
 
     def _warn(self, text: str) -> None:
         self.package.utilities.rank_zero.rank_zero_warn(text)
+
+
+def _check_manual_optimization(module: nn.Module, config: LTEConfig, count: int) -> None:
+    """Raise for what local heads can't share in a step that steps optimizers by itself.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    if count > 1 and config.execution == "batched" and config.loss_reduction == "sum":
+        raise ValueError(
+            "In manual optimization the step runs backward by itself, where a loss that is a sum over the samples of"
+            f" all local heads can't be told; received execution='batched' and loss_reduction='sum' with {count} heads"
+            " on a device. Give execution='sequential', or take the mean."
+        )
+    scalers = [name for name, value in vars(module).items() if isinstance(value, torch.amp.GradScaler)]
+    if count > 1 and config.execution != "batched" and scalers:
+        raise ValueError(
+            "Heads that take turns in manual optimization can't share a GradScaler, which is told once for each step"
+            f" what the gradients are; received {', '.join(scalers)} with {count} heads on a device. Let"
+            " Trainer(precision='16-mixed') scale, or use one head per device."
+        )
 
 
 def _length(loader: Any) -> int:

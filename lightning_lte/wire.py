@@ -39,7 +39,9 @@ def encode(tensors: Sequence[Tensor], wire: Wire) -> Tensor:
         (bytes,) uint8; see `encoded_bytes`.
     """
     codes = [code for tensor in tensors for code in _encode(tensor.detach(), wire)]
-    return torch.cat(codes) if codes else torch.empty(0, dtype=torch.uint8)
+    if codes:
+        return torch.cat(codes)
+    return torch.empty(0, dtype=torch.uint8, device=tensors[0].device if tensors else None)
 
 
 def decode(data: Tensor, shapes: Sequence[torch.Size], wire: Wire) -> list[Tensor]:

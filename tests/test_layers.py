@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors, Matrices
+from lightning_lte.injection import inject
 from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, original_class, state_of
 from lightning_lte.switch import Switch
@@ -545,3 +547,15 @@ def test_the_switch_goes_back_after_an_error() -> None:
             raise KeyError
         assert switch.position == "all"
     assert switch.position is None
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d])
+def test_an_instance_norm_without_batch_is_normalised_by_channel(kind: Any) -> None:
+    layer = kind(6, affine=True).double()
+    x = torch.randn(*[6] * (2 if kind is nn.InstanceNorm1d else 3), dtype=torch.float64)
+    expected = layer(x)
+    module = nn.Sequential(layer, nn.Linear(6, 40).double())
+    injection = inject(module, list(module.parameters()), LTEConfig(1, rank=2, norms="vector-scalar"))
+    with injection.switch.at(0):
+        torch.testing.assert_close(layer(x), expected)
+    injection.eject()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -136,9 +137,11 @@ def test_sums_over_samples_are_the_same_in_every_execution() -> None:
 
     slow = partial(sgd, lr=0.002)
     reference = trained(AutomaticTotal(optimizer=slow), "sequential")
-    for module in (AutomaticTotal(optimizer=slow), Total(optimizer=slow)):
-        for execution in ("auto", "batched"):
-            torch.testing.assert_close(trained(module.__class__(optimizer=slow), execution), reference, **EXACT)
+    for module, executions in (AutomaticTotal, ("auto", "batched")), (Total, ("auto", "sequential")):
+        for execution in executions:
+            torch.testing.assert_close(trained(module(optimizer=slow), execution), reference, **EXACT)
+    with pytest.raises(ValueError, match=r"loss_reduction='sum' with 4 heads on a device\. Give execution"):
+        trained(Total(), "batched")
 
 
 def test_accumulation_by_hand_equals_lightnings() -> None:
@@ -450,3 +453,75 @@ def test_heads_play_the_same_game_wherever_they_sit() -> None:
         for steps_here, weights in run(played, world_size, world_size, group=False):
             assert steps_here == steps == 3 * 7
             torch.testing.assert_close(weights, alone, **EXACT)
+
+
+# ---- what a step leaves on its module and finds again
+
+
+class KeepsOnModule(Manual):
+    """As in pix2pix: what a step has made is an attribute of the module, which another part of the step reads."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+        self.x, self.net.y = batch
+        for _ in range(2):
+            opt.zero_grad()
+            self.manual_backward(cross_entropy(self.net(self.x), self.net.y))
+            opt.step()
+        del self.x
+
+
+class KeepsLocally(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+        for _ in range(2):
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            opt.step()
+
+
+def test_attributes_that_a_step_sets_are_each_heads_own() -> None:
+    module = KeepsOnModule()
+    torch.testing.assert_close(fitted(module, strategy()), fitted(KeepsLocally(), strategy()), rtol=0, atol=0)
+    assert not hasattr(module, "x") and hasattr(module.net, "y")
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_steps_that_go_past_lightning_are_not_counted(heads: int) -> None:
+    t = trainer(strategy(heads), max_epochs=1)
+    t.fit(Bare(), loader(16 * 4, 16))
+    assert t.global_step == 0
+
+
+def test_an_optimizer_whose_step_takes_no_closure_steps() -> None:
+    class Plain(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]
+            super().step()
+
+    plain = fitted(Bare(optimizer=lambda p: Plain(p, lr=0.1)), strategy())
+    torch.testing.assert_close(
+        plain, fitted(Bare(optimizer=partial(torch.optim.SGD, lr=0.1)), strategy()), rtol=0, atol=0
+    )
+
+
+def test_a_step_that_catches_everything_ends_all_the_same() -> None:
+    class Stubborn(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for _ in range(3):
+                with contextlib.suppress(BaseException):
+                    Manual.training_step(self, batch, batch_idx)
+                if batch_idx == 1 and len(batch[0]) == SLICE:
+                    raise ValueError("mine")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="mine"):
+        trainer(strategy(), max_epochs=1).fit(Stubborn(), loader(160, 16))
+    assert threading.active_count() == before
+
+
+def test_a_gradient_scaler_of_the_users_own_is_refused() -> None:
+    module = Manual()
+    module.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match=r"received scaler with 4 heads on a device.*precision='16-mixed'"):
+        trainer(strategy(), max_epochs=1).fit(module, loader())
+    assert type(module.net.first) is nn.Linear

@@ -26,7 +26,8 @@ from lightning_lte.layers.base import (
 
 # Subclasses that compute the same by a forward of their own.
 _ALIKE = ("timm.layers.norm.LayerNorm",)
-_CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_CHANNELS = (nn.GroupNorm, *_INSTANCE)
 
 
 class HeadedNorm(HeadedLayer):
@@ -57,6 +58,8 @@ class HeadedNorm(HeadedLayer):
         own: Any = self
         if state.head is None:
             check_slices(self, input, state.count)
+        elif isinstance(self, _INSTANCE) and input.dim() == own._get_no_batch_dim():
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         if isinstance(self, nn.LayerNorm):
             y = functional.layer_norm(input, own.normalized_shape, None, None, own.eps)
         elif isinstance(self, nn.RMSNorm):

@@ -1,0 +1,148 @@
+"""When what is merged: groups, merges on their way, and what happens to them in between."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_lte import Explorer, LTEConfig, Transport
+from lightning_lte.execution import run as run_step
+from tests.modules import RANK, clone, make_data, make_net, sgd
+from tests.processes import run
+
+HEADS = 4
+MOMENTUM = partial(torch.optim.SGD, lr=0.7, momentum=0.9)
+
+
+class Loop:
+    """A plain loop over batches of their own."""
+
+    def __init__(self, transport: Transport | None = None, heads: int = HEADS, **choices: Any) -> None:
+        self.net = make_net()
+        self.opt = sgd(self.net.parameters())
+        config = LTEConfig(heads, **{"merge_every": 4, "execution": "batched", **choices}, rank=RANK)
+        self.explorer = Explorer(self.net, self.opt, config, transport)
+        self.done = 0
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            batch = make_data(16, seed=self.done)
+            loss = run_step(self.explorer, lambda own: cross_entropy(self.net(own[0]), own[1]), batch)
+            loss.backward()
+            self.explorer.after_backward()
+            self.opt.step()
+            self.opt.zero_grad()
+            self.explorer.step()
+            self.done += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        return clone({f.name: f.weight for f in self.explorer.injection.factors.values()})
+
+
+def test_weights_written_while_a_merge_travels_stay_as_they_were_written() -> None:
+    loop = Loop(overlap=3)
+    loop.steps(5)
+    assert loop.explorer.flights
+    with torch.no_grad():
+        for param in loop.net.parameters():
+            param.fill_(0.01)
+    for group in loop.opt.param_groups:
+        group.update(lr=0.0, momentum=0.0)
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        loop.steps(4)
+    loop.explorer.finish()
+    for weight in loop.weights().values():
+        torch.testing.assert_close(weight, torch.full_like(weight, 0.01))
+
+
+def test_parameters_that_come_later_do_not_change_the_groups_of_others() -> None:
+    """A weight would be merged twice if it changed its group while it is on its way."""
+    loop = Loop(stagger=2, overlap=3)
+    start = loop.weights()
+    loop.steps(6)
+    explorer = loop.explorer
+    assert len(explorer.flights) == 2
+    loop.opt.add_param_group({"params": [nn.Parameter(torch.zeros(2000, dtype=torch.float64))]})
+    loop.steps(10)
+    explorer.finish()
+    for f in explorer.injection.factors.values():
+        mean = f.scale * sum(f.B[h] @ f.A[h] - 0 for h in range(HEADS)) / HEADS
+        torch.testing.assert_close(f.weight.detach(), start[f.name] + mean.detach())
+
+
+def test_the_bits_of_all_weights_are_verified_whatever_group_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_lte import merging
+
+    seen: set[str] = set()
+    monkeypatch.setattr(merging, "verify", lambda factors, *_: seen.update(f.name for f in factors))
+    loop = Loop(stagger=2, verify_every=2)
+    loop.steps(20)
+    assert seen == {"first", "second"}
+
+
+def test_an_outer_optimizer_does_not_move_what_has_learned_nothing() -> None:
+    loop = Loop(outer_optimizer=MOMENTUM)
+    loop.steps(8)
+    before = loop.weights()
+    loop.explorer.merge()
+    loop.explorer.finish()
+    torch.testing.assert_close(loop.weights(), before, rtol=0, atol=0)
+
+
+def test_in_the_end_nothing_stays_in_heads_that_rounding_took() -> None:
+    for own in run(_rounded_to_the_end, 2):
+        for weight, expected in own:
+            torch.testing.assert_close(weight, expected)
+
+
+def _rounded_to_the_end() -> list[tuple[Tensor, Tensor]]:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    found = []
+    for choices in ({"wire": "int8", "payload": "factors"}, {"wire": "int8", "payload": "dense"}, {"wire": "bfloat16"}):
+        loop = Loop(transport, **choices)
+        start = loop.weights()
+        loop.steps(13)
+        factors = list(loop.explorer.injection.factors.values())
+        loop.explorer.finish()
+        for f in factors:
+            total = f.scale * sum(f.B[h] @ f.A[h] for h in range(f.count)).detach()
+            transport.sum_([total])
+            if choices != {"wire": "bfloat16"}:
+                found.append((f.weight.detach().float(), (start[f.name] + total / HEADS).float()))
+    return found
+
+
+def _wait_at_the_start() -> tuple[float, float]:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    loop = Loop(transport, overlap=3)
+    loop.steps(3)  # the first steps, in which devices tell each other what they found, and one more
+    if transport.rank == 1:
+        time.sleep(2.0)
+    start = time.monotonic()
+    loop.steps(1)
+    waited = time.monotonic() - start
+    assert loop.explorer.flights
+    loop.steps(3)
+    assert loop.explorer.last_record is not None
+    loop.explorer.finish()
+    return waited, loop.explorer.last_record.wait_s
+
+
+def test_a_device_does_not_wait_where_a_merge_starts_on_its_way() -> None:
+    (waited, _), _ = run(_wait_at_the_start, 2)
+    assert waited < 1.5
+
+
+def test_merges_of_one_step_are_all_on_record() -> None:
+    loop = Loop()
+    loop.steps(9)
+    loop.explorer.merge()
+    assert [record.step for record in loop.explorer.records] == [4, 8, 9]
+    assert loop.explorer.records[-1] is loop.explorer.last_record
