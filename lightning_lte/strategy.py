@@ -467,13 +467,11 @@ class HeadsStrategy(_Base):
         assert explorer is not None
         if self._manual is not None or explorer.full_rank:
             acting: AbstractContextManager[Any] = nullcontext()  # that of the head whose turn it is
-        elif explorer.execution == "batched":
-            # Layers under activation checkpointing run forward again here.
-            acting = explorer.heads()
-            if not self._module.automatic_optimization and explorer.config.loss_reduction == "sum":
-                closure_loss = closure_loss / explorer.count
         else:
             acting = explorer.backward()
+            summed = explorer.execution == "batched" and explorer.config.loss_reduction == "sum"
+            if summed and not self._module.automatic_optimization:
+                closure_loss = closure_loss / explorer.count
         with acting:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         # In manual optimization several backwards may belong to one step.

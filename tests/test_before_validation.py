@@ -113,6 +113,12 @@ def test_the_merge_is_that_of_the_same_steps_given_by_number() -> None:
     assert_equal(clone(module.state_dict()), clone(other.state_dict()))
 
 
+def test_a_validation_between_accumulated_batches_sees_all_steps_that_were_made() -> None:
+    seen, module = fit(accumulate_grad_batches=2)
+    assert seen.at == [(1, 1), (4, 2), (7, 3)]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 def test_where_a_merge_was_due_just_before_a_validation_there_is_one_and_not_two() -> None:
     seen, _ = fit(merge_every=BeforeValidation(also=At([3, 5])))
     assert seen.at == [(3, 1), (8, 3), (13, 4)]
