@@ -96,6 +96,14 @@ def test_validations_do_not_go_ahead_of_merges_on_their_way_or_of_weights_whose_
     assert_as_stated(seen)
 
 
+def test_before_heads_begin_there_is_nothing_to_merge() -> None:
+    seen = Seen()
+    t = trainer(strategy(full_rank_steps=4), max_epochs=3, val_check_interval=3, callbacks=[seen])
+    t.fit(Module(), loader(80), loader(16))
+    assert seen.at == [(3, 0), (8, 1), (13, 2)]
+    assert_as_stated(seen)
+
+
 def assert_as_stated(seen: Seen) -> None:
     """The losses are those of a plain net with the weights that were seen."""
     x, y = make_data(16)
