@@ -137,11 +137,14 @@ class Explorer(Merging):
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Put back what `follow_backward` did when the block ends."""
+        """Let heads act in a backward, where activation checkpointing runs forwards; see `follow_backward`, too."""
+        switch = self.injection.switch
+        batched = self.execution == "batched" and not self.full_rank
         try:
-            with self.injection.switch.at(self.injection.switch.position):
+            with self.all_heads() if batched else switch.at(switch.position):
                 yield
         finally:
+            # A batch that the heads don't divide is dealt out in turn in batched execution, too.
             self.select(None)
 
     def after_backward(self, synchronise: bool = True, settle: bool = True) -> None:

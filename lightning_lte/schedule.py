@@ -30,7 +30,8 @@ class MergeSchedule(ABC):
         All devices have to get the same answer without asking each other, so it may depend on the arguments alone.
 
         Args:
-            step: optimizer steps done since training began, counted from 1.
+            step: optimizer steps done since training began, counted from 1; those before heads begin
+                (`full_rank_steps`) count, too.
             last_merge: the value of `step` at the last merge, 0 before the first.
         """
 
@@ -153,11 +154,10 @@ class Growing(MergeSchedule):
 
         Growing(10, 1.5, 100)  # after steps 10, 25, 47, 81, ..., and in the end every 100
 
-    Heads learn most in the beginning, and merging often keeps them together then; later on rarer merges save
-    communication. Periods that are multiplied by `factor` at every merge add up to a geometric series, after whose
-    first t steps the period is
+    For heads that are to meet often in the beginning, and later on rarely, which saves communication. Periods that are
+    multiplied by `factor` at every merge add up to a geometric series, after whose first t steps the period is
 
-        min(last, first + (factor - 1) t),   t = step of the last merge,   rounded to whole steps,
+        min(last, first + (factor - 1) t),   t = step of the last merge - start,   rounded to whole steps,
 
     and this is how it is computed: from the last merge alone, without counting merges. So the period also grows by the
     steps that were done where merges come between (by hand, or before validation). Without such, each period is
@@ -167,16 +167,19 @@ class Growing(MergeSchedule):
         first: the first period, in optimizer steps.
         factor: by what the period grows at each merge; 1 leaves it as it is.
         last: the longest period, in optimizer steps.
+        start: optimizer steps after which periods begin to grow: as many as `full_rank_steps`, if there are some.
 
     Raises:
-        TypeError: a period is not an integer, or the factor not a number.
-        ValueError: the first period is below 1, the last below the first, or the factor below 1 or not finite.
+        TypeError: a number of steps is not an integer, or the factor not a number.
+        ValueError: the first period is below 1, the last below the first, the factor below 1 or not finite, or the
+            start below 0.
     """
 
-    def __init__(self, first: int, factor: float, last: int) -> None:
+    def __init__(self, first: int, factor: float, last: int, start: int = 0) -> None:
         example = "Growing(first=10, factor=1.5, last=100)"
         self.first = _whole("The first period of Growing", first, 1, example)
         self.last = _whole("The last period of Growing", last, 1, example)
+        self.start = _whole("The start of Growing", start, 0, example)
         if isinstance(factor, bool) or not isinstance(factor, int | float | np.number):
             raise TypeError(f"The factor of Growing must be a number; received {factor!r}. Give {example}.")
         self.factor = float(factor)
@@ -192,10 +195,12 @@ class Growing(MergeSchedule):
             )
 
     def due(self, step: int, last_merge: int) -> bool:
-        return step - last_merge >= round(min(self.last, self.first + (self.factor - 1) * last_merge))
+        grown = self.first + (self.factor - 1) * max(0, last_merge - self.start)
+        return step - last_merge >= round(min(self.last, grown))
 
     def __repr__(self) -> str:
-        return f"Growing({self.first}, {self.factor}, {self.last})"
+        start = f", start={self.start}" if self.start else ""
+        return f"Growing({self.first}, {self.factor}, {self.last}{start})"
 
 
 class BeforeValidation(MergeSchedule):

@@ -473,9 +473,6 @@ class HeadsStrategy(_Base):
         assert explorer is not None
         if self._manual is not None or explorer.full_rank:
             acting: AbstractContextManager[Any] = nullcontext()  # that of the head whose turn it is
-        elif explorer.execution == "batched":
-            # Layers under activation checkpointing run forward again here.
-            acting = explorer.heads()
         else:
             acting = explorer.backward()
         with acting:

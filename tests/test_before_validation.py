@@ -96,6 +96,14 @@ def test_validations_do_not_go_ahead_of_merges_on_their_way_or_of_weights_whose_
     assert_as_stated(seen)
 
 
+def test_before_heads_begin_there_is_nothing_to_merge() -> None:
+    seen = Seen()
+    t = trainer(strategy(full_rank_steps=4), max_epochs=3, val_check_interval=3, callbacks=[seen])
+    t.fit(Module(), loader(80), loader(16))
+    assert seen.at == [(3, 0), (8, 1), (13, 2)]
+    assert_as_stated(seen)
+
+
 def assert_as_stated(seen: Seen) -> None:
     """The losses are those of a plain net with the weights that were seen."""
     x, y = make_data(16)
@@ -111,6 +119,12 @@ def test_the_merge_is_that_of_the_same_steps_given_by_number() -> None:
     _, module = fit()
     _, other = fit(merge_every=At([3, 8, 13]))
     assert_equal(clone(module.state_dict()), clone(other.state_dict()))
+
+
+def test_a_validation_between_accumulated_batches_sees_all_steps_that_were_made() -> None:
+    seen, module = fit(accumulate_grad_batches=2)
+    assert seen.at == [(1, 1), (4, 2), (7, 3)]
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 def test_where_a_merge_was_due_just_before_a_validation_there_is_one_and_not_two() -> None:

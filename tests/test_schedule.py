@@ -51,10 +51,11 @@ schedules: st.SearchStrategy[MergeSchedule] = st.recursive(
             st.dictionaries(st.integers(1, 200), st.integers(1, 40), max_size=4),
         ),
         st.builds(
-            lambda first, factor, more: Growing(first, factor, first + more),
+            lambda first, factor, more, start: Growing(first, factor, first + more, start),
             st.integers(1, 20),
             st.floats(1, 4),
             st.integers(0, 60),
+            st.integers(0, 50),
         ),
         st.just(When(powers_of_two)),
     ),
@@ -143,7 +144,11 @@ def test_each_period_of_growing_is_the_one_before_times_the_factor(first: int, f
 
 
 def test_growing_as_its_documentation_says() -> None:
-    assert merges_of(Growing(10, 1.5, 100), 520) == [10, 25, 47, 81, 131, 207, 307, 407, 507]
+    merges = [10, 25, 47, 81, 131, 207, 307, 407, 507]
+    assert merges_of(Growing(10, 1.5, 100), 520) == merges
+    # As after 1000 full-rank steps.
+    later = merges_of(Growing(10, 1.5, 100, start=1000), 1520, start=(1000, 1000))
+    assert later == [1000 + step for step in merges]
 
 
 def test_before_validation_carries_a_flag_and_asks_the_other_schedule() -> None:
@@ -209,6 +214,7 @@ def test_a_period_that_cannot_be_is_refused_with_rule_value_and_remedy(value: ob
         (lambda: Growing(2, True, 9), TypeError, "True"),
         (lambda: Growing(9, 2, 2), ValueError, "first=9, last=2"),
         (lambda: Growing(2, 2, 9.5), TypeError, "9.5"),  # type: ignore[arg-type]
+        (lambda: Growing(2, 2, 9, -1), ValueError, "-1"),
         (lambda: BeforeValidation(0), ValueError, "0"),
         (lambda: BeforeValidation("all"), TypeError, "'all'"),  # type: ignore[arg-type]
         (lambda: as_schedule(Every), TypeError, "the class Every"),  # type: ignore[arg-type]
