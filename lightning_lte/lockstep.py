@@ -21,7 +21,11 @@ from torch.optim import Optimizer
 
 from lightning_lte.execution import check_parts, combined
 from lightning_lte.explorer import Explorer
+from lightning_lte.layers.base import STATE
 from lightning_lte.rehearsal import REGISTRIES
+
+# What is not a head's own: PyTorch's registries, and what layers know of their heads.
+_SHARED = REGISTRIES | {STATE}
 
 Closure = Callable[[], Any]
 # What modules have beside parameters, buffers, modules and hooks, by name.
@@ -254,7 +258,7 @@ class Lockstep:
         for p in gradients:
             p.grad = None
         attributes = {
-            module: {name: value for name, value in vars(module).items() if name not in REGISTRIES}
+            module: {name: value for name, value in vars(module).items() if name not in _SHARED}
             for module in self._explorer.module.modules()
         }
         return gradients, {p: p.requires_grad for p in params}, attributes
@@ -271,7 +275,7 @@ class Lockstep:
         for p, flag in (flags or {}).items():
             p.requires_grad_(flag)
         for module, own in (attributes or {}).items():
-            for name in vars(module).keys() - own.keys() - REGISTRIES:
+            for name in vars(module).keys() - own.keys() - _SHARED:
                 del vars(module)[name]
             vars(module).update(own)
 

@@ -390,6 +390,7 @@ def test_a_weight_used_elsewhere_loses_its_heads_and_trains_right() -> None:
     with pytest.warns(UserWarning, match=r"net\.second"):
         trainer(strategy(execution="sequential"), max_epochs=2).fit(other, loader(16 * 4, 16))
     torch.testing.assert_close(clone(module.state_dict()), clone(other.state_dict()), **EXACT)
+    assert not any("_lte" in vars(m) for m in module.modules())
 
 
 class BatchNormed(Net):

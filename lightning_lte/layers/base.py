@@ -13,7 +13,7 @@ from lightning_lte.heads import Factors, Matrices
 from lightning_lte.switch import Switch
 
 # The attribute lives in the layer's __dict__, outside PyTorch's registries: state_dict() and parameters() never see it.
-_STATE = "_lte"
+STATE = "_lte"
 
 
 # Where a parameter sits: (module, name in the module, parameter).
@@ -95,7 +95,7 @@ class HeadedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = object.__new__(original_class(self))
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _STATE})
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != STATE})
         # Protocol 2 and above insist on the class of `self`; the older form names the class it makes.
         return plain.__reduce_ex__(1)
 
@@ -133,14 +133,14 @@ def computes_as(layer: nn.Module, *kinds: type[nn.Module], methods: tuple[str, .
 
 def state_of(layer: nn.Module) -> LayerState:
     """The state that `enter` gave to a layer."""
-    state: LayerState = layer.__dict__[_STATE]
+    state: LayerState = layer.__dict__[STATE]
     return state
 
 
 def acting_state(layer: nn.Module) -> LayerState | None:
     """The state of a layer that has to compute otherwise than its own class does, in this forward; else None."""
     # A layer made by `type(self)(...)` in code of the user's has the class and no state.
-    state: LayerState | None = layer.__dict__.get(_STATE)
+    state: LayerState | None = layer.__dict__.get(STATE)
     if state is None or state.switch.position is None or not (state.factors or state.switch.position == "all"):
         return None
     if state.switch.left_out and layer in state.switch.left_out:
@@ -180,7 +180,7 @@ def made_class(headed: type[HeadedLayer], own: type[nn.Module]) -> type:
 def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> None:
     """Change `layer` in place to a subclass of `headed` and of its own class, under its own class's name."""
     layer.__class__ = made_class(headed, type(layer))
-    layer.__dict__[_STATE] = state
+    layer.__dict__[STATE] = state
     state.slots = [_slot(layer, path, f.weight) for path, f in state.factors.items()]
     state.user_slots = [_slot(layer, path, param) for path, param in state.users.items()]
 
@@ -198,7 +198,7 @@ def leave(layer: nn.Module) -> None:
     elif issubclass(cls, HeadedLayer):
         # Someone else has changed the class since, to a subclass of ours made on the fly (parametrizations do).
         cls.__bases__ = tuple(b.__bases__[1] if b in _classes.values() else b for b in cls.__bases__)
-    layer.__dict__.pop(_STATE, None)
+    layer.__dict__.pop(STATE, None)
 
 
 def check_slices(layer: nn.Module, x: Tensor, count: int, dims: int = 2) -> None:
