@@ -13,7 +13,8 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-KNOW_LIGHTNING = {"strategy", "manual", "callback", "cli", "lightning_pytorch", "pytorch_lightning", "__init__"}
+KNOW_LIGHTNING = {"strategy", "resumable", "manual", "callback", "cli"}
+KNOW_LIGHTNING |= {"lightning_pytorch", "pytorch_lightning", "__init__"}
 
 
 def imports(name: str, types: bool = True) -> set[str]:
