@@ -102,9 +102,11 @@ class Trainees:
         if not self._begun:
             self._begun = True
             self.take_weights(self.guard.changed())
+        # Made once: for each parameter anew, it would cost the square of their number in every batch.
+        per_head = self.per_head
         for number, optimizer in enumerate(self.optimizers):
             for param in _params(optimizer):
-                if param not in self.trained_by and param not in self.per_head:
+                if param not in self.trained_by and param not in per_head:
                     self.trained_by[param] = number
                     if self.config.replicas != "freeze":
                         name = self._names.get(param, f"outside.{len(self.trained_by)}")
