@@ -211,8 +211,8 @@ def table(results: dict[str, Any]) -> str:
         f" period {setup['period']}, rank {setup['rank']}, seed {setup['seed']}; {DEVICES} processes of one thread.",
         f"Link: veth, MTU 1500, {setup['shaping']}, both ends.",
         f"Hardware: {setup['hardware']}. Versions: {versions}.",
-        "samples/s: of both devices together, the median over windows (one step, or one period where steps differ; their"
-        " number is in brackets). Bytes are those sent through the interface; as many are received. On the wire each"
+        "samples/s: of both devices together, the median over windows (one step, or one period where steps differ;"
+        " their number is in brackets). Bytes are those sent through the interface; as many are received. On the wire each"
         f" segment has its own header, which adds {_OVERHEAD_ON_THE_WIRE:.1%} that the interface does not count.",
     ]
     return "\n".join(lines)

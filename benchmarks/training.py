@@ -55,7 +55,7 @@ class Row:
 
     def warm_up(self, period: int) -> int:
         """Steps before timing starts: as many merges are to end in the time measured as begin in it."""
-        if not self.periodic:
+        if self.kind != "lte":
             return _PLAIN_STEPS + 1
         overlap, stagger = self.options.get("overlap", 0), self.options.get("stagger", 1)
         return overlap + 1 if stagger == 1 else period + overlap + 1
@@ -124,7 +124,8 @@ class Meter(Callback):
 
     Attributes:
         readings: one for the end of each step: seconds of the clock, CPU seconds of this process and of the machine,
-            bytes that left and entered through the interface since the start, and the bytes computed.
+            bytes that left and entered through the interface since the start, the bytes computed, and the seconds that
+            the merge which ended in this step stood still and waited for the network.
     """
 
     def __init__(self, networked: bool) -> None:
@@ -135,10 +136,12 @@ class Meter(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         strategy: Any = trainer.strategy
+        stood_s = waited_s = 0.0
         record = getattr(strategy, "last_record", None)
         if record is not None and record is not self._record:
             # What the callback logs as lte/bytes_sent.
             self._record, self._computed = record, self._computed + record.bytes_sent
+            stood_s, waited_s = record.time_s, record.wait_s
         state = getattr(strategy, "_ddp_comm_state", None)
         if isinstance(state, PowerSGDState):
             # Its own count of what is left of gradients, in float32.
@@ -153,6 +156,8 @@ class Meter(Callback):
                 "received": _counter("rx_bytes") if self._networked else 0,
                 "packets": _counter("tx_packets") if self._networked else 0,
                 "computed": self._computed,
+                "stood_s": stood_s,
+                "waited_s": waited_s,
             }
         )
 
