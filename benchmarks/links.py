@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import timm
 import torch
@@ -145,7 +145,7 @@ def table(
     return "\n".join(lines)
 
 
-def check(model: Model, results: dict) -> str:
+def check(model: Model, results: dict[str, Any]) -> str:
     """Markdown: the computed bytes and times of merges beside those that `benchmarks.network` measured."""
     setup = results["setup"]
     rate = bits_per_second(setup["rate"])
@@ -176,7 +176,7 @@ def check(model: Model, results: dict) -> str:
 def measured_step_s(name: str, batch: int, rank: int, steps: int = 5) -> float:
     """Seconds of a training step with one head in this process, with one thread; the median."""
     torch.set_num_threads(1)
-    module = timm.create_model(name)
+    module: Any = timm.create_model(name)
     explorer = Explorer(module, torch.optim.AdamW(module.parameters()), LTEConfig(heads=1, rank=rank))
     images = torch.randn(batch, *module.default_cfg["input_size"])
     labels = torch.randint(module.num_classes, (batch,))

@@ -28,8 +28,8 @@ from benchmarks import training
 from benchmarks.namespaces import INTERFACE, Joined, joined
 from benchmarks.training import DEVICES, ROWS, Row
 
-# Ethernet, IP and TCP headers of 66 bytes for each segment of 1448. Interfaces count packets as the kernel hands them
-# over, of up to 64 KiB with one header; the limit on the rate counts all headers.
+# Ethernet, IP and TCP headers of 66 bytes for each segment of 1448. An interface counts packets as it gets them: the
+# kernel hands over up to 64 KiB with one header, unless the limit on the rate has cut them into segments before.
 _OVERHEAD_ON_THE_WIRE = 66 / 1448
 
 
@@ -157,7 +157,7 @@ def summary(row: Row, runs: list[list[dict[str, Any]]], batch: int, period: int)
     """
     window = period if row.periodic else 1
     first = row.warm_up(period) - 1
-    speeds, sent, computed, others = [], [], [], []
+    speeds, sent, computed, cpu_s, others = [], [], [], [], []
     for devices in runs:
         series = [device["readings"][first:] for device in devices]
         steps = len(series[0]) - 1
@@ -165,6 +165,7 @@ def summary(row: Row, runs: list[list[dict[str, Any]]], batch: int, period: int)
             pairs = [(s[start], s[start + window]) for s in series]
             speeds.append(sum(window * batch / (end["s"] - begin["s"]) for begin, end in pairs))
         own = sum(s[-1]["own_cpu_s"] - s[0]["own_cpu_s"] for s in series)
+        cpu_s.append(own / steps / len(series))
         all_together = statistics.mean(s[-1]["busy_cpu_s"] - s[0]["busy_cpu_s"] for s in series)
         seconds = statistics.mean(s[-1]["s"] - s[0]["s"] for s in series)
         others.append(max(0.0, all_together - own) / seconds)
@@ -178,6 +179,7 @@ def summary(row: Row, runs: list[list[dict[str, Any]]], batch: int, period: int)
         "windows": len(speeds),
         "sent": statistics.mean(sent),
         "computed": statistics.mean(computed) if known is None else known,
+        "cpu_s": statistics.mean(cpu_s),
         "others": statistics.mean(others),
     }
 
@@ -193,8 +195,8 @@ def table(results: dict[str, Any]) -> str:
     ddp = next((s for row, s in summaries.items() if row.key == "ddp"), None)
     lines = [
         "| row | samples/s | slowest to fastest | x DDP | bytes/step/device counted | computed | counted / computed"
-        " | x DDP bytes | cores taken by others |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        " | x DDP bytes | CPU s/step | cores taken by others |",
+        "| --- |" + " ---: |" * 9,
     ]
     for row, s in summaries.items():
         more = f"{s['speed'] / ddp['speed']:.2f}" if ddp else "–"
@@ -202,7 +204,7 @@ def table(results: dict[str, Any]) -> str:
         fewer = f"1/{ddp['sent'] / s['sent']:.1f}" if ddp and s["sent"] else "–"
         lines.append(
             f"| {row.name} | {s['speed']:.2f} | {s['slowest']:.2f} to {s['fastest']:.2f} ({s['windows']}) | {more}"
-            f" | {s['sent']:,.0f} | {s['computed']:,.0f} | {ratio} | {fewer} | {s['others']:.2f} |"
+            f" | {s['sent']:,.0f} | {s['computed']:,.0f} | {ratio} | {fewer} | {s['cpu_s']:.2f} | {s['others']:.2f} |"
         )
     versions = ", ".join(f"{name} {value}" for name, value in setup["versions"].items())
     lines += [
@@ -212,8 +214,9 @@ def table(results: dict[str, Any]) -> str:
         f"Link: veth, MTU 1500, {setup['shaping']}, both ends.",
         f"Hardware: {setup['hardware']}. Versions: {versions}.",
         "samples/s: of both devices together, the median over windows (one step, or one period where steps differ;"
-        " their number is in brackets). Bytes are those sent through the interface; as many are received. On the wire each"
-        f" segment has its own header, which adds {_OVERHEAD_ON_THE_WIRE:.1%} that the interface does not count.",
+        " their number is in brackets). CPU s: of one device's process. Bytes: sent through the interface; as many are"
+        f" received. With a header for every segment they are {_OVERHEAD_ON_THE_WIRE:.1%} more than what is sent; an"
+        " interface that is given larger packets counts fewer headers.",
     ]
     return "\n".join(lines)
 

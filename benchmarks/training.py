@@ -87,7 +87,7 @@ class Classifier(LightningModule):
 
     def __init__(self, model: str) -> None:
         super().__init__()
-        self.model = timm.create_model(model)
+        self.model: Any = timm.create_model(model)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -116,7 +116,7 @@ class HookedDDP(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         if self._ddp_comm_hook is not None:
             assert isinstance(self.model, DistributedDataParallel)
-            self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)  # type: ignore[arg-type]
+            self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
 
 
 class Meter(Callback):
