@@ -69,18 +69,25 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all rows; what was measured is saved after each, in case a later one fails."""
     results: dict[str, Any] = {"setup": _setup(args), "runs": []}
-    with joined(None if args.rate == "none" else args.rate, args.latency_ms) as link, _servers(link) as servers:
+    remaining = [row for _ in range(args.rounds) for row in ROWS if row.key in args.rows]
+    count = len(remaining)
+    with joined(None if args.rate == "none" else args.rate, args.latency_ms) as link:
         results["setup"]["shaping"] = link.shaping or "no limit"
-        for _ in range(args.rounds):
-            for row in (r for r in ROWS if r.key in args.rows):
-                start = time.perf_counter()
-                # A port that the row before may still hold is not taken again.
-                port = 29400 + len(results["runs"])
-                results["runs"].append({"row": row.key, "devices": run_row(row, args, servers, port)})
-                print(f"{row.key}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-                if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(results))
+        while remaining:
+            with _servers(link) as servers:
+                while remaining:
+                    row, start = remaining.pop(0), time.perf_counter()
+                    # A port that the row before may still hold is not taken again.
+                    port = 29400 + count - len(remaining)
+                    try:
+                        results["runs"].append({"row": row.key, "devices": run_row(row, args, servers, port)})
+                    except RuntimeError as error:
+                        print(error, file=sys.stderr, flush=True)
+                        break  # new servers: a process may wait for ever for one that is gone
+                    print(f"{row.key}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+                    if args.out:
+                        args.out.parent.mkdir(parents=True, exist_ok=True)
+                        args.out.write_text(json.dumps(results))
     return results
 
 

@@ -217,6 +217,9 @@ def _strategy(row: Row, options: dict[str, Any]) -> Any:
                 process_group=None, matrix_approximation_rank=1, start_powerSGD_iter=_PLAIN_STEPS
             ),
             "ddp_comm_hook": powerSGD_hook,
+            # In one bucket: the hook starts what follows in callbacks, which gloo runs in another order on each device
+            # if there are several, and then what one sends meets what another does not expect.
+            "bucket_cap_mb": 4096,
         },
         "post-local": {
             # One device in each machine: there is nobody to share gradients with.
