@@ -165,6 +165,7 @@ def summary(row: Row, runs: list[list[dict[str, Any]]], batch: int, period: int)
     window = period if row.periodic else 1
     first = row.warm_up(period) - 1
     speeds, sent, computed, cpu_s, others = [], [], [], [], []
+    stood_s = waited_s = all_s = 0.0
     for devices in runs:
         series = [device["readings"][first:] for device in devices]
         steps = len(series[0]) - 1
@@ -175,6 +176,9 @@ def summary(row: Row, runs: list[list[dict[str, Any]]], batch: int, period: int)
         cpu_s.append(own / steps / len(series))
         all_together = statistics.mean(s[-1]["busy_cpu_s"] - s[0]["busy_cpu_s"] for s in series)
         seconds = statistics.mean(s[-1]["s"] - s[0]["s"] for s in series)
+        stood_s += sum(reading["stood_s"] for s in series for reading in s[1:])
+        waited_s += sum(reading["waited_s"] for s in series for reading in s[1:])
+        all_s += seconds * len(series)
         others.append(max(0.0, all_together - own) / seconds)
         sent += [(s[-1]["sent"] - s[0]["sent"]) / steps for s in series]
         computed += [(s[-1]["computed"] - s[0]["computed"]) / steps for s in series]
@@ -187,6 +191,8 @@ def summary(row: Row, runs: list[list[dict[str, Any]]], batch: int, period: int)
         "sent": statistics.mean(sent),
         "computed": statistics.mean(computed) if known is None else known,
         "cpu_s": statistics.mean(cpu_s),
+        "stood": stood_s / all_s,
+        "waited": waited_s / all_s,
         "others": statistics.mean(others),
     }
 
@@ -202,16 +208,18 @@ def table(results: dict[str, Any]) -> str:
     ddp = next((s for row, s in summaries.items() if row.key == "ddp"), None)
     lines = [
         "| row | samples/s | slowest to fastest | x DDP | bytes/step/device counted | computed | counted / computed"
-        " | x DDP bytes | CPU s/step | cores taken by others |",
-        "| --- |" + " ---: |" * 9,
+        " | x DDP bytes | stood still for merges (waited) | CPU s/step | cores taken by others |",
+        "| --- |" + " ---: |" * 10,
     ]
     for row, s in summaries.items():
         more = f"{s['speed'] / ddp['speed']:.2f}" if ddp else "–"
         ratio = f"{s['sent'] / s['computed']:.3f}" if s["computed"] else "–"
+        still = f"{s['stood']:.1%} ({s['waited']:.1%})" if row.kind == "lte" else "–"
         fewer = f"1/{ddp['sent'] / s['sent']:.1f}" if ddp and s["sent"] else "–"
         lines.append(
             f"| {row.name} | {s['speed']:.2f} | {s['slowest']:.2f} to {s['fastest']:.2f} ({s['windows']}) | {more}"
-            f" | {s['sent']:,.0f} | {s['computed']:,.0f} | {ratio} | {fewer} | {s['cpu_s']:.2f} | {s['others']:.2f} |"
+            f" | {s['sent']:,.0f} | {s['computed']:,.0f} | {ratio} | {fewer} | {still}"
+            f" | {s['cpu_s']:.2f} | {s['others']:.2f} |"
         )
     versions = ", ".join(f"{name} {value}" for name, value in setup["versions"].items())
     lines += [

@@ -66,7 +66,7 @@ def test_the_table_of_the_network_comes_from_readings(tmp_path: Path, capsys: py
     for key, (seconds, sent) in rows.items():
         row = next(r for r in training.ROWS if r.key == key)
         steps = row.warm_up(10) + 10
-        keys = ("s", "own_cpu_s", "busy_cpu_s", "sent", "received", "packets", "computed")
+        keys = ("s", "own_cpu_s", "busy_cpu_s", "sent", "received", "packets", "computed", "stood_s", "waited_s")
         readings = [{k: i * (seconds if k.endswith("s") else sent) for k in keys} for i in range(steps)]
         runs.append({"row": key, "devices": [{"readings": readings, "parameters": 200}] * 2})
     setup = {"rate": "1gbit", "model": "m", "batch": 4, "steps": 10, "period": 10, "rank": 16, "seed": 0}
@@ -78,3 +78,4 @@ def test_the_table_of_the_network_comes_from_readings(tmp_path: Path, capsys: py
     ddp, lte = (line.split(" | ") for line in text.splitlines() if line.startswith(("| DDP", "| LTE")))
     assert (ddp[1], ddp[4], ddp[5]) == ("8.00", "800", "800")
     assert (lte[1], lte[3], lte[7]) == ("32.00", "4.00", "1/40.0")
+    assert ddp[8] == "–" and "%" in lte[8]
