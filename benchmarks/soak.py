@@ -102,7 +102,7 @@ class Kill(Callback):
         elif self.moment == "in a step":
             threading.Timer(self.delay_s, self.now).start()
         elif self.moment == "before renaming":
-            os.replace = lambda *_: self.now()  # type: ignore[assignment]
+            os.replace = lambda *_: self.now()
         else:
             # Half of the file's bytes are on the disk when it happens.
             save = torch.save
@@ -163,7 +163,7 @@ def launch(folder: Path, steps: int, kills: int, seed: int, timeout_s: float) ->
     (folder / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise RuntimeError(f"torchrun gave up:\n{done.stderr[-5000:]}")
-    return torch.load(folder / "last.ckpt", weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(folder / "last.ckpt", weights_only=True)
 
 
 def killed(folder: Path) -> list[dict[str, Any]]:

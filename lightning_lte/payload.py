@@ -139,16 +139,21 @@ def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: Pa
         return True
     if kind != "auto":
         return kind == "dense"
+    dense, local = sizes(factors, wire)
+    # 2 b (w - 1) / w bytes of an all-reduce against (w - 1) times the local factors, kept in whole numbers.
+    return 2 * dense <= world_size * local
+
+
+def sizes(factors: Factors, wire: Wire = "float32") -> tuple[int, int]:
+    """Bytes of a weight's dense mean delta, and of the factors of the local heads, as they travel."""
     pairs = 1 if factors.anchor_A is None else 2
     if wire == "float32":
         # In its own dtype; the sum travels in float32 or better.
         dense = factors.weight.numel() * torch.promote_types(factors.weight.dtype, torch.float32).itemsize
-        local = pairs * (factors.A.nbytes + factors.B.nbytes)
-    else:
-        dense = encoded_bytes(factors.weight.shape, wire)
-        local = pairs * (encoded_bytes(factors.A.shape, wire) + encoded_bytes(factors.B.mT.shape, wire))
-    # 2 b (w - 1) / w bytes of an all-reduce against (w - 1) times the local factors, kept in whole numbers.
-    return 2 * dense <= world_size * local
+        return dense, pairs * (factors.A.nbytes + factors.B.nbytes)
+    rows = len(factors.weight)
+    of_factors = encoded_bytes(factors.A.shape, wire) + encoded_bytes(factors.B.mT.shape, wire)
+    return encoded_bytes((rows, factors.weight.numel() // rows), wire), pairs * of_factors
 
 
 def grouped(factors: Sequence[Factors], transport: Transport) -> list[list[Factors]]:

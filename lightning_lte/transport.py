@@ -352,8 +352,8 @@ def _indices(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(rows, columns), with the last dimension as columns."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() and tensor.numel() else tensor.reshape(-1, 1)
+    """(rows, columns). A kernel's last dimension is often 1 or 3: a scale for so short a row would outweigh it."""
+    return tensor.reshape(len(tensor), -1) if tensor.dim() > 1 and tensor.numel() else tensor.reshape(-1, 1)
 
 
 def _padded(code: Tensor, length: int) -> Tensor:

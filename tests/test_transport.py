@@ -139,6 +139,16 @@ def test_bytes_are_counted_as_a_ring_sends_them() -> None:
         assert (summed, stacked) == (2 * 48 * 2 // 3, 20 * 2)
 
 
+def traffic_of_a_kernel() -> int:
+    t = here()
+    t.sum_([torch.zeros(8, 16, 1, 1)], "int8")
+    return t.bytes_sent
+
+
+def test_a_kernel_has_one_scale_for_each_output() -> None:
+    assert run(traffic_of_a_kernel, 2) == [8 * 16 + 4 * 8] * 2
+
+
 def questions() -> list[bool]:
     t, rank = here(), dist.get_rank()
     same = t.agree("3:30", timeout_s=20)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+
+from benchmarks import links, network, training
+from benchmarks.namespaces import bits_per_second
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.transport import Transport
+from tests.processes import run
+
+MODEL = "test_vit"
+
+
+def bytes_of_a_merge(choices: dict[str, Any]) -> int:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    torch.manual_seed(0)
+    module = timm.create_model(MODEL)
+    config = LTEConfig(heads=transport.world_size, **choices)
+    explorer = Explorer(module, torch.optim.AdamW(module.parameters()), config, transport)
+    return explorer.merge(measure=False).bytes_sent
+
+
+@pytest.mark.parametrize("payload", ["dense", "factors", "auto"])
+def test_what_links_computes_is_what_a_merge_sends(payload: Any) -> None:
+    model = links.described(MODEL, rank=4)
+    for wire in links.WIRES:
+        for counted in run(bytes_of_a_merge, 2, {"wire": wire, "payload": payload, "rank": 4}):
+            # Which heads are good, one byte, is not in the formula.
+            assert counted - 1 == pytest.approx(model.merge(2, wire, payload).bytes, rel=0.01)
+
+
+def test_the_table_of_links_has_a_row_for_each_and_longer_periods_for_slower_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    links.main(["--model", MODEL, "--step-s", "0.01", "--devices", "8", "512", "--rank", "4"])
+    text = capsys.readouterr().out
+    assert links.FORMULA in text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if "bit/s |" in line or "NVLink" in line]
+    assert len(rows) == 2 * len(links.LINKS)
+    periods = [[int(cell.replace(",", "")) for cell in row[2:5]] for row in rows]
+    assert periods[0][0] > periods[0][1] > periods[0][2] > 1
+    assert periods[0] > periods[4] > periods[6] and periods[-1] == [1, 1, 1]
+
+
+def test_a_period_keeps_communication_under_its_share() -> None:
+    T = links.period(sent=10**6, rate=8e6, step_s=0.5, share=0.05)
+    assert T == 40 and links.period(sent=1, rate=1e12, step_s=1, share=0.05) == 1
+
+
+def test_rates_are_read_as_tc_does() -> None:
+    assert bits_per_second("100mbit") == 1e8 and bits_per_second("1.5gbit") == 1.5e9
+    with pytest.raises(ValueError, match="Give 100mbit"):
+        bits_per_second("fast")
+
+
+def test_the_table_of_the_network_comes_from_readings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"ddp": (1.0, 800), "lte-int8": (0.25, 20)}
+    runs = []
+    for key, (seconds, sent) in rows.items():
+        row = next(r for r in training.ROWS if r.key == key)
+        steps = row.warm_up(10) + 10
+        keys = ("s", "own_cpu_s", "busy_cpu_s", "sent", "received", "packets", "computed", "stood_s", "waited_s")
+        readings = [{k: i * (seconds if k.endswith("s") else sent) for k in keys} for i in range(steps)]
+        runs.append({"row": key, "devices": [{"readings": readings, "parameters": 200}] * 2})
+    setup = {"rate": "1gbit", "model": "m", "batch": 4, "steps": 10, "period": 10, "rank": 16, "seed": 0}
+    setup |= {"hardware": "h", "versions": {"torch": "2"}, "shaping": "tbf"}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"setup": setup, "runs": runs}))
+    network.main(["--table", str(path)])
+    text = capsys.readouterr().out
+    ddp, lte = (line.split(" | ") for line in text.splitlines() if line.startswith(("| DDP", "| LTE")))
+    assert (ddp[1], ddp[4], ddp[5]) == ("8.00", "800", "800")
+    assert (lte[1], lte[3], lte[7]) == ("32.00", "4.00", "1/40.0")
+    assert ddp[8] == "–" and "%" in lte[8]
