@@ -1,0 +1,376 @@
+"""What heads cost that share one device: `python -m benchmarks.execution`.
+
+All figures are ratios of times within one run. In every round each variant runs once, in turning order, so that what
+else the machine does falls on all of them alike. With one thread of a CPU, time is what the process has of the
+processor, and waiting for other processes is not in it; else it is time on the wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import AdamW, Optimizer
+
+from examples.demo import hardware
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.batch import Layout
+from lightning_lte.execution import decide, run
+
+RANK = 16
+# No merge falls into a step that is timed; merges are timed by themselves.
+NEVER = 10**9
+# In the first two steps weights are watched, and moments are made, which costs more than all that follow.
+WARM_UP = 3
+# The most that a ratio may be.
+LIMITS = {"sequential: forward + backward": 1.3, "proof: samples through the first layer": 2.0}
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Seconds:
+    """Times of one training step, in seconds.
+
+    Attributes:
+        forward: with the loss.
+        backward: with what LTE looks at after it.
+        step: of the optimizer, with what LTE does after it.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    step: float = 0.0
+
+    @property
+    def both(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    @property
+    def whole(self) -> float:
+        """The whole step."""
+        return self.both + self.step
+
+
+@dataclass
+class Row:
+    """One ratio in all rounds.
+
+    Attributes:
+        model: its name in timm.
+        heads: n, local heads.
+        what: what is divided by what.
+        ratios: one for each round.
+    """
+
+    model: str
+    heads: int
+    what: str
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between which half of the rounds lie."""
+        if len(self.ratios) == 1:
+            return self.ratios[0], self.ratios[0]
+        first, _, third = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def limit(self) -> float | None:
+        """The most that the median may be, where there is a requirement."""
+        return next((limit for start, limit in LIMITS.items() if self.what.startswith(start)), None)
+
+
+class FullRank:
+    """A model that trains without heads.
+
+    Args:
+        name: in timm.
+        device: that it trains on.
+        seed: of its weights.
+    """
+
+    def __init__(self, name: str, device: torch.device, seed: int) -> None:
+        self.device = device
+        self.model, self.optimizer = make(name, device, seed)
+
+    def forward(self, batch: Batch) -> Seconds:
+        """A forward pass as training has it, recorded for a backward that does not come."""
+        with timed(self.device) as seconds:
+            loss_of(self.model, batch)
+        return Seconds(forward=seconds[0])
+
+    def step(self, batch: Batch) -> Seconds:
+        """A training step on a batch."""
+        return self.steps_on([batch])
+
+    def steps_on(self, parts: Sequence[Batch]) -> Seconds:
+        """A forward and a backward on each part, one after the other, and one step of the optimizer."""
+        total = Seconds()
+        for number, part in enumerate(parts):
+            with timed(self.device) as forward:
+                loss = loss_of(self.model, part)
+            with timed(self.device) as backward:
+                loss.backward()
+            total.forward += forward[0]
+            total.backward += backward[0]
+            if number < len(parts) - 1:
+                # As a pass by itself has it: nothing to add to.
+                self.optimizer.zero_grad()
+        with timed(self.device) as step:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        total.step = step[0]
+        return total
+
+
+class WithHeads:
+    """A model that trains through local heads.
+
+    Args:
+        name: in timm.
+        heads: n.
+        execution: how they share the device; "auto" for a proof.
+        device: that it trains on.
+        seed: of its weights and its heads.
+
+    Attributes:
+        passed: samples that went through the model's first layer in the last proof.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        heads: int,
+        execution: Literal["batched", "sequential", "auto"],
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.device, self.heads = device, heads
+        self.model, self.optimizer = make(name, device, seed)
+        config = LTEConfig(heads, NEVER, rank=RANK, execution=execution, seed=seed)
+        self.explorer = Explorer(self.model, self.optimizer, config)
+        self.passed = 0
+
+    def step(self, batch: Batch) -> Seconds:
+        """A training step on a batch, as examples/plain_loop.py has it."""
+        explorer = self.explorer
+        with timed(self.device) as forward:
+            loss = run(explorer, lambda own: loss_of(self.model, own), batch)
+        with timed(self.device) as backward:
+            with explorer.backward():
+                loss.backward()
+            explorer.after_backward()
+        with timed(self.device) as step:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            explorer.step()
+        return Seconds(forward[0], backward[0], step[0])
+
+    def merge(self) -> Seconds:
+        """A merge, without the norms that only loggers ask for."""
+        with timed(self.device) as seconds:
+            self.explorer.merge(measure=False)
+        return Seconds(step=seconds[0])
+
+    def proof(self, batch: Batch) -> Seconds:
+        """The proof on a batch, as if it were the first one."""
+        self.passed = 0
+
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.passed += len(args[0])
+
+        handle = first_layer(self.model).register_forward_pre_hook(count)
+        parts = Layout(batch).split(batch, self.heads)
+        with timed(self.device) as seconds:
+            decide(self.explorer, lambda own: loss_of(self.model, own), batch, parts)
+        handle.remove()
+        return Seconds(forward=seconds[0])
+
+
+def measure(
+    name: str, heads: int, batch: Batch, rounds: int, device: torch.device, seed: int
+) -> tuple[list[Row], float, str]:
+    """All ratios of one model with n local heads.
+
+    Args:
+        name: in timm.
+        heads: n.
+        batch: which n divides.
+        rounds: in each of which every variant runs once.
+        device: that all train on.
+        seed: of the weights and of the heads.
+
+    Returns:
+        The ratios, the median seconds of a full-rank step, and the execution that the proof allows.
+    """
+    full = FullRank(name, device, seed)
+    in_turn = WithHeads(name, heads, "sequential", device, seed)
+    fresh = WithHeads(name, heads, "auto", device, seed)
+    fresh.proof(batch)
+    x, y = batch
+    parts = list(zip(x.chunk(heads), y.chunk(heads), strict=True))
+
+    variants: dict[str, Callable[[], Seconds]] = {
+        "full": lambda: full.step(batch),
+        "parts": lambda: full.steps_on(parts),
+        "sequential": lambda: in_turn.step(batch),
+        "merge": in_turn.merge,
+        "forward": lambda: full.forward(batch),
+        "proof": lambda: fresh.proof(batch),
+    }
+    for _ in range(WARM_UP):
+        in_turn.step(batch)
+    if fresh.explorer.execution == "batched":
+        together = WithHeads(name, heads, "batched", device, seed)
+        variants["batched"] = lambda: together.step(batch)
+        for _ in range(WARM_UP):
+            together.step(batch)
+    for variant in variants.values():
+        variant()
+
+    rows: dict[str, Row] = {}
+
+    def note(what: str, above: float, below: float) -> None:
+        rows.setdefault(what, Row(name, heads, what)).ratios.append(above / below)
+
+    full_steps = []
+    for number in range(rounds):
+        # Each finds the machine as the one before has left it, so the order turns.
+        order = list(variants)[:: 1 if number % 2 == 0 else -1]
+        done = {key: variants[key]() for key in order}
+        whole, plain, turns = done["full"], done["parts"], done["sequential"]
+        full_steps.append(whole.whole)
+        each = f"{heads} plain passes on 1/{heads} of the batch"
+        note(f"sequential: forward / {each}", turns.forward, plain.forward)
+        note(f"sequential: backward / {each}", turns.backward, plain.backward)
+        note(f"sequential: forward + backward / {each}", turns.both, plain.both)
+        note("sequential: optimizer step / full rank's", turns.step, plain.step)
+        if "batched" in done:
+            note("batched: forward / full rank's", done["batched"].forward, whole.forward)
+            note("batched: backward / full rank's", done["batched"].backward, whole.backward)
+            note("batched: optimizer step / full rank's", done["batched"].step, whole.step)
+            note("batched: whole step / full rank's", done["batched"].whole, whole.whole)
+        note("a merge / full rank's whole step", done["merge"].step, whole.whole)
+        note("proof: samples through the first layer / batch", fresh.passed, len(x))
+        note("proof: time / full rank's forward", done["proof"].forward, done["forward"].forward)
+    return list(rows.values()), statistics.median(full_steps), fresh.explorer.execution
+
+
+def make(name: str, device: torch.device, seed: int) -> tuple[nn.Module, Optimizer]:
+    """A model of timm's in train mode, with the same weights for the same seed, and its optimizer."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name).to(device).train()
+    return model, AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+
+
+def make_batch(name: str, samples: int, device: torch.device, seed: int) -> Batch:
+    """Random images of the size that a model of timm's is for, and random labels."""
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, *config.input_size, generator=generator)
+    return x.to(device), torch.randint(0, config.num_classes, (samples,), generator=generator).to(device)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean cross entropy of a batch."""
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def first_layer(model: nn.Module) -> nn.Module:
+    """The first layer with a weight; in all models here it is called first, with the images."""
+    return next(layer for layer in model.modules() if not list(layer.children()) and list(layer.parameters()))
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[list[float]]:
+    """Put the seconds that a block takes into the list, when the block ends."""
+    seconds: list[float] = []
+    clock = time.process_time if counts_processor_time(device) else time.perf_counter
+    _wait(device)
+    start = clock()
+    yield seconds
+    _wait(device)
+    seconds.append(clock() - start)
+
+
+def counts_processor_time(device: torch.device) -> bool:
+    """Whether a process's time on the processor is what it takes where nothing else runs."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The ratios as Markdown."""
+    lines = ["| model | heads | ratio | median | quartiles | at most |", "| --- | ---: | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        first, third = row.quartiles
+        limit = "" if row.limit is None else f"{row.limit:g}"
+        lines.append(
+            f"| {row.model} | {row.heads} | {row.what} | {row.median:.2f} | {first:.2f} to {third:.2f} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> list[Row]:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=16, help="samples, a multiple of all heads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", default=["vit_small_patch32_224", "resnet18"], help="names in timm")
+    parser.add_argument("--heads", type=int, nargs="+", default=[4, 8], help="default: 4 8")
+    # Several threads wait for each other in every operation, and so for whatever else the machine does.
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options = parser.parse_args(args)
+    if any(options.batch % heads for heads in options.heads):
+        parser.error(f"--batch must be a multiple of all --heads; received {options.batch} and {options.heads}")
+
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    rows: list[Row] = []
+    remarks = []
+    for name in options.models:
+        batch = make_batch(name, options.batch, device, options.seed)
+        for heads in options.heads:
+            found, full_s, verdict = measure(name, heads, batch, options.rounds, device, options.seed)
+            rows += found
+            remarks.append(f"{name}, {heads} heads: the proof says {verdict}; a full-rank step takes {full_s:.2f} s.")
+            gc.collect()
+    print(table(rows))
+    print()
+    print("\n".join(remarks))
+    print(
+        f"Batch {options.batch}, rank {RANK}, AdamW, {options.rounds} rounds, seed {options.seed},"
+        f" {'processor' if counts_processor_time(device) else 'wall'} time; torch {torch.__version__}, timm"
+        f" {timm.__version__}; {hardware()}; {time.perf_counter() - start:.0f} s in all, {time.process_time():.0f} s of"
+        " the processor."
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
