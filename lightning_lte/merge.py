@@ -211,7 +211,8 @@ class Merge:
 
     def _exchange_good(self) -> None:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
-        self.flags = self._transport.stack(self.flags)
+        if self.flags.numel():
+            self.flags = self._transport.stack(self.flags)
 
     def _check_good(self) -> None:
         self._good_total = int(self._good_all.sum())
