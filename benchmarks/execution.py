@@ -46,11 +46,13 @@ class Seconds:
         forward: with the loss.
         backward: with what LTE looks at after it.
         step: of the optimizer, with what LTE does after it.
+        merge: after it; no part of the step.
     """
 
     forward: float = 0.0
     backward: float = 0.0
     step: float = 0.0
+    merge: float = 0.0
 
     @property
     def both(self) -> float:
@@ -59,7 +61,7 @@ class Seconds:
 
     @property
     def whole(self) -> float:
-        """The whole step."""
+        """The whole step, without a merge."""
         return self.both + self.step
 
 
@@ -170,7 +172,10 @@ class WithHeads:
         self.passed = 0
 
     def step(self, batch: Batch) -> Seconds:
-        """A training step on a batch, as examples/plain_loop.py has it."""
+        """A training step on a batch, as examples/plain_loop.py has it, and a merge of what was learned in it.
+
+        The merge leaves out the norms that only loggers ask for.
+        """
         explorer = self.explorer
         with timed(self.device) as forward:
             loss = run(explorer, lambda own: loss_of(self.model, own), batch)
@@ -182,13 +187,9 @@ class WithHeads:
             self.optimizer.step()
             self.optimizer.zero_grad()
             explorer.step()
-        return Seconds(forward[0], backward[0], step[0])
-
-    def merge(self) -> Seconds:
-        """A merge, without the norms that only loggers ask for."""
-        with timed(self.device) as seconds:
-            self.explorer.merge(measure=False)
-        return Seconds(step=seconds[0])
+        with timed(self.device) as merge:
+            explorer.merge(measure=False)
+        return Seconds(forward[0], backward[0], step[0], merge[0])
 
     def proof(self, batch: Batch) -> Seconds:
         """The proof on a batch, as if it were the first one."""
@@ -232,7 +233,6 @@ def measure(
         "full": lambda: full.step(batch),
         "parts": lambda: full.steps_on(parts),
         "sequential": lambda: in_turn.step(batch),
-        "merge": in_turn.merge,
         "forward": lambda: full.forward(batch),
         "proof": lambda: fresh.proof(batch),
     }
@@ -268,7 +268,7 @@ def measure(
             note("batched: backward / full rank's", done["batched"].backward, whole.backward)
             note("batched: optimizer step / full rank's", done["batched"].step, whole.step)
             note("batched: whole step / full rank's", done["batched"].whole, whole.whole)
-        note("a merge / full rank's whole step", done["merge"].step, whole.whole)
+        note("a merge / full rank's whole step", turns.merge, whole.whole)
         note("proof: samples through the first layer / batch", fresh.passed, len(x))
         note("proof: time / full rank's forward", done["proof"].forward, done["forward"].forward)
     return list(rows.values()), statistics.median(full_steps), fresh.explorer.execution
