@@ -159,7 +159,7 @@ class Explorer(Merging):
         """
         if self.full_rank:
             if synchronise and settle:
-                self._average_all()
+                self._average_gradients()
             return
         self.collect_gradients()
         if synchronise and settle:
@@ -199,7 +199,7 @@ class Explorer(Merging):
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
         if self.full_rank:
-            self._average_all()
+            self._average_gradients()
             return
         self.collect_gradients()
         self.settle()
@@ -218,15 +218,14 @@ class Explorer(Merging):
             optimizer: whose parameters; None for all.
             params: parameters of the user's; None for all that the optimizer holds.
         """
+        chosen = self.optimizers if optimizer is None else [optimizer]
         if self.full_rank:
-            chosen = self.optimizers if optimizer is None else [optimizer]
             held = [p for opt in chosen for group in opt.param_groups for p in group["params"]]
             return nn.utils.clip_grad_norm_(held if params is None else params, max_norm).expand(self.count)
         self.collect_gradients()
         if params is not None:
             trained = self.trained_for(params)
         else:
-            chosen = self.optimizers if optimizer is None else [optimizer]
             trained = [p for opt in chosen for p in self.substitution.held(opt).values()]
         return clip_grad_norm_(
             trained, self.per_head, max_norm, self.count, self.transport, synchronised=self.config.replicas == "step"
@@ -345,15 +344,11 @@ class Explorer(Merging):
             f.merged_at = 0
 
     def _average_gradients(self) -> None:
-        with self.transport.meeting(f"the averaging of gradients {self.where}"):
-            self.injection.replicas.average_gradients(self.transport)
-
-    def _average_all(self) -> None:
-        """Average the gradients of all parameters over devices, before heads begin."""
+        """Average over devices the gradients of replicas, or of all parameters before heads begin."""
         if self.transport.world_size > 1:
-            params = [p for p in self.trained_by if p.requires_grad]
+            params = self.trained_by if self.full_rank else (r.param for r in self.injection.replicas)
             with self.transport.meeting(f"the averaging of gradients {self.where}"):
-                average_gradients(params, self.transport)
+                average_gradients([p for p in params if p.requires_grad], self.transport)
 
     @property
     def _is_settling(self) -> bool:

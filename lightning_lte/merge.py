@@ -300,24 +300,6 @@ class Merge:
         self._wait_s += time.perf_counter() - start
 
 
-def merge(
-    factors: Sequence[Factors],
-    replicas: Replicas,
-    statistics: RunningStatistics,
-    states: States,
-    transport: Transport,
-    config: LTEConfig,
-    *,
-    step: int,
-    merges: int,
-    measure: bool = True,
-    outer: OuterOptimizer | None = None,
-) -> MergeRecord:
-    """Merge all heads of all devices into the base weights at once; see `Merge`."""
-    at_once = Merge(factors, replicas, statistics, transport, config, step=step, merges=merges, measure=measure)
-    return at_once.run(states, outer)
-
-
 def verify(factors: Sequence[Factors], transport: Transport, number: int, step: int) -> None:
     """Raise if base weights are not bit-equal on all devices. A collective: every device has to call it.
 

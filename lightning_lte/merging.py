@@ -209,7 +209,7 @@ class Merging(Trainees):
             measure=measure,
             others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
             exact=group is None,
-            device=next(iter(self.injection.factors)).device,
+            device=self._device,
         )
 
     def restore_flight(self, state: Mapping[str, Any]) -> None:
@@ -233,8 +233,7 @@ class Merging(Trainees):
 
     def _told(self) -> Tensor:
         """What this device tells the others, (1, flags) uint8."""
-        device = next(iter(self.injection.factors)).device
-        return torch.tensor([list(self.flags.values())], dtype=torch.uint8, device=device)
+        return torch.tensor([list(self.flags.values())], dtype=torch.uint8, device=self._device)
 
     def _hear_of(self, told: Tensor) -> None:
         heard = told.bool().cpu().unbind(1)
@@ -271,6 +270,10 @@ class Merging(Trainees):
             own = [p for p, trainer in self.trained_by.items() if trainer == number]
             self._reduced.update(p for p in own if p.requires_grad)
             self._ddp_bytes += self.transport.bytes_of_sum(sum(p.nbytes for p in own if p in self._reduced))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.injection.factors)).device
 
     def _states(self) -> dict[Tensor, Any]:
         return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}

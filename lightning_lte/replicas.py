@@ -206,15 +206,11 @@ class Replicas:
                 total, before = state["totals"][replica.name], state["before"][replica.name]
                 self._taken.append((replica, total.to(device, copy=True), before.to(device, copy=True)))
 
-    def average_gradients(self, transport: Transport) -> None:
-        """Average the gradients of replicas over devices, as data-parallel training does (`replicas="step"`)."""
-        if transport.world_size > 1:
-            average_gradients([r.param for r in self._replicas if r.param.requires_grad], transport)
-
 
 @torch.no_grad()
 def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> None:
-    """Replace gradients by their mean over devices. A collective: every device has to call it."""
+    """Replace gradients by their mean over devices, as data-parallel training does. A collective: every device has to
+    call it."""
     if not params:
         return
     # Every device must send the same tensors, also for a parameter that took no part on one of them.

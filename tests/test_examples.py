@@ -17,7 +17,7 @@ from examples.data import DigitsDataModule
 from examples.vit import ViTClassifier
 from lightning_lte import LTEConfig, transport
 from lightning_lte.injection import inject
-from lightning_lte.merge import merge
+from lightning_lte.merge import Merge
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
 
@@ -69,16 +69,15 @@ def test_computed_bytes_are_those_a_merge_counts(rank: int, devices: int, monkey
     alone = inject(model, list(model.parameters()), config)
     monkeypatch.setattr(transport, "dist", _NobodyThere(devices))
 
-    record = merge(
+    record = Merge(
         list(alone.factors.values()),
         alone.replicas,
         RunningStatistics(alone.module),
-        {},
         Transport(devices),
         config,
         step=1,
         merges=0,
-    )
+    ).run({})
 
     flags_and_norm = (devices - 1) * 1 + 8
     assert demo.bytes_per_merge(alone, devices) == pytest.approx(record.bytes_sent, abs=flags_and_norm)

@@ -15,7 +15,7 @@ from lightning_lte import Explorer, payload
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.injection import Injection, inject
-from lightning_lte.merge import MergeRecord, merge
+from lightning_lte.merge import Merge, MergeRecord
 from lightning_lte.payload import is_dense
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.transport import Transport
@@ -71,7 +71,7 @@ def merge_all(
 ) -> MergeRecord:
     factors = list(injection.factors.values())
     statistics = RunningStatistics(injection.module)
-    return merge(factors, injection.replicas, statistics, states or {}, transport, chosen, **more)
+    return Merge(factors, injection.replicas, statistics, transport, chosen, **more).run(states or {})
 
 
 def merged(
