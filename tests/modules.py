@@ -13,6 +13,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_lte import Explorer
+from lightning_lte.execution import run
+
 IN, WIDTH, CLASSES = 10, 16, 3
 
 
@@ -94,6 +97,17 @@ def sgd(params: Iterable[nn.Parameter], lr: float = 0.1) -> Optimizer:
 
 def adamw(params: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(params, lr=0.01)
+
+
+def train_step(explorer: Explorer, net: nn.Module, opt: Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+    """A step of a plain loop, as the documentation has it."""
+    loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), batch)
+    with explorer.backward():
+        loss.backward()
+    explorer.after_backward()
+    opt.step()
+    opt.zero_grad()
+    explorer.step()
 
 
 class Module(LightningModule):

@@ -31,6 +31,7 @@ from tests.modules import (
     make_data,
     make_net,
     sgd,
+    train_step,
     trainer,
 )
 from tests.oracle import Oracle
@@ -149,17 +150,9 @@ def test_heads_begin_after_full_rank_steps_with_the_state_of_replicas(optimizer:
     explorer = Explorer(model, opt, LTEConfig(heads, 3, rank=RANK, execution="batched", full_rank_steps=5))
     starts = first_A(explorer)
 
-    def train(x: Tensor, y: Tensor) -> None:
-        loss = run_step(explorer, lambda own: cross_entropy(model(own[0]), own[1]), (x, y))
-        loss.backward()
-        explorer.after_backward()
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
-
     for step in range(5):
         x, y = make_data(8 * heads, seed=step)
-        train(x, y)
+        train_step(explorer, model, opt, (x, y))
         cross_entropy(plain(x), y).backward()
         plain_opt.step()
         plain_opt.zero_grad()
@@ -172,7 +165,7 @@ def test_heads_begin_after_full_rank_steps_with_the_state_of_replicas(optimizer:
             worker.optimizer.state[replica] = copy.deepcopy(dict(state))
     for step in range(5, 15):
         x, y = make_data(8 * heads, seed=step)
-        train(x, y)
+        train_step(explorer, model, opt, (x, y))
         oracle.step(list(zip(x.chunk(heads), y.chunk(heads), strict=True)), cross_entropy)
         assert_same(explorer, oracle)
     assert (explorer.clock.step, explorer.clock.merges) == (15, 3) and not explorer.full_rank
@@ -202,12 +195,7 @@ def trained(**choices: Any) -> dict[str, Tensor]:
     opt = sgd(model.parameters())
     explorer = Explorer(model, opt, LTEConfig(HEADS, 3, rank=RANK, **choices))
     for step in range(8):
-        loss = run_step(explorer, lambda own: cross_entropy(model(own[0]), own[1]), make_data(16, seed=step))
-        loss.backward()
-        explorer.after_backward()
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
+        train_step(explorer, model, opt, make_data(16, seed=step))
     explorer.finish()
     return clone(model.state_dict())
 

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig
-from lightning_lte.execution import combined, run, run_in_turn
-from tests.modules import RANK, Net, clone, make_data, make_net, sgd
+from lightning_lte.execution import combined, run_in_turn
+from tests.modules import RANK, Net, clone, make_data, make_net, sgd, train_step
 
 
 class TimeFirst(Net):
@@ -26,13 +25,7 @@ def fit(net: nn.Module, sizes: list[int], **choices: Any) -> Explorer:
     opt = sgd(net.parameters())
     explorer = Explorer(net, opt, LTEConfig(4, 2, rank=RANK, **choices))
     for seed, size in enumerate(sizes):
-        loss = run(explorer, lambda batch: cross_entropy(net(batch[0]), batch[1]), make_data(size, seed))
-        with explorer.backward():
-            loss.backward()
-        explorer.after_backward()
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
+        train_step(explorer, net, opt, make_data(size, seed))
     explorer.finish()
     return explorer
 

@@ -18,6 +18,7 @@ from tests.test_proof import (
     Deep,
     Flat,
     Mixing,
+    Normed,
     Pooled,
     Positions,
     Shared,
@@ -25,15 +26,6 @@ from tests.test_proof import (
     TwoViews,
     images,
 )
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.inner(x))
 
 
 class Failing(nn.Module):

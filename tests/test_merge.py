@@ -254,6 +254,16 @@ def test_a_reset_zeroes_the_smallest_moments_of_each_head(fraction: float) -> No
             assert own.tolist() == [0] * gone + list(range(gone + 1, len(own) + 1))
 
 
+def _train_step(explorer: Explorer, net: nn.Module, optimizer: Optimizer, x: Tensor) -> None:
+    with explorer.heads():
+        loss = (net(x) - x[:, :5]).square().mean()
+    loss.backward()
+    explorer.after_backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    explorer.step()
+
+
 def test_a_reset_of_some_moments_leaves_steps_of_a_bounded_size() -> None:
     """With Adam, an element with a first moment and no second one would jump."""
     for fraction in (0.0, 0.3, 0.9, 1.0):
@@ -264,14 +274,7 @@ def test_a_reset_of_some_moments_leaves_steps_of_a_bounded_size() -> None:
         chosen = LTEConfig(1, 5, rank=2, after_merge="reset", reset_moments=fraction)
         explorer = Explorer(net, optimizer, chosen)
         for step in range(30):
-            x = torch.randn(8, 9, generator=torch.Generator().manual_seed(step))
-            with explorer.heads():
-                loss = (net(x) - x[:, :5]).square().mean()
-            loss.backward()
-            explorer.after_backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            explorer.step()
+            _train_step(explorer, net, optimizer, torch.randn(8, 9, generator=torch.Generator().manual_seed(step)))
         explorer.finish()
         assert (net[0].weight - before).abs().max() < 0.3
 
@@ -285,13 +288,7 @@ def test_an_interrupted_merge_is_run_again(monkeypatch: pytest.MonkeyPatch) -> N
         explorer = Explorer(net, optimizer, LTEConfig(1, 50, rank=2))
         for step in range(5):
             x = torch.randn(8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-            with explorer.heads():
-                loss = (net(x) - x[:, :5]).square().mean()
-            loss.backward()
-            explorer.after_backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            explorer.step()
+            _train_step(explorer, net, optimizer, x)
         if interrupted:
             with monkeypatch.context() as patch:
                 patch.setattr(Factors, "settle", _interrupt)

@@ -10,11 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, Transport
-from lightning_lte.execution import run as run_step
-from tests.modules import RANK, clone, make_data, make_net, sgd
+from tests.modules import RANK, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
 
 HEADS = 4
@@ -33,13 +31,7 @@ class Loop:
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            batch = make_data(16, seed=self.done)
-            loss = run_step(self.explorer, lambda own: cross_entropy(self.net(own[0]), own[1]), batch)
-            loss.backward()
-            self.explorer.after_backward()
-            self.opt.step()
-            self.opt.zero_grad()
-            self.explorer.step()
+            train_step(self.explorer, self.net, self.opt, make_data(16, seed=self.done))
             self.done += 1
 
     def weights(self) -> dict[str, Tensor]:

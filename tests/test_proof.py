@@ -132,15 +132,16 @@ def test_samples_that_meet_are_sequential(body: type[nn.Module]) -> None:
     assert verdict(Pooled(body()), images())[0] == "sequential"
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.inner(x))
+
+
 def test_batch_norm_is_sequential() -> None:
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.inner(x))
-
     execution, why = verdict(Pooled(Normed()), images())
     assert execution == "sequential" and "net.body.norm (BatchNorm1d)" in why
 
