@@ -1,0 +1,1 @@
+"""A study of how well heads learn: `python -m benchmarks.learning TABLE`."""

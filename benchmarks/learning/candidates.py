@@ -1,0 +1,86 @@
+"""What might become an option of the package, tried in the study first: `extra: {name: value}` in a table.
+
+A candidate changes how heads learn through the hooks below. Those that win move into the package, and leave here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lte import Explorer
+from lightning_lte.merge import MergeRecord
+
+
+class Candidate:
+    """One idea, with its value from the table. All hooks do nothing by default.
+
+    Args:
+        value: from the table.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def configure(self, choices: dict[str, Any], model: nn.Module) -> None:
+        """Change the arguments of `LTEConfig`, before there are heads."""
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        """Change the heads, or the optimizer's groups, before the first step."""
+
+    def before_step(self, explorer: Explorer, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """After backward and clipping, before the optimizer's step; `step` counts from 0."""
+
+    def after_step(self, explorer: Explorer, optimizer: torch.optim.Optimizer, record: MergeRecord | None) -> None:
+        """After a step, and the merge that was due, if one was."""
+
+
+class OrthogonalHeads(Candidate):
+    """Heads share the input space: while there is room, the rows of all heads' A are orthogonal to each other."""
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        if not self.value:
+            return
+        for f in explorer.injection.factors.values():
+            rank, width = f.A.shape[-2:]
+            heads = max(1, min(f.count, width // rank))
+            for first in range(0, f.count, heads):
+                own = slice(first, min(first + heads, f.count))
+                rows = f.A.detach()[own].movedim(0, -3).flatten(-3, -2)  # (*lead, heads * rank, in)
+                rows = torch.linalg.qr(rows.double().mT).Q.mT * math.sqrt(width / rank)
+                drawn = rows.unflatten(-2, (-1, rank)).movedim(-3, 0).to(f.A)
+                with torch.no_grad():
+                    f.A[own] = drawn
+                    if f.anchor_A is not None:
+                        f.anchor_A[own] = drawn
+
+
+class SameStart(Candidate):
+    """All heads start with the same A (the paper's Figure 8)."""
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        if not self.value:
+            return
+        with torch.no_grad():
+            for f in explorer.injection.factors.values():
+                f.A.copy_(f.A[:1].expand_as(f.A).clone())
+                if f.anchor_A is not None:
+                    f.anchor_A.copy_(f.A)
+
+
+CANDIDATES: dict[str, type[Candidate]] = {"orthogonal_heads": OrthogonalHeads, "same_start": SameStart}
+
+
+def made(extra: dict[str, Any]) -> list[Candidate]:
+    """The candidates that a table names.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    unknown = sorted(extra.keys() - CANDIDATES.keys())
+    if unknown:
+        raise ValueError(f"extra must name candidates, {sorted(CANDIDATES)}; received {unknown}.")
+    return [CANDIDATES[name](value) for name, value in extra.items()]

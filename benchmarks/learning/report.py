@@ -1,0 +1,197 @@
+"""A table of the study from what is in the cache: as Markdown, and as pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.cache import Cache
+from benchmarks.learning.settings import flattened
+from benchmarks.learning.table import Row, Table
+from benchmarks.learning.tasks import TASKS
+
+Result = dict[str, Any]
+# What a run is compared in: these are equal for a row and its control.
+SAME = ("task", "batch", "epochs")
+
+
+@dataclass
+class Line:
+    """A row with the results of its seeds, as far as there are any."""
+
+    row: Row
+    results: dict[int, Result]
+
+    @property
+    def metrics(self) -> dict[int, float]:
+        """By seed, of runs that did not diverge."""
+        return {seed: r["metric"] for seed, r in self.results.items() if r["metric"] is not None}
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is ordinary training."""
+        return self.row.settings["method"]["name"] == "full"
+
+    def mean(self, key: str) -> float | None:
+        """Over seeds."""
+        values = [r[key] for r in self.results.values() if r[key] is not None]
+        return statistics.mean(values) if values else None
+
+
+def lines(table: Table, cache: Cache, seeds: int) -> list[Line]:
+    """All rows of a table."""
+    found = []
+    for row in table.rows:
+        results = {seed: cache.get(row, seed) for seed in range(seeds)}
+        found.append(Line(row, {seed: r for seed, r in results.items() if r is not None}))
+    return found
+
+
+def control_of(line: Line, others: Sequence[Line]) -> Line | None:
+    """The best full-rank row of the same task, batch and epochs; all of its seeds must be there."""
+    same = [
+        other
+        for other in others
+        if other.is_control and other.metrics and all(other.row.settings[k] == line.row.settings[k] for k in SAME)
+    ]
+    if not same:
+        return None
+    sign = 1 if TASKS[line.row.settings["task"]["name"]].higher_is_better else -1
+    most = max(len(other.metrics) for other in same)
+    return max((o for o in same if len(o.metrics) == most), key=lambda o: sign * statistics.mean(o.metrics.values()))
+
+
+def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
+    """The table, with what its runs have in common below it."""
+    flat = [flattened(line.row.settings) for line in found]
+    differing = _differing(flat)
+    metrics = sorted({TASKS[f["task.name"]].metric for f in flat})
+    head = ["", *(name.removeprefix("method.") for name in differing), " / ".join(metrics), "± sd", "Δ full rank"]
+    head += ["± sd of Δ", "last loss", "MB sent", "CPU s", "seeds"]
+    text = [f"### {table.title}", "", "| " + " | ".join(head) + " |"]
+    text.append("| --- |" + " ---: |" * (len(head) - 1))
+    for line, own in zip(found, flat, strict=True):
+        cells = [line.row.label or own["method.name"], *(_cell(own.get(name, "")) for name in differing)]
+        control = control_of(line, found)
+        values = list(line.metrics.values())
+        digits = 2 if TASKS[own["task.name"]].higher_is_better else 4
+        cells += [_number(statistics.mean(values), digits) if values else "", _spread(values, digits)]
+        if control is None or not values:
+            cells += ["", ""]
+        elif control is line:
+            cells += ["control", ""]
+        else:
+            # A seed fixes the model's start and the order of samples, so that differences are taken within seeds.
+            both = line.metrics.keys() & control.metrics.keys()
+            differences = [line.metrics[seed] - control.metrics[seed] for seed in sorted(both)]
+            cells += [f"{statistics.mean(differences):+.{digits}f}" if both else "", _spread(differences, digits)]
+        loss, sent, seconds = line.mean("loss"), line.mean("bytes"), line.mean("cpu_seconds")
+        cells += ["" if loss is None else f"{loss:.4g}", "" if sent is None else f"{sent / 1e6:.4g}"]
+        diverged = sum(r["diverged"] is not None for r in line.results.values())
+        cells += ["" if seconds is None else f"{seconds:.0f}", f"{len(line.results)}"]
+        cells[-1] += f" ({diverged} diverged)" if diverged else ""
+        text.append("| " + " | ".join(cells) + " |")
+    text += ["", *_remarks(found, flat, seeds)]
+    return "\n".join(text)
+
+
+def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) -> list[str]:
+    common = {k: v for k, v in flat[0].items() if all(k in f and f[k] == v for f in flat)} if flat else {}
+    remarks = ["All rows: " + ", ".join(f"{k} {_cell(v)}" for k, v in common.items()) + "."]
+    missing = sum(seeds - len(line.results) for line in found)
+    if missing:
+        remarks.append(f"**{missing} of {seeds * len(found)} runs are missing.**")
+    results = [r for line in found for r in line.results.values()]
+    notes = Counter(note for r in results for note in r["notes"])
+    if notes:
+        remarks.append("Runs: " + "; ".join(f"{note} ({count})" for note, count in sorted(notes.items())) + ".")
+    if results:
+        machines = Counter(r["hardware"] for r in results)
+        versions = Counter(", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results)
+        remarks.append(f"Seeds 0 to {seeds - 1}. {'; '.join(machines)}. {'; '.join(versions)}.")
+    remarks.append(
+        "Mean over seeds; sd is the sample standard deviation. Δ: to the best full-rank row of the table of the same"
+        " task, batch and epochs, within seeds. Last loss: training loss, mean over the last tenth. MB sent: by each"
+        " device, if each has one head or replica, computed."
+    )
+    return remarks
+
+
+def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int = 10) -> list[Path]:
+    """Pictures: loss and metric, over samples and over bytes; one file for each task.
+
+    Args:
+        most: rows in a picture; the best of each label come first.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for task_name in sorted({line.row.settings["task"]["name"] for line in found}):
+        task = TASKS[task_name]
+        own = [line for line in found if line.row.settings["task"]["name"] == task_name and line.metrics]
+        if not own:
+            continue
+        own = sorted(own, key=lambda o: statistics.mean(o.metrics.values()), reverse=task.higher_is_better)
+        first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
+        own = sorted(own, key=lambda o: id(o) not in first)[:most]
+        differing = _differing([flattened(line.row.settings) for line in own])
+        figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharey="row", constrained_layout=True)
+        for line in own:
+            flat = flattened(line.row.settings)
+            parts = [f"{n.split('.')[-1]} {_cell(flat[n])}" for n in differing if n in flat and n != "method.name"]
+            label = f"{line.row.label or flat['method.name']}: {', '.join(parts)}"
+            for row, (key, value) in enumerate((("curve", "loss"), ("evaluations", "metric"))):
+                points = _mean_curve([r[key] for r in line.results.values() if r["metric"] is not None], value)
+                for column, over in enumerate(("samples", "bytes")):
+                    x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
+                    axes[row, column].plot(x, [p[value] for p in points], label=label, marker="." if row else None)
+        for column, over in enumerate(("samples", "MB sent by each device")):
+            axes[1, column].set_xlabel(over)
+            axes[0, column].grid(alpha=0.3)
+            axes[1, column].grid(alpha=0.3)
+        axes[0, 1].set_xscale("log")
+        axes[1, 1].set_xscale("log")
+        axes[0, 0].set_ylabel("training loss")
+        axes[1, 0].set_ylabel(f"test {task.metric}")
+        axes[1, 0].legend(fontsize="x-small")
+        figure.suptitle(f"{table.title} ({task_name})")
+        paths.append(folder / f"{name}-{task_name}.png")
+        figure.savefig(paths[-1], dpi=110)
+        pyplot.close(figure)
+    return paths
+
+
+def _mean_curve(curves: Sequence[list[dict[str, float]]], value: str) -> list[dict[str, float]]:
+    points = zip(*curves, strict=False)
+    return [{k: statistics.mean(p[k] for p in together) for k in ("samples", "bytes", value)} for together in points]
+
+
+def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings in which rows differ. One that only some methods have counts if it differs among these."""
+    names = list(dict.fromkeys(name for own in flat for name in own))
+    return [n for n in names if len({json.dumps(own[n], sort_keys=True) for own in flat if n in own}) > 1]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k} {_cell(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -1,0 +1,129 @@
+"""One run of the study: a configuration and a seed in, a result out."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from benchmarks.learning.methods import METHODS, Method
+from benchmarks.learning.settings import Settings
+from benchmarks.learning.tasks import TASKS
+from examples.demo import hardware
+
+POINTS = 50  # of a loss curve
+
+
+def factor(step: int, steps: int, warmup: int) -> float:
+    """The learning rate's share of its peak: linear warm-up, then a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
+    """Train once.
+
+    Args:
+        settings: in full.
+        seed: of the model's start, of the order of samples, and of heads.
+        data_root: the folder of Fashion-MNIST.
+
+    Returns:
+        What is kept in the cache, plain values only.
+    """
+    task = TASKS[settings["task"]["name"]]
+    data = task.data(settings["task"], data_root)
+    torch.manual_seed(seed)
+    model = task.model(settings["task"])
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    method: Method = METHODS[settings["method"]["name"]](model, settings, task.loss, seed)
+
+    size, batch = len(data.train[0]), settings["batch"]
+    per_epoch = size // batch
+    steps = round(settings["epochs"] * per_epoch)
+    evaluate_at = {round(steps * (i + 1) / settings["evaluations"]) for i in range(settings["evaluations"])} - {steps}
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0)
+    losses: list[torch.Tensor] = []
+    curve: list[dict[str, float]] = []
+    evaluations: list[dict[str, float | None]] = []
+    diverged: str | None = None
+
+    def evaluate() -> None:
+        with method.evaluated() as evaluated:
+            measured = task.measure(evaluated, data.test)
+        point = {"samples": method.steps * batch, "bytes": method.sent}
+        evaluations.append({**point, "metric": measured if math.isfinite(measured) else None})
+
+    for step in range(steps):
+        # The last samples of an epoch that are no full batch are left out: all methods see the same.
+        if step % per_epoch == 0:
+            order = torch.randperm(size, generator=generator)
+        method.set_lr(factor(step, steps, settings["warmup"]))
+        chosen = order[step % per_epoch * batch :][:batch]
+        try:
+            losses.append(method.step(tuple(t[chosen] for t in data.train)))
+        except FloatingPointError as error:
+            diverged = f"step {step}: {error}"
+            break
+        if (step + 1) * POINTS // steps > step * POINTS // steps:
+            mean = float(torch.stack(losses).mean())
+            losses = []
+            if not math.isfinite(mean):
+                diverged = f"step {step}: the loss is {mean}"
+                break
+            curve.append({"samples": (step + 1) * batch, "bytes": method.sent, "loss": mean})
+        if step + 1 in evaluate_at:
+            evaluate()
+    if diverged is None:
+        try:
+            method.finish()
+            evaluate()
+        except FloatingPointError as error:
+            diverged = f"at the end: {error}"
+    last = curve[-5:]
+    return {
+        "settings": settings,
+        "seed": seed,
+        "metric_name": task.metric,
+        "metric": None if diverged else evaluations[-1]["metric"],
+        "loss": sum(point["loss"] for point in last) / len(last) if last and not diverged else None,
+        "diverged": diverged,
+        "parameters": parameters,
+        "steps": method.steps,
+        "samples": method.steps * batch,
+        "bytes": method.sent,
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - begin_cpu,
+        "notes": method.notes,
+        "curve": curve,
+        "evaluations": evaluations,
+        "hardware": hardware(),
+        "host": socket.gethostname(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "commit": commit(),
+        },
+    }
+
+
+@functools.lru_cache
+def commit() -> str:
+    """Of the repository, with a mark if files differ from it."""
+    command = ["git", "-C", os.fspath(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

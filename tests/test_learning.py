@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.learning import __main__ as study
+from benchmarks.learning import report, table
+from benchmarks.learning.cache import Cache
+from benchmarks.learning.methods import METHODS
+from benchmarks.learning.settings import METHODS as METHOD_SETTINGS
+from benchmarks.learning.settings import digest, resolved, with_changes
+from benchmarks.learning.tasks import TASKS
+from benchmarks.learning.training import factor, trained
+
+TINY: dict[str, Any] = {
+    "task": {"name": "least-squares", "samples": 320},
+    "batch": 32,
+    "epochs": 1,
+    "warmup": 2,
+    "evaluations": 2,
+}
+CONTENT: dict[str, Any] = {
+    "title": "Tiny",
+    "base": TINY,
+    "grids": [
+        {"name": "full rank", "set": {"method": "full"}, "axes": {"lr": [0.001, 0.01]}},
+        {"name": "LTE", "set": {"method": {"name": "lte", "rank": "1/8"}}, "axes": {"method.heads": [2, 4]}},
+    ],
+}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> table.Table:
+    return table.parsed(CONTENT)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def work(rows: table.Table, cache: Cache, seeds: int = 1) -> int:
+    return study.work(rows, cache, range(seeds), Path("nowhere"))
+
+
+def made(name: str, task: str = "least-squares", seed: int = 0, **choices: Any) -> Any:
+    settings = resolved({**TINY, "task": {"name": task}, "method": {"name": name, **choices}, "lr": 0.01})
+    torch.manual_seed(seed)
+    return METHODS[name](TASKS[task].model(settings["task"]), settings, TASKS[task].loss, seed)
+
+
+def batches(count: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(32, 32, generator=generator), torch.randn(32, 32, generator=generator)) for _ in range(count)]
+
+
+def weights(method: Any) -> torch.Tensor:
+    method.finish()
+    return torch.cat([p.detach().flatten() for p in method.model.parameters()])
+
+
+def test_a_table_runs_is_kept_and_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    args = ["smoke", "--root", str(tmp_path), "--seeds", "2", "--threads", str(torch.get_num_threads())]
+    assert study.main(args) == 0
+    printed = capsys.readouterr().out
+    runs = 2 * len(table.load("smoke").rows)
+    assert printed.count("\n1/") + printed.startswith("1/") == 1 and f"{runs}/{runs}" in printed
+    text = printed[printed.index("###") :]
+    study.main([*args, "--print"])
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert study.main([*args, "--plot", str(tmp_path / "pictures")]) == 0
+    assert (tmp_path / "pictures" / "smoke-least-squares.png").stat().st_size > 1000
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(kept) == runs and not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob("*.partial*"))
+    for result in kept:
+        assert len(result["curve"]) == 40 and result["curve"][-1]["samples"] == result["samples"] == 2560
+        assert [point["samples"] for point in result["evaluations"]] == [1280, 2560]
+        assert result["bytes"] > 0 and math.isfinite(result["metric"]) and result["versions"]["torch"]
+
+
+def test_what_is_there_is_not_run_again(rows: table.Table, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert work(rows, cache) == 0
+    cache.path(rows.rows[2], 0).unlink()
+    done: list[Any] = []
+    monkeypatch.setattr(study, "trained", lambda settings, *rest: done.append(settings) or trained(settings, *rest))
+    assert work(rows, cache) == 0
+    assert done == [rows.rows[2].settings]
+
+
+def test_a_run_of_another_process_is_left_to_it(rows: table.Table, cache: Cache) -> None:
+    with cache.lock(rows.rows[0], 0) as mine:
+        assert mine
+        # A lock is of an opened file, so another one in this process is as good as one in another process.
+        assert work(rows, cache) == 0
+    assert cache.get(rows.rows[0], 0) is None and cache.get(rows.rows[1], 0) is not None
+    with cache.lock(rows.rows[0], 0) as mine:
+        assert mine
+
+
+def test_a_run_that_fails_is_not_kept_and_the_next_ones_go_on(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    content = copy.deepcopy(CONTENT)
+    content["grids"].insert(0, {"name": "wrong", "set": {"method": {"name": "lte", "rank": 99}}})
+    rows = table.parsed(content)
+    assert work(rows, cache) == 1
+    assert cache.get(rows.rows[0], 0) is None and cache.get(rows.rows[-1], 0) is not None
+    assert "wrong" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_a_result(cache: Cache) -> None:
+    rows = table.parsed({"base": {**TINY, "lr": 1e30}, "grids": [{"set": {"method": "full"}}]})
+    assert work(rows, cache) == 0
+    result = cache.get(rows.rows[0], 0)
+    assert result is not None and result["metric"] is None and "step" in result["diverged"]
+    assert "(1 diverged)" in report.markdown(rows, report.lines(rows, cache, 1), 1)
+
+
+def test_runs_are_told_by_what_they_do(rows: table.Table) -> None:
+    assert len({row.digest for row in rows.rows}) == 4
+    said = {"method": {"name": "lte", "heads": 8, "rank": 16}, "lr": 3e-3, **TINY}
+    assert digest(said) == digest({"method": {"name": "lte"}, **TINY})
+    assert digest({**said, "task": {**TINY["task"], "dim": 64}}) != digest(said)
+    fraction = with_changes(said, {"method.rank": "1/4", "task.dim": 64})
+    assert resolved(fraction)["method"]["rank"] == 16
+
+
+def test_results_of_other_defaults_are_refused(
+    rows: table.Table, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work(rows, cache)
+    monkeypatch.setitem(METHOD_SETTINGS["lte"], "merge_every", 11)
+    now = table.parsed(CONTENT)
+    with pytest.raises(ValueError, match=r"method\.merge_every"):
+        cache.get(now.rows[2], 0)
+    # A setting that is new does not touch what is kept.
+    monkeypatch.setitem(METHOD_SETTINGS["lte"], "merge_every", 10)
+    monkeypatch.setitem(METHOD_SETTINGS["lte"], "novel", 0)
+    assert cache.get(table.parsed(CONTENT).rows[2], 0) is not None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"task": {"name": "vitt"}}, "task.name must be one of"),
+        ({"method": {"name": "lte", "head": 3}}, r"received \['head'\]"),
+        ({"learning_rate": 3}, r"received \['learning_rate'\]"),
+    ],
+)
+def test_what_is_not_known_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolved(settings)
+
+
+def test_the_difference_is_to_the_best_control_within_seeds(rows: table.Table, cache: Cache) -> None:
+    metrics = {0: [0.5, 0.7], 1: [0.3, 0.5], 2: [0.4, 0.8], 3: [0.9, None]}
+    kept = {"loss": 1.0, "bytes": 10, "cpu_seconds": 1, "notes": [], "hardware": "h", "versions": {}}
+    for number, values in metrics.items():
+        for seed, value in enumerate(values):
+            row = rows.rows[number]
+            diverged = None if value else "step 3"
+            result = {**kept, "settings": row.settings, "metric": value, "diverged": diverged}
+            cache.put(row, seed, result)
+    text = report.markdown(rows, report.lines(rows, cache, 3), 3)
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
+    # The lowest error is the best: 0.4 on average. Differences of the third row are 0.1 and 0.3.
+    metric = cells[0].index("0.6000")
+    assert cells[0][metric:][:4] == ["0.6000", "0.1414", "+0.2000", "0.0000"]
+    assert cells[1][metric:][:3] == ["0.4000", "0.1414", "control"]
+    assert cells[2][metric:][:4] == ["0.6000", "0.2828", "+0.2000", "0.1414"]
+    assert cells[3][metric:][:4] == ["0.9000", "", "+0.6000", ""] and cells[3][-1] == "2 (1 diverged)"
+    assert "**4 of 12 runs are missing.**" in text
+
+
+def test_one_replica_learns_as_full_rank_does() -> None:
+    full, local = made("full"), made("local", heads=1, merge_every=3)
+    for batch in batches():
+        torch.testing.assert_close(full.step(batch), local.step(batch))
+    torch.testing.assert_close(weights(full), weights(local))
+
+
+def test_replicas_that_train_synchronously_learn_as_full_rank_does() -> None:
+    full, local = made("full"), made("local", heads=4, full_rank_steps=6)
+    for batch in batches():
+        full.step(batch), local.step(batch)
+    torch.testing.assert_close(weights(full), weights(local))
+    assert local.sent == 6 * Ring.of(4) and full.sent == 6 * Ring.of(8)
+
+
+class Ring:
+    @staticmethod
+    def of(devices: int) -> int:
+        return 2 * 4 * 32 * 32 * (devices - 1) // devices
+
+
+def test_replicas_learn_as_workers_of_their_own_and_take_the_outer_step() -> None:
+    outer = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+    method = made("local", heads=2, merge_every=2, outer=outer)
+    W = method.model.weight.detach().clone()
+    workers = [copy.deepcopy(method.model) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(w.parameters(), 0.01, betas=(0.9, 0.999), weight_decay=0.05) for w in workers]
+    shared = torch.nn.Parameter(W)
+    step = torch.optim.SGD([shared], **outer)
+    for number, (x, y) in enumerate(batches(), 1):
+        method.step((x, y))
+        for h, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(worker(x[16 * h :][:16]), y[16 * h :][:16]).backward()
+            optimizer.step()
+        if number % 2 == 0:
+            shared.grad = shared.detach() - torch.stack([w.weight.detach() for w in workers]).mean(0)
+            step.step()
+            for worker in workers:
+                worker.weight.data.copy_(shared)
+    torch.testing.assert_close(weights(method), shared.detach().flatten())
+
+
+@pytest.mark.parametrize("task", ["vit", "mixer", "gpt"])
+def test_heads_share_nothing_that_devices_would_not(task: str) -> None:
+    method = made("lte", task, heads=4, execution="batched")
+    trained = [r for r in method.explorer.injection.replicas if r.param.requires_grad]
+    assert trained and all(r.stack is not None for r in trained)
+    assert any(f.count == 4 for f in method.explorer.injection.factors.values())
+
+
+def test_scales_are_of_each_weight() -> None:
+    by_width = made("lte", "vit", heads=2, scale="width", rank=8)
+    found = {f.name: f.scale for f in by_width.explorer.injection.factors.values()}
+    assert found["blocks.0.mlp.fc2"] == pytest.approx(math.sqrt(256 / 8))
+    assert found["blocks.0.mlp.fc1"] == pytest.approx(math.sqrt(64 / 8))
+    plain = made("lte", "vit", heads=2, scale=3.0, rank_pattern={"fc1": 4})
+    assert all(f.scale == pytest.approx(3.0) for f in plain.explorer.injection.factors.values())
+
+
+def test_orthogonal_heads_share_the_space() -> None:
+    settings = {**TINY, "method": {"name": "lte", "heads": 4, "rank": 8}, "extra": {"orthogonal_heads": True}}
+    full = resolved(settings)
+    method: Any = METHODS["lte"](TASKS["least-squares"].model(full["task"]), full, TASKS["least-squares"].loss, 0)
+    (f,) = method.explorer.injection.factors.values()
+    A = f.A.detach().flatten(0, 1)
+    torch.testing.assert_close(A @ A.T, torch.eye(32) * 4, atol=1e-5, rtol=0)
+
+
+def test_relora_warms_up_again_after_each_merge() -> None:
+    method = made("relora", rank=4, merge_every=3, restart_warmup=2)
+    lrs = []
+    for batch in batches():
+        method.set_lr(1.0)
+        lrs.append(method.optimizer.param_groups[0]["lr"])
+        method.step(batch)
+    assert lrs == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.01, 0.01])
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    factors = [factor(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11) and factors[10] == 1 and factors[55] == pytest.approx(0.5)
+    assert factors[9] < 1 and factors[-1] < 0.001 and sorted(factors[10:], reverse=True) == factors[10:]
+
+
+def test_fashion_mnist_is_read_and_asked_for(tmp_path: Path) -> None:
+    for split, count in (("train", 64), ("t10k", 32)):
+        images = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + bytes(count * 784)
+        labels = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(count)
+        (tmp_path / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (tmp_path / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    settings = resolved({**TINY, "task": {"name": "resnet", "dim": 64}, "method": {"name": "lte", "heads": 2}})
+    result = trained(settings, 0, tmp_path)
+    assert result["metric"] == 100 and result["samples"] == 64 and "2 heads, sequential" in result["notes"]
+    with pytest.raises(FileNotFoundError, match="--data"):
+        TASKS["vit"].data({}, tmp_path / "elsewhere")
+
+
+def test_all_tables_can_be_read() -> None:
+    for name in table.names():
+        assert table.load(name).rows
