@@ -149,6 +149,7 @@ def test_results_of_other_defaults_are_refused(
     [
         ({"task": {"name": "vitt"}}, "task.name must be one of"),
         ({"method": {"name": "lte", "head": 3}}, r"received \['head'\]"),
+        ({"extra": {"same_start": True}}, "methods with heads"),
         ({"learning_rate": 3}, r"received \['learning_rate'\]"),
     ],
 )

@@ -86,6 +86,11 @@ def resolved(settings: Mapping[str, Any]) -> Settings:
     rank = found["method"].get("rank")
     if isinstance(rank, str):
         found["method"]["rank"] = max(1, int(Fraction(rank) * found["task"]["dim"]))
+    if found["extra"] and found["method"]["name"] not in ("lte", "relora"):
+        raise ValueError(
+            f"extra is for methods with heads; received {found['extra']} for {found['method']['name']}. Give it in the"
+            " `set` of grids with heads, not in `base`."
+        )
     found["epochs"] = float(found["epochs"])
     return found
 
