@@ -21,7 +21,21 @@ Init = Literal["orthogonal", "kaiming", "xavier"]
 Execution = Literal["auto", "batched", "sequential"]
 LossReduction = Literal["mean", "sum"]
 Norms = Literal["replica", "vector-scalar"]
+Embeddings = Literal["factors", "replica"]
+Split = Mapping[str, int] | Literal["qkv"]
+Preset = Literal["paper"]
+
+# Where the paper's own settings (arXiv 2402.16828) differ from the defaults below. It has alpha from 4096 to 8192, so
+# that s is 64 to 256; of ranks 8 to 128 with 32 heads, 64 was the best. All else it does is what the defaults do.
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "paper": {"rank": 64, "alpha": 4096.0, "split": "qkv", "embeddings": "replica"}
+}
 BadHeads = Literal["restart", "stop"]
+
+
+# What fused projections of q, k and v are called that stack them in this order: in timm and torchvision, GPTs that use
+# nn.Linear, vit-pytorch, ModernBERT. Others interleave them by attention heads, and thirds of theirs mean nothing.
+_FUSED_QKV = "qkv|to_qkv|Wqkv|c_attn"
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,14 @@ class LTEConfig:
         alpha_pattern: pattern of module names -> alpha.
         split: pattern of module names -> number of parts. A weight that several projections share (a fused qkv) is
             split along its outputs, and each part has factors of its own, as in the paper; by default it is one matrix.
+            "qkv" splits in three all linear layers with three times as many outputs as inputs whose name says that they
+            are such a projection: qkv, to_qkv, Wqkv or c_attn.
         replicas: what becomes of trainable parameters that are not factored: "merge" averages them at merges,
             "step" averages their gradients at every step, "freeze" leaves them as they are.
         norms: weight and bias of layer, RMS, group and instance norms: "replica" as any other parameter, or
             "vector-scalar" factors of rank 1, B (size, 1) and A (1, 1), the paper's form for vectors. It found both,
             and leaving them out, comparable; replicas have fewer numbers and the same meaning at every size.
+        embeddings: "factors" as any other layer, or a "replica", averaged at merges as in the paper.
         init: how A starts: "orthogonal" (semi-orthogonal, scaled by sqrt(in / r) as the released code does),
             "kaiming" or "xavier" (normal).
         seed: heads are drawn from (seed, module name, head number).
@@ -95,9 +112,10 @@ class LTEConfig:
     exclude_modules: Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    split: Mapping[str, int] = field(default_factory=dict)
+    split: Split = field(default_factory=dict)
     replicas: ReplicaPolicy = "merge"
     norms: Norms = "replica"
+    embeddings: Embeddings = "factors"
     init: Init = "orthogonal"
     seed: int = 0
     execution: Execution = "auto"
@@ -140,6 +158,8 @@ class LTEConfig:
         for name in ("rank_pattern", "alpha_pattern", "split"):
             pattern = getattr(self, name)
             pattern = {} if pattern is None else pattern
+            if name == "split" and pattern == "qkv":
+                continue
             if not isinstance(pattern, Mapping):
                 raise TypeError(
                     f"{name} must map patterns of module names to values; received {pattern!r}."
@@ -156,6 +176,7 @@ class LTEConfig:
             object.__setattr__(self, name, dict(pattern))
         _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
         _check_choice("norms", self.norms, get_args(Norms))
+        _check_choice("embeddings", self.embeddings, get_args(Embeddings))
         _check_choice("init", self.init, get_args(Init))
         _check_choice("execution", self.execution, get_args(Execution))
         _check_choice("loss_reduction", self.loss_reduction, get_args(LossReduction))
@@ -213,8 +234,11 @@ class LTEConfig:
         alpha = next((a for p, a in self.alpha_pattern.items() if matches(p, *names)), self.alpha)
         return 2.0 if alpha is None else alpha / self.rank_of(*names)
 
-    def parts_of(self, *names: str) -> int:
-        """Into how many parts a weight is split."""
+    def parts_of(self, *names: str, shape: Sequence[int]) -> int:
+        """Into how many parts a weight of this shape is split."""
+        if isinstance(self.split, str):
+            stacked = len(shape) == 2 and shape[0] == 3 * shape[1]
+            return 3 if stacked and matches(_FUSED_QKV, *names) else 1
         return next((n for p, n in self.split.items() if matches(p, *names)), 1)
 
     def excludes(self, *names: str) -> bool:
@@ -224,6 +248,18 @@ class LTEConfig:
     def targets(self, *names: str) -> bool:
         """Whether the user's targets name a weight; they name all if there are none."""
         return self.target_modules is None or any(matches(p, *names) for p in self.target_modules)
+
+
+def preset_settings(preset: Preset | None) -> dict[str, Any]:
+    """The settings of a preset by name, or none.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset is None:
+        return {}
+    _check_choice("preset", preset, get_args(Preset))
+    return dict(PRESETS[preset])
 
 
 def matches(pattern: str, *names: str) -> bool:

@@ -13,6 +13,7 @@ from lightning_lte.config import LTEConfig, matches
 from lightning_lte.heads import Matrices
 from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import made_class
+from lightning_lte.layers.embedding import HeadedEmbedding
 from lightning_lte.report import listed
 
 _BASES = (
@@ -192,12 +193,15 @@ def _role(
 
 
 def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:
-    headed, parts = headed_class(owner.layer), config.parts_of(*owner.names)
+    headed = headed_class(owner.layer)
+    parts = config.parts_of(*owner.names, shape=owner.module._parameters[owner.key].shape)  # type: ignore[union-attr]
     if headed is not None:
         try:
             made_class(headed, type(owner.layer))
         except TypeError as error:
             return f"{type(owner.layer).__name__} can't be extended ({error})"
+    if headed is HeadedEmbedding and config.embeddings == "replica":
+        return "an embedding"
     if headed is not None and not (headed.of_vectors and config.norms == "replica"):
         matrices = headed.matrices(owner.layer, owner.layer_key, parts)
         if isinstance(matrices, Matrices) or owner.layer_key != "bias":
@@ -252,6 +256,8 @@ def _check_patterns(module: nn.Module, owners: _Owners, config: LTEConfig) -> No
     factorable = [owner for owner in firsts if isinstance(_matrices(owner, config), Matrices)]
     problems = []
     for argument in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "split"):
+        if config.split == "qkv" and argument == "split":
+            continue  # a model without such layers has nothing to split
         for pattern in getattr(config, argument) or ():
             found = [name for name in modules if matches(pattern, name)]
             named = [owner for owner in firsts if matches(pattern, *owner.names)]

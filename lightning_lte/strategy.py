@@ -26,7 +26,20 @@ from torch.utils.data import DataLoader
 from lightning_lte import execution
 from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
-from lightning_lte.config import AfterMerge, BadHeads, Execution, Init, LossReduction, LTEConfig, Norms, ReplicaPolicy
+from lightning_lte.config import (
+    AfterMerge,
+    BadHeads,
+    Embeddings,
+    Execution,
+    Init,
+    LossReduction,
+    LTEConfig,
+    Norms,
+    Preset,
+    ReplicaPolicy,
+    Split,
+    preset_settings,
+)
 from lightning_lte.explorer import Explorer
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
@@ -60,8 +73,11 @@ class HeadsStrategy(Resumable):
         heads: N, over all devices, a multiple of their number. None means one per device.
         merge_every: T, optimizer steps between merges; or a `MergeSchedule` (`At`, `Piecewise`, `Growing`,
             `BeforeValidation`), or a function (step, last_merge) -> bool.
-        rank: r, inner width of the factors.
-        alpha: numerator of the scale s = alpha / r; None means s = 2.
+        preset: "paper" for the paper's own settings: with `after_merge="keep"` its appendix A.2, with "reset" its
+            Algorithm 1. It sets `rank`, `alpha`, `split` and `embeddings` where you give none; see `PRESETS`. Its scale
+            s = 4096 / 64 is large, and goes with a learning rate of 0.01 to 0.1 of the full-rank one.
+        rank: r, inner width of the factors; 16 if not given.
+        alpha: numerator of the scale s = alpha / r; s = 2 if not given.
         after_merge: "keep" factors and moments (the paper's appendix A.2) or "reset" B to zero (its Algorithm 1).
         reset_a: with "reset", "keep" A or "redraw" it.
         reset_moments: with "reset", the fraction of moments set to zero, the smallest first.
@@ -69,10 +85,12 @@ class HeadsStrategy(Resumable):
         exclude_modules: patterns of module names that are not factored.
         rank_pattern: pattern of module names -> rank.
         alpha_pattern: pattern of module names -> alpha.
-        split: pattern of module names -> parts of a fused projection that have factors of their own.
+        split: pattern of module names -> parts of a fused projection that have factors of their own; or "qkv" for those
+            of q, k and v. One matrix each if not given.
         replicas: trainable parameters that are not factored: "merge" averages them at merges, "step" their gradients
             at every step, "freeze" leaves them as they are.
         norms: weight and bias of normalisation layers: "replica", or "vector-scalar" factors.
+        embeddings: "factors", as if not given, or a "replica".
         init: how A starts: "orthogonal", "kaiming" or "xavier".
         seed: heads are drawn from it, their layer's name and their number. None means Lightning's global seed, or 0.
         execution: how heads share a device: "batched" in one forward, "sequential" in turn, "auto" batched where that
@@ -102,7 +120,8 @@ class HeadsStrategy(Resumable):
         heads: int | None = None,
         merge_every: int | MergeSchedule | Callable[[int, int], bool] = 10,
         *,
-        rank: int = 16,
+        preset: Preset | None = None,
+        rank: int | None = None,
         alpha: float | None = None,
         after_merge: AfterMerge = "keep",
         reset_a: Literal["keep", "redraw"] = "keep",
@@ -111,9 +130,10 @@ class HeadsStrategy(Resumable):
         exclude_modules: str | Sequence[str] = (),
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
-        split: Mapping[str, int] | None = None,
+        split: Split | None = None,
         replicas: ReplicaPolicy = "merge",
         norms: Norms = "replica",
+        embeddings: Embeddings | None = None,
         init: Init = "orthogonal",
         seed: int | None = None,
         execution: Execution = "auto",
@@ -130,11 +150,12 @@ class HeadsStrategy(Resumable):
     ) -> None:
         self._check_ddp_arguments(kwargs)
         self._heads = heads
+        # Command lines fill in all defaults, so what a preset sets is None where the user gave nothing.
+        given = {"rank": rank, "alpha": alpha, "split": split, "embeddings": embeddings}
+        settings = {**preset_settings(preset), **{name: v for name, v in given.items() if v is not None}}
         self._config = LTEConfig(
             heads=1 if heads is None else heads,
             merge_every=merge_every,
-            rank=rank,
-            alpha=alpha,
             after_merge=after_merge,
             reset_a=reset_a,
             reset_moments=reset_moments,
@@ -142,7 +163,6 @@ class HeadsStrategy(Resumable):
             exclude_modules=exclude_modules,
             rank_pattern={} if rank_pattern is None else rank_pattern,
             alpha_pattern={} if alpha_pattern is None else alpha_pattern,
-            split={} if split is None else split,
             replicas=replicas,
             norms=norms,
             init=init,
@@ -157,6 +177,7 @@ class HeadsStrategy(Resumable):
             stagger=stagger,
             verify_every=verify_every,
             bad_heads=bad_heads,
+            **settings,
         )
         self._seed = seed
         super().__init__(**kwargs)

@@ -59,6 +59,8 @@ BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"wire": "fp8"}, ValueError),
     ({"payload": "both"}, ValueError),
     ({"norms": "vector"}, ValueError),
+    ({"embeddings": "average"}, ValueError),
+    ({"split": "fused"}, TypeError),
     ({"loss_reduction": "none"}, ValueError),
     ({"overlap": -1}, ValueError),
     ({"overlap": 1.5}, TypeError),

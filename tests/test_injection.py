@@ -284,6 +284,35 @@ def test_a_fused_projection_is_split_where_the_user_says_so() -> None:
         inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2, split={"kqv": 3}))
 
 
+def test_fused_projections_of_q_k_and_v_are_found_by_name_and_shape() -> None:
+    shapes = {
+        "qkv": (8, 24),
+        "to_qkv": (8, 24),
+        "Wqkv": (8, 24),
+        "c_attn": (8, 24),
+        "cross": (8, 24),  # as large, by another name
+        "query_key_value": (8, 24),  # interleaves q, k and v by attention heads
+    }
+    layers = {name: nn.Linear(*shape) for name, shape in shapes.items()}
+    blocks = nn.ModuleDict({"attn": nn.ModuleDict(layers), "cross": nn.ModuleDict({"c_attn": nn.Linear(8, 16)})})
+    injection = inject(blocks, set(blocks.parameters()), LTEConfig(heads=1, rank=2, split="qkv"))
+    split = {f.name for f in injection.factors.values() if f.matrices.lead == (3,)}
+    assert split == {f"attn.{name}" for name in ("qkv", "to_qkv", "Wqkv", "c_attn")}
+    assert len(injection.factors) == len(shapes) + 1
+
+
+def test_a_model_without_fused_projections_has_nothing_to_split() -> None:
+    model = nn.Sequential(nn.Linear(8, 24))
+    [factors] = inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2, split="qkv")).factors.values()
+    assert factors.matrices.lead == ()
+
+
+def test_embeddings_are_replicas_where_the_user_says_so() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(40, 8), "fc": nn.Linear(8, 24)})
+    found = roles(inject(model, set(model.parameters()), LTEConfig(heads=1, rank=2, embeddings="replica")))
+    assert found["embedding.weight"] == ("replica", "an embedding") and found["fc.weight"][0] == "factored"
+
+
 def test_two_parameters_on_one_storage_are_tied() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(model[0].weight)
