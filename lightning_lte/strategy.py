@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_lte import execution
+from lightning_lte import advice, execution
 from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
 from lightning_lte.config import (
@@ -189,6 +189,7 @@ class HeadsStrategy(Resumable):
         self._manual: ManualOptimization | None = None
         self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
         self._interrupted = False
+        self._samples_known = False
         self.measure = True
 
     # ---- what users and the callback look at
@@ -343,6 +344,12 @@ class HeadsStrategy(Resumable):
         explorer.rest()
         if explorer.execution != "auto":
             self._announce()
+        self._advise(advice.of_size(explorer.injection.factors.values(), config.heads))
+        self._samples_known = False
+
+    def _advise(self, text: str | None) -> None:
+        if text is not None:
+            self._warn(text)
 
     def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
         """Have Lightning and torch reach the heads in places that know nothing of them, until `fit` ends."""
@@ -375,6 +382,18 @@ class HeadsStrategy(Resumable):
         assert self._explorer is not None
         self._depth.clear()  # one that raised has not come back
         self._explorer.act()
+        if not self._samples_known and not self._explorer.full_rank:
+            self._samples_known = True
+            self._advise_on_samples(batch)
+
+    def _advise_on_samples(self, batch: Any) -> None:
+        explorer = self._explorer
+        assert explorer is not None
+        try:
+            samples = (explorer.layout or self._first_layout(batch)).size(batch)
+        except Exception:
+            return  # one head, or a module that splits its batches, takes those that can't be counted, too
+        self._advise(advice.of_samples(samples * self._module.trainer.accumulate_grad_batches, explorer.count))
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         assert self._explorer is not None

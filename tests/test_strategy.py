@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
+from lightning_lte.advice import PAGE
 from lightning_lte.report import excluding
 from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
 
@@ -721,6 +722,8 @@ def test_errors_while_training_ends_with_an_error_leave_a_clean_module(where: st
     with pytest.raises((OSError, KeyError)), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".*val_dataloader.*")
+        # This small net on small batches is told of at the start.
+        warnings.filterwarnings("ignore", f".*{re.escape(PAGE)}.*")
         trainer(strategy(), max_epochs=1, callbacks=[Bad()]).fit(module, loader())
     assert_untouched(module)
 
