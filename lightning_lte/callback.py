@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lte.metrics import merge_metrics
+from lightning_lte.metrics import effective_rank, merge_metrics
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
@@ -21,9 +21,17 @@ class HeadsCallback(_Base):
     `LTEStrategy` adds one by itself if the user gave none. The metrics are those of `merge_metrics`, at the step that
     Lightning's own metrics have. Merging does not depend on this callback.
 
+    Args:
+        effective_rank: whether to log `lte/effective_rank`, too, the mean effective rank of all factored weights as a
+            merge leaves them. It decomposes each of them, which takes long where they are large.
+
     Raises:
         TypeError: on `fit` with another strategy.
     """
+
+    def __init__(self, effective_rank: bool = False) -> None:
+        super().__init__()
+        self.effective_rank = effective_rank
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # By name, as the strategy imports this module.
@@ -68,6 +76,9 @@ class HeadsCallback(_Base):
         explorer = _strategy(trainer).explorer
         while explorer is not None and explorer.records:
             metrics = merge_metrics(explorer.records.popleft())
+            factored = list(explorer.injection.factors)
+            if self.effective_rank and factored and trainer.is_global_zero and not explorer.records:
+                metrics["lte/effective_rank"] = sum(map(effective_rank, factored)) / len(factored)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lte import LTECallback, LTEStrategy
+from lightning_lte.metrics import effective_rank
 from tests.modules import RANK, Module, clone, loader, sgd, trainer
 from tests.processes import run
 
@@ -50,6 +51,18 @@ def test_every_merge_reaches_the_users_logger(tmp_path: Path) -> None:
         assert 0 <= float(row["lte/head_disagreement"])
         assert float(row["lte/bytes_sent"]) == 0
         assert float(row["lte/merge_time_s"]) > 0
+
+
+def test_the_effective_rank_is_logged_where_it_is_asked_for(tmp_path: Path) -> None:
+    ranks: list[float] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, t: Trainer, m: Any, *args: Any) -> None:
+            ranks.append((effective_rank(m.net.first.weight) + effective_rank(m.net.second.weight)) / 2)
+
+    rows, _ = fit(tmp_path, callbacks=[LTECallback(effective_rank=True), Look()])
+    assert [float(row["lte/effective_rank"]) for row in rows[:2]] == pytest.approx([ranks[2], ranks[5]])
+    assert ranks[0] == ranks[1] != ranks[2]  # of the weights as of the last merge
 
 
 def test_the_steps_are_those_of_lightnings_own_metrics(tmp_path: Path) -> None:
