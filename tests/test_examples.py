@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
+import lightning_lte
 from examples import curves, demo, plain_loop
 from examples.data import DigitsDataModule
 from examples.vit import ViTClassifier
@@ -138,6 +140,15 @@ def test_functions_named_in_the_equations_exist() -> None:
     assert len(names) > 20
     for name in sorted(names):
         assert find(name), f"docs/equations.md names {name}, which is not in the package"
+
+
+def test_the_api_page_has_all_that_is_public() -> None:
+    page = (DOCS / "api.md").read_text()
+    names = re.findall(r"^::: (\S+)$", page, re.M)
+    for name in names:
+        pkgutil.resolve_name(name)
+    shown = {name.rpartition(".")[2] for name in [*names, *re.findall(r"heading: (\S+)", page)]}
+    assert shown >= set(lightning_lte.__all__)
 
 
 def find(name: str) -> bool:
