@@ -58,6 +58,11 @@ def test_ranks_that_suffice_are_not_told_of(choices: dict[str, Any]) -> None:
     assert said(LTEStrategy(**{"heads": 4, **choices}), batch_size=64) == []
 
 
+def test_a_preset_whose_sizes_suffice_is_not_told_of() -> None:
+    module = Module(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5))
+    assert said(LTEStrategy(8, preset="paper", rank=2), batch_size=64, module=module) == []
+
+
 def test_the_rank_that_counts_is_the_layers_own() -> None:
     [words] = said(LTEStrategy(4, rank=5, rank_pattern={"first": 2}))
     assert "heads=4 of rank 2, and net.first has 10 inputs and 16 outputs" in words
