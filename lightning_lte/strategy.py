@@ -57,7 +57,7 @@ class HeadsStrategy(Resumable):
     the arguments.
 
     Args:
-        heads: N, over all devices, a multiple of their number. None means one per device.
+        heads: N, over all devices, a multiple of their number; at the start. None means one per device.
         merge_every: T, optimizer steps between merges; or a `MergeSchedule` (`At`, `Piecewise`, `Growing`,
             `BeforeValidation`), or a function (step, last_merge) -> bool.
         rank: r, inner width of the factors.
@@ -87,6 +87,7 @@ class HeadsStrategy(Resumable):
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
         bad_heads: heads that are not finite at a merge "restart" from the merged weights, or "stop" training.
+        grow_heads: optimizer step -> number of heads from that step on, each a multiple of the one before.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -126,6 +127,7 @@ class HeadsStrategy(Resumable):
         stagger: int = 1,
         verify_every: int | None = None,
         bad_heads: BadHeads = "restart",
+        grow_heads: Mapping[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -157,6 +159,7 @@ class HeadsStrategy(Resumable):
             stagger=stagger,
             verify_every=verify_every,
             bad_heads=bad_heads,
+            grow_heads={} if grow_heads is None else grow_heads,
         )
         self._seed = seed
         super().__init__(**kwargs)
@@ -299,13 +302,24 @@ class HeadsStrategy(Resumable):
         module = self._module
         config = self.config
         if not module.automatic_optimization:
-            _check_manual_optimization(module, config, config.local_heads(self.world_size))
+            _check_manual_optimization(module, config, config.most_heads // self.world_size)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted = True, None, False
         # The norms of a merge cost time, and nobody sees them without a logger.
         self.measure = bool(trainer.loggers)
         self._split_batch = getattr(module, "split_batch", None)
+        self._manual = None
+        self._share_device()
+        explorer.on_growth = self._share_device
+        self._hook_in(trainer, explorer)
+        # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
+        explorer.rest()
+
+    def _share_device(self) -> None:
+        """Settle how local heads share the device, where no trial is to show it."""
+        explorer, module, config = self._explorer, self._module, self.config
+        assert explorer is not None
         if explorer.count > 1 and self._split_batch is not None:
             explorer.go_sequential("split_batch splits the batch")
         elif explorer.count > 1 and config.execution != "auto":
@@ -313,20 +327,16 @@ class HeadsStrategy(Resumable):
             how(f"execution={config.execution!r} was given")
         elif explorer.count > 1 and not module.automatic_optimization:
             explorer.go_sequential("in manual optimization the step can't be tried, as it steps optimizers by itself")
-        self._manual = None
         if explorer.execution == "sequential" and not module.automatic_optimization:
             self._manual = ManualOptimization(explorer, module)
             explorer.gradient_scale = 1  # each head runs backward on a loss of its own
-        self._hook_in(trainer, explorer)
-        # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
-        explorer.rest()
         if explorer.execution != "auto":
             self._announce()
 
     def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
         """Have Lightning and torch reach the heads in places that know nothing of them, until `fit` ends."""
         undo = self._undo
-        if explorer.count > 1 or explorer.config.replicas == "step":
+        if explorer.config.most_heads > self.world_size or explorer.config.replicas == "step":
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
@@ -353,6 +363,8 @@ class HeadsStrategy(Resumable):
             self._restore_generators()
         assert self._explorer is not None
         self._depth.clear()  # one that raised has not come back
+        if self._explorer.growth_due:
+            self.final_merge()
         self._explorer.act()
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -365,6 +377,9 @@ class HeadsStrategy(Resumable):
         explorer = self._explorer
         assert explorer is not None
         step = super().training_step
+        if explorer.config.grow_heads and self._split_batch is None:
+            # The first batch tells more than the last one of an epoch, and tells it before training.
+            explorer.layout = explorer.layout or self._first_layout(args[0])
         if explorer.count == 1 or explorer.full_rank:
             with explorer.heads():
                 return step(*args, **kwargs)
@@ -407,7 +422,7 @@ class HeadsStrategy(Resumable):
     def _first_layout(self, batch: Any) -> Layout:
         """See how batches are laid out; raise if the local heads don't divide the batch of a device."""
         assert self._explorer is not None
-        count = self._explorer.count
+        count = self._explorer.config.most_heads // self.world_size
         loader: Any = self._module.trainer.train_dataloader
         batch_size = None
         if isinstance(loader, DataLoader):
