@@ -126,9 +126,13 @@ class Explorer(Merging):
         Args:
             heads: over all devices, a multiple of the number until now.
             reason: when or why, for the report.
+
+        Raises:
+            ValueError: it is no such multiple.
         """
-        self.report.notes.append(f"The number of heads grew from {self.config.heads} to {heads}: {reason}.")
+        before = self.config.heads
         grow(self, heads)
+        self.report.notes.append(f"The number of heads grew from {before} to {heads}: {reason}.")
         if self.on_growth is not None:
             self.on_growth()
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +32,9 @@ def check_growth(heads: int, grow_heads: Any) -> dict[int, int]:
     if not isinstance(grow_heads, Mapping):
         raise TypeError(f"{rule}; received {grow_heads!r}. Give a dict such as {example}.")
     for number in (number for pair in grow_heads.items() for number in pair):
-        if isinstance(number, bool) or not isinstance(number, int):
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
             raise TypeError(f"{rule}; received {number!r} in {grow_heads!r}. Give {example}, for instance.")
-    plan = dict(sorted(grow_heads.items()))
+    plan = {int(step): int(number) for step, number in sorted(grow_heads.items())}
     before = heads
     for step, number in plan.items():
         if step < 1:
@@ -65,7 +66,11 @@ def grow(explorer: Explorer, heads: int) -> None:
     Args:
         explorer: whose heads; nothing is unmerged.
         heads: g N.
+
+    Raises:
+        ValueError: it is no multiple of N.
     """
+    check_growth(explorer.config.heads, {1: heads})
     config = explorer.config
     factor, alone = heads // config.heads, explorer.count == 1
     explorer.collect_gradients()

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -684,6 +685,21 @@ def test_bad_plans_are_refused(plan: Any, kind: type[Exception], words: str) -> 
     for make in (LTEConfig, partial(LTEStrategy)):
         with pytest.raises(kind, match=words):
             make(4, grow_heads=plan)
+
+
+def test_numbers_of_numpys_are_plain_in_a_plan() -> None:
+    plan = LTEConfig(4, grow_heads={np.int64(10): np.int32(8)}).grow_heads  # type: ignore[dict-item]
+    assert plan == {10: 8} and all(type(number) is int for pair in plan.items() for number in pair)
+
+
+def test_heads_that_a_loop_grows_by_itself_must_be_a_multiple() -> None:
+    explorer, model, opt = explorer_of(2, {})
+    steps(explorer, model, opt, range(3))
+    with pytest.raises(ValueError, match="received 3 heads from step 1 on, after 2"):
+        explorer.grow(3, "for a test")
+    assert explorer.count == 2 and not any("for a test" in note for note in explorer.report.notes)
+    explorer.grow(6, "for a test")
+    assert explorer.count == 6 and "The number of heads grew from 2 to 6: for a test." in explorer.report.notes
 
 
 def test_one_head_per_device_must_divide_the_plan_too() -> None:
