@@ -68,14 +68,14 @@ class LTEConfig:
             whichever is fewer bytes.
         full_rank_steps: optimizer steps of ordinary training before heads begin, with gradients averaged over devices
             at every step. Replicas keep their optimizer state then.
+        grow_heads: optimizer step -> N from that step on, each a multiple of the one before; `heads` is N at the start.
+            Between that step and the next, what is not merged is merged, and each head becomes equally many. (To
+            wait for the next merge that is due would spare a merge, and grow late, or never, under some schedules.)
         overlap: steps that training goes on while a merge travels. 0 waits for it.
         stagger: into how many groups weights are dealt, which merge in turn, so that the most that is sent at once is
             1/stagger.
         verify_every: after every so many merges, prove with a checksum that base weights are bit-equal on all devices.
             None never does.
-        grow_heads: optimizer step -> N from that step on, each a multiple of the one before; `heads` is N at the start.
-            Between that step and the next, what is not merged is merged, and each head becomes equally many. (To
-            wait for the next merge that is due would spare a merge, and grow late, or never, under some schedules.)
         bad_heads: what becomes of heads that are not finite at a merge, in their factors, replicas or optimizer
             moments: "restart" leaves them out of it and lets them start again from the merged weights; "stop" ends
             training with an error that names them, and no weight is changed.
@@ -110,11 +110,11 @@ class LTEConfig:
     wire: Wire = "float32"
     payload: PayloadKind = "auto"
     full_rank_steps: int = 0
+    grow_heads: Mapping[int, int] = field(default_factory=dict)
     overlap: int = 0
     stagger: int = 1
     verify_every: int | None = None
     bad_heads: BadHeads = "restart"
-    grow_heads: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = ("heads", "merge_every", "rank", "seed", "full_rank_steps", "overlap", "stagger", "verify_every")

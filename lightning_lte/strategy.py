@@ -83,11 +83,11 @@ class HeadsStrategy(Resumable):
         wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
         payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
         full_rank_steps: optimizer steps of ordinary, synchronised training before heads begin.
+        grow_heads: optimizer step -> number of heads from that step on, each a multiple of the one before.
         overlap: steps that training goes on while a merge travels; 0 waits for it.
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
         bad_heads: heads that are not finite at a merge "restart" from the merged weights, or "stop" training.
-        grow_heads: optimizer step -> number of heads from that step on, each a multiple of the one before.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -123,11 +123,11 @@ class HeadsStrategy(Resumable):
         wire: Wire = "float32",
         payload: PayloadKind = "auto",
         full_rank_steps: int = 0,
+        grow_heads: Mapping[int, int] | None = None,
         overlap: int = 0,
         stagger: int = 1,
         verify_every: int | None = None,
         bad_heads: BadHeads = "restart",
-        grow_heads: Mapping[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -155,11 +155,11 @@ class HeadsStrategy(Resumable):
             wire=wire,
             payload=payload,
             full_rank_steps=full_rank_steps,
+            grow_heads={} if grow_heads is None else grow_heads,
             overlap=overlap,
             stagger=stagger,
             verify_every=verify_every,
             bad_heads=bad_heads,
-            grow_heads={} if grow_heads is None else grow_heads,
         )
         self._seed = seed
         super().__init__(**kwargs)
