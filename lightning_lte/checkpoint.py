@@ -66,6 +66,8 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     _check(explorer, state, lost)
     if lost:
         explorer.make_replicas(lost)
+    if state["heads"] > explorer.config.heads:
+        explorer.grow(state["heads"], "as in the checkpoint")
     if explorer.execution == "auto" and state["execution"] != "auto":
         go = explorer.go_sequential if state["execution"] == "sequential" else explorer.go_batched
         go("as in the checkpoint")
@@ -477,8 +479,9 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
     }
     there = state["weights"]
     problems = []
-    if state["heads"] != config.heads:
-        problems.append(f"heads={state['heads']} there, heads={config.heads} here")
+    if state["heads"] not in (config.heads, *config.grow_heads.values()):
+        later = f", grow_heads={dict(config.grow_heads)}" if config.grow_heads else ""
+        problems.append(f"heads={state['heads']} there, heads={config.heads}{later} here")
     if state["after_merge"] != config.after_merge:
         problems.append(f"after_merge={state['after_merge']!r} there, after_merge={config.after_merge!r} here")
     if state["flights"] and state["stagger"] != config.stagger:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lightning_lte.growth import check_growth
 from lightning_lte.optimizers import MakeOptimizer, check_outer_optimizer
 from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.wire import PayloadKind, Wire
@@ -43,7 +44,7 @@ class LTEConfig:
     """All choices of a run. Symbols are those of the paper (arXiv 2402.16828).
 
     Attributes:
-        heads: N, the number of heads over all devices.
+        heads: N, the number of heads over all devices, at the start.
         merge_every: T, optimizer steps between two merges; or a schedule, or a function (step, last_merge) -> bool.
         rank: r, the inner width of the factors of every weight without an entry in `rank_pattern`.
         alpha: the numerator of the scale s = alpha / r. None means s = 2 for every weight whatever its rank: with
@@ -84,6 +85,9 @@ class LTEConfig:
             whichever is fewer bytes.
         full_rank_steps: optimizer steps of ordinary training before heads begin, with gradients averaged over devices
             at every step. Replicas keep their optimizer state then.
+        grow_heads: optimizer step -> N from that step on, each a multiple of the one before; `heads` is N at the start.
+            Between that step and the next, what is not merged is merged, and each head becomes equally many. (To
+            wait for the next merge that is due would spare a merge, and grow late, or never, under some schedules.)
         overlap: steps that training goes on while a merge travels. 0 waits for it.
         stagger: into how many groups weights are dealt, which merge in turn, so that the most that is sent at once is
             1/stagger.
@@ -124,6 +128,7 @@ class LTEConfig:
     wire: Wire = "float32"
     payload: PayloadKind = "auto"
     full_rank_steps: int = 0
+    grow_heads: Mapping[int, int] = field(default_factory=dict)
     overlap: int = 0
     stagger: int = 1
     verify_every: int | None = None
@@ -134,6 +139,7 @@ class LTEConfig:
         for name in (*counts, "alpha", "reset_moments"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
+        object.__setattr__(self, "grow_heads", check_growth(self.heads, self.grow_heads))
         _check_count("rank", self.rank, "rank=16")
         as_schedule(self.merge_every)
         if self.alpha is not None:
@@ -224,6 +230,15 @@ class LTEConfig:
                 f" devices. Give heads={above}, or heads=None for one per device."
             )
         return self.heads // world_size
+
+    def heads_at(self, step: int) -> int:
+        """N after so many optimizer steps."""
+        return max((n for s, n in self.grow_heads.items() if s <= step), default=self.heads)
+
+    @property
+    def most_heads(self) -> int:
+        """N in the end."""
+        return max(self.grow_heads.values(), default=self.heads)
 
     def rank_of(self, *names: str) -> int:
         """The rank r of the factors of a weight, by the names of its module and its own."""

@@ -42,6 +42,9 @@ def run(
         What the step returned, or what it returned for all heads; see `combined`.
     """
     explorer.act()
+    if explorer.config.grow_heads:
+        # The first batch tells more than the last one of an epoch, and tells it before training.
+        explorer.layout = explorer.layout or Layout(batch)
     if explorer.count == 1 or explorer.full_rank:
         with explorer.heads():
             return step(batch)

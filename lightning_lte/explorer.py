@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_lte import checkpoint
 from lightning_lte.batch import Layout
 from lightning_lte.config import LTEConfig
 from lightning_lte.gradients import clip_grad_norm_
+from lightning_lte.growth import grow
 from lightning_lte.heads import Factors
 from lightning_lte.merge import MergeRecord, add_mean_deltas
 from lightning_lte.merging import Merging
@@ -47,7 +48,8 @@ class Explorer(Merging):
         transport: to other devices; None for this one alone.
 
     Attributes:
-        count: n, local heads.
+        config: the user's choices; of `heads` and `grow_heads`, what holds now.
+        count: n, local heads. It may grow as a batch begins: in `execution.run`, `heads` or `act`.
         clocks: steps and merges done, for each optimizer.
         outer: the outer optimizer, or None.
         flights: merges that have started and not landed.
@@ -56,6 +58,7 @@ class Explorer(Merging):
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
         terminated: whether a device has told at the last merge that it is to end.
+        on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
         TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers` and `inject` refuse; the module and
@@ -78,6 +81,7 @@ class Explorer(Merging):
         # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
         self._late: dict[str, str] = {}
         self._taken = self.terminated = False
+        self.on_growth: Callable[[], None] | None = None
         self._taken_at = -2
         self._asked_at: list[int] | None = None
 
@@ -103,6 +107,34 @@ class Explorer(Merging):
             for clock in self.clocks:
                 clock.settled()
             self.begin_heads()
+        if self.growth_due:
+            if self.unmerged:
+                self.merge()
+            step = max(clock.step for clock in self.clocks)
+            self.grow(self.config.heads_at(step), f"after step {step}")
+
+    @property
+    def growth_due(self) -> bool:
+        """Whether the number of heads grows before the next batch. Until then all is as it was."""
+        if not self.config.grow_heads or self.full_rank or self.injection.switch.position is not None:
+            return False
+        return self.config.heads_at(max(clock.step for clock in self.clocks)) > self.config.heads
+
+    def grow(self, heads: int, reason: str) -> None:
+        """Train through more heads from now on, straight after a merge; see `growth.grow`.
+
+        Args:
+            heads: over all devices, a multiple of the number until now.
+            reason: when or why, for the report.
+
+        Raises:
+            ValueError: it is no such multiple.
+        """
+        before = self.config.heads
+        grow(self, heads)
+        self.report.notes.append(f"The number of heads grew from {before} to {heads}: {reason}.")
+        if self.on_growth is not None:
+            self.on_growth()
 
     def act(self) -> None:
         self._begin_if_due()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte.config import Init
+from lightning_lte.growth import spread
 from lightning_lte.trial import Trial
 
 Pair = tuple[Tensor, Tensor]
@@ -141,9 +142,9 @@ class Factors:
         heads = range(self.first, self.first + self.count)
         return torch.stack([self._draw_one(head, merges) for head in heads])
 
-    def _draw_one(self, head: int, merges: int) -> Tensor:
+    def _draw_one(self, head: int, occasion: int | str) -> Tensor:
         m = self.matrices
-        generator = _generator(self.seed, self.name, head, merges)
+        generator = _generator(self.seed, self.name, head, occasion)
         # In float64 and one by one, so that rounding does not depend on where a head sits; and whatever the user's
         # default dtype and device are.
         shape = (*m.lead, m.in_features, self.rank)
@@ -293,7 +294,35 @@ class Factors:
         if self.anchor_A is not None and self.anchor_B is not None:
             self.anchor_A[heads], self.anchor_B[heads] = self.A[heads], self.B[heads]
 
+    @torch.no_grad()
+    def grow(self, factor: int, heads: int) -> dict[nn.Parameter, nn.Parameter]:
+        """Put `factor` heads in the place of each, between two merges: the first of them is the head as it was, and the
+        others start from W as any head does, with B = 0 and an A of their own.
 
-def _generator(seed: int, name: str, head: int, merges: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{head}/{merges}".encode()).digest()
+        Args:
+            factor: g.
+            heads: N over all devices from now on. What is drawn depends on it, for head 1 of 8 is another than head 1
+                of 4, which has become head 2 of 8.
+
+        Returns:
+            {A as it was: A, B as it was: B}.
+        """
+        A, B = spread(self.A, factor), spread(self.B, factor)
+        self.first *= factor
+        for i in (i for i in range(len(A)) if i % factor):
+            A[i] = self._draw_one(self.first + i, f"of {heads}").to(A)
+        if self.anchor_A is not None and self.anchor_B is not None:
+            anchor_A = A.clone()
+            anchor_A[::factor] = self.anchor_A
+            self.anchor_A, self.anchor_B = anchor_A, spread(self.anchor_B, factor)
+        if self.error is not None:
+            # A sum over heads, from now on divided by more of them.
+            self.error *= factor
+        before = self.A, self.B
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        return dict(zip(before, (self.A, self.B), strict=True))
+
+
+def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{head}/{occasion}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors
 from lightning_lte.layers import headed_class
-from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, made_class
+from lightning_lte.layers.base import HeadedLayer, LayerState, enter, find_slots, leave, made_class
 from lightning_lte.replicas import Replica, Replicas
 from lightning_lte.report import Entry, Report
 from lightning_lte.roles import Role, decide
@@ -46,6 +46,37 @@ class Injection:
         for replica in self.replicas:
             if replica.stack is None and not replica.shared and self._may_split(replica.param):
                 self._split(replica)
+
+    def grow(self, factor: int, heads: int) -> dict[nn.Parameter, nn.Parameter]:
+        """Put `factor` local heads in the place of each; see `Factors.grow` and `Replica.grow`.
+
+        Args:
+            factor: g.
+            heads: N over all devices from now on.
+
+        Returns:
+            What was trained -> what is trained in its place, for all that has the local heads as dimension 0. A replica
+            that the one head of a device has trained in place has a copy for each head from now on, as at the start.
+        """
+        alone = self.switch.count == 1
+        self.switch.count = self.replicas.count = self.switch.count * factor
+        exchanged: dict[nn.Parameter, nn.Parameter] = {}
+        for weight, f in self.factors.items():
+            exchanged |= f.grow(factor, heads)
+            self.report.entry(self.roles[weight].name).copies = f.count
+        for replica in self.replicas:
+            if replica.stack is not None:
+                old, owner = replica.stack, self.roles[replica.param].owner
+                replica.grow(factor)
+                exchanged[old] = replica.stack
+                self.report.entry(replica.name).copies = replica.count
+                state = self.states.get(owner.layer)
+                if state is not None and owner.layer_key in state.stacks:
+                    state.stacks[owner.layer_key] = replica.stack
+            elif alone and not replica.shared:
+                self._tell_apart(replica, self.roles[replica.param], in_turn=False)
+        self._enter_layers()
+        return exchanged
 
     def make_replica(self, weight: nn.Parameter, reason: str) -> Replica | None:
         """Take the factors of a weight away, and train it as a replica; None if replicas are not trained.
@@ -105,7 +136,7 @@ class Injection:
             leave(layer)
             del self.states[layer]
 
-    def _add_replica(self, role: Role, in_turn: bool) -> Replica:
+    def _add_replica(self, role: Role, in_turn: bool) -> None:
         owner = role.owner
         # Hooks on a parameter, and sparse gradients, are of the user's own parameter alone.
         hooked = bool(role.param._backward_hooks or role.param._post_accumulate_grad_hooks)
@@ -113,7 +144,12 @@ class Injection:
         replica = Replica(role.name, role.param, list(role.owners), shared)
         self.replicas.add(replica)
         self.report.entry(role.name).copies = 1
-        if self._may_split(role.param) and not shared:
+        self._tell_apart(replica, role, in_turn)
+
+    def _tell_apart(self, replica: Replica, role: Role, in_turn: bool) -> None:
+        """Give each local head its own copy of a replica, if its layer can tell them apart, or heads take turns."""
+        owner = role.owner
+        if self._may_split(role.param) and not replica.shared:
             known = isinstance(owner.layer, HeadedLayer) or headed_class(owner.layer) is not None
             extensible = known and _extensible(owner.layer)
             tells_apart = extensible and len(role.owners) == 1 and not self.config.excludes(*owner.names)
@@ -123,7 +159,16 @@ class Injection:
                 assert replica.stack is not None
                 state = self.states.setdefault(owner.layer, LayerState(self.switch))
                 state.stacks[owner.layer_key], state.users[owner.layer_key] = replica.stack, role.param
-        return replica
+
+    def _enter_layers(self) -> None:
+        """Have every layer with a state compute with it."""
+        for layer, state in self.states.items():
+            if isinstance(layer, HeadedLayer):
+                find_slots(layer, state)
+                continue
+            headed = headed_class(layer)
+            assert headed is not None
+            enter(layer, headed, state)
 
     def _may_split(self, param: nn.Parameter) -> bool:
         return self.config.replicas == "merge" and self.switch.count > 1 and param.requires_grad
@@ -191,8 +236,5 @@ def inject(
         if config.replicas != "freeze":
             injection.adopt(f"outside.{i}", param)
             injection.report.entry(f"outside.{i}").reason = "an optimizer holds it, and the module does not"
-    for layer, state in injection.states.items():
-        headed = headed_class(layer)
-        assert headed is not None
-        enter(layer, headed, state)
+    injection._enter_layers()
     return injection

@@ -41,6 +41,7 @@ class MergeRecord:
         disagreement: sqrt(mean_h |delta_h|^2 / |mean delta|^2 - 1), the spread of the heads' deltas relative to their
             mean: 0 if all heads learned the same, sqrt(N - 1) if they learned orthogonal things. None if not asked for
             or if nothing was learned.
+        heads: how many there were, over all devices.
     """
 
     step: int
@@ -52,6 +53,7 @@ class MergeRecord:
     restarted: tuple[int, ...]
     delta_norm: float | None
     disagreement: float | None
+    heads: int
 
 
 class Merge:
@@ -291,7 +293,16 @@ class Merge:
         self._time_s += time.perf_counter() - start
         sent = self._transport.bytes_sent - self._sent_before
         return MergeRecord(
-            self.step, self.number, self._time_s, self._wait_s, sent, 0, self._restarted, norm, disagreement
+            step=self.step,
+            merges=self.number,
+            time_s=self._time_s,
+            wait_s=self._wait_s,
+            bytes_sent=sent,
+            ddp_bytes=0,
+            restarted=self._restarted,
+            delta_norm=norm,
+            disagreement=disagreement,
+            heads=len(self._good_all),
         )
 
     def _waiting(self, function: Any) -> None:

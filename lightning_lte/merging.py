@@ -54,7 +54,7 @@ class Merging(Trainees):
         self.transport = transport
         count = config.local_heads(transport.world_size)
         self._schedule = as_schedule(config.merge_every)
-        check_optimizers(optimizers, count)
+        check_optimizers(optimizers, config.most_heads // transport.world_size)
         super().__init__(module, optimizers, config, count, transport.rank * count)
         self.clocks = [Clock() for _ in self.optimizers]
         self.last_record: MergeRecord | None = None

@@ -12,6 +12,7 @@ def merge_metrics(record: MergeRecord) -> dict[str, float]:
     """A merge as numbers for a logger. What was not measured is left out; see `MergeRecord` for the meanings."""
     metrics: dict[str, float | None] = {
         "lte/merges": record.merges,
+        "lte/heads": record.heads,
         "lte/delta_norm": record.delta_norm,
         "lte/head_disagreement": record.disagreement,
         "lte/merge_time_s": record.time_s,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -88,6 +89,32 @@ def acts_per_element(optimizer: Optimizer) -> bool:
     return True
 
 
+def magnitudes(optimizer: Optimizer) -> set[str] | None:
+    """Names of what an optimizer keeps for each element that says how large its gradients are, or its steps: second
+    moments and the like, which are never negative.
+
+    A twin shows it on random numbers, so that the answer is the same whatever an optimizer holds; None for one that
+    can't be copied.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    found: set[str] = set()
+    for group in optimizer.param_groups:
+        # Kernels for GPUs refuse what is tried here, and keep the same.
+        settings = {**group, **{key: False for key in ("fused", "capturable") if group.get(key)}}
+        param = nn.Parameter(start.clone())
+        try:
+            twin = _twin(optimizer, settings, param)
+            for gradient in gradients:
+                param.grad = gradient.clone()
+                twin.step()
+        except Exception:
+            return None
+        kept = twin.state[param].items()
+        found |= {k for k, v in kept if isinstance(v, Tensor) and v.shape == param.shape and bool((v >= 0).all())}
+    return found
+
+
 def _trained(like: Optimizer, group: Mapping[str, Any], start: torch.Tensor, gradients: list[Any]) -> torch.Tensor:
     param = nn.Parameter(start.clone())
     twin = _twin(like, group, param)
@@ -103,9 +130,28 @@ def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Opt
     # are not copied, but exchanged for the one given.
     held = [p for own in like.param_groups for p in own["params"]]
     memo: dict[int, Any] = {id(p): param for p in held}
-    memo.update({id(state): {} for state in like.state.values()})
+    memo[id(like.state)] = defaultdict(dict)
     twin: Optimizer = copy.deepcopy(like, memo)
-    twin.state.clear()
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     twin.param_groups[:] = [{**copy.deepcopy(settings), "params": [param]}]
+    state = first_state(like, group, param)
+    if state:
+        twin.state[param] = state
     return twin
+
+
+def first_state(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> dict[str, Any]:
+    """What an optimizer knows of a parameter when it is constructed, as Adagrad does; most make it later.
+
+    Args:
+        like: an optimizer of the same class.
+        group: settings of the parameter's group.
+        param: it.
+    """
+    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    constructor: Any = type(like)
+    try:
+        twin: Optimizer = constructor([{**settings, "params": [param]}], **like.defaults)
+    except Exception:
+        return {}  # made from other arguments than its settings; torch's own Adagrad is not
+    return dict(twin.state[param]) if param in twin.state else {}

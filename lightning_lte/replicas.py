@@ -31,7 +31,17 @@ class Replica:
 
     def split(self, count: int) -> None:
         """Give each local head its own, starting from the user's parameter."""
-        copies = self.param.detach().unsqueeze(0).repeat(count, *[1] * self.param.dim())
+        self._hold(self.param.detach().unsqueeze(0).repeat(count, *[1] * self.param.dim()))
+
+    def grow(self, factor: int) -> None:
+        """Put `factor` heads in the place of each, which all go on with what that head had.
+
+        Gradients that came in turns have to be collected before.
+        """
+        assert self.stack is not None
+        self._hold(self.stack.detach().repeat_interleave(factor, dim=0))
+
+    def _hold(self, copies: Tensor) -> None:
         self.stack = nn.Parameter(copies)
         self._turns = [nn.Parameter(own) for own in self.stack.detach()]
 

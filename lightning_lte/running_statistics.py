@@ -66,6 +66,11 @@ class RunningStatistics:
             s.own = s.own or [s.buffer.clone() for _ in range(count)]
             s.version = s.buffer._version
 
+    def grow(self, factor: int) -> None:
+        """Put `factor` heads in the place of each, which all go on with what that head had."""
+        for s in self._statistics:
+            s.own = [own.clone() for own in s.own for _ in range(factor)]
+
     def select(self, head: int | None) -> None:
         """Let the module see one head's own in place of its buffers; None undoes it."""
         for s in self._statistics:

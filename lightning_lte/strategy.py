@@ -70,7 +70,7 @@ class HeadsStrategy(Resumable):
     the arguments.
 
     Args:
-        heads: N, over all devices, a multiple of their number. None means one per device.
+        heads: N, over all devices, a multiple of their number; at the start. None means one per device.
         merge_every: T, optimizer steps between merges; or a `MergeSchedule` (`At`, `Piecewise`, `Growing`,
             `BeforeValidation`), or a function (step, last_merge) -> bool.
         preset: "paper" for the paper's own settings: with `after_merge="keep"` its appendix A.2, with "reset" its
@@ -101,6 +101,7 @@ class HeadsStrategy(Resumable):
         wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
         payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
         full_rank_steps: optimizer steps of ordinary, synchronised training before heads begin.
+        grow_heads: optimizer step -> number of heads from that step on, each a multiple of the one before.
         overlap: steps that training goes on while a merge travels; 0 waits for it.
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
@@ -142,6 +143,7 @@ class HeadsStrategy(Resumable):
         wire: Wire = "float32",
         payload: PayloadKind = "auto",
         full_rank_steps: int = 0,
+        grow_heads: Mapping[int, int] | None = None,
         overlap: int = 0,
         stagger: int = 1,
         verify_every: int | None = None,
@@ -173,6 +175,7 @@ class HeadsStrategy(Resumable):
             wire=wire,
             payload=payload,
             full_rank_steps=full_rank_steps,
+            grow_heads={} if grow_heads is None else grow_heads,
             overlap=overlap,
             stagger=stagger,
             verify_every=verify_every,
@@ -321,13 +324,24 @@ class HeadsStrategy(Resumable):
         module = self._module
         config = self.config
         if not module.automatic_optimization:
-            _check_manual_optimization(module, config, config.local_heads(self.world_size))
+            _check_manual_optimization(module, config, config.most_heads // self.world_size)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted = True, None, False
         # The norms of a merge cost time, and nobody sees them without a logger.
         self.measure = bool(trainer.loggers)
         self._split_batch = getattr(module, "split_batch", None)
+        self._manual = None
+        self._share_device()
+        explorer.on_growth = self._share_device
+        self._hook_in(trainer, explorer)
+        # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
+        explorer.rest()
+
+    def _share_device(self) -> None:
+        """Settle how local heads share the device, where no trial is to show it."""
+        explorer, module, config = self._explorer, self._module, self.config
+        assert explorer is not None
         if explorer.count > 1 and self._split_batch is not None:
             explorer.go_sequential("split_batch splits the batch")
         elif explorer.count > 1 and config.execution != "auto":
@@ -335,13 +349,9 @@ class HeadsStrategy(Resumable):
             how(f"execution={config.execution!r} was given")
         elif explorer.count > 1 and not module.automatic_optimization:
             explorer.go_sequential("in manual optimization the step can't be tried, as it steps optimizers by itself")
-        self._manual = None
         if explorer.execution == "sequential" and not module.automatic_optimization:
             self._manual = ManualOptimization(explorer, module)
             explorer.gradient_scale = 1  # each head runs backward on a loss of its own
-        self._hook_in(trainer, explorer)
-        # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
-        explorer.rest()
         if explorer.execution != "auto":
             self._announce()
         self._advise(advice.of_size(explorer.injection.factors.values(), config.heads))
@@ -354,7 +364,7 @@ class HeadsStrategy(Resumable):
     def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
         """Have Lightning and torch reach the heads in places that know nothing of them, until `fit` ends."""
         undo = self._undo
-        if explorer.count > 1 or explorer.config.replicas == "step":
+        if explorer.config.most_heads > self.world_size or explorer.config.replicas == "step":
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
@@ -381,6 +391,8 @@ class HeadsStrategy(Resumable):
             self._restore_generators()
         assert self._explorer is not None
         self._depth.clear()  # one that raised has not come back
+        if self._explorer.growth_due:
+            self.final_merge()
         self._explorer.act()
         if not self._samples_known and not self._explorer.full_rank:
             self._samples_known = True
@@ -405,6 +417,9 @@ class HeadsStrategy(Resumable):
         explorer = self._explorer
         assert explorer is not None
         step = super().training_step
+        if explorer.config.grow_heads and self._split_batch is None:
+            # The first batch tells more than the last one of an epoch, and tells it before training.
+            explorer.layout = explorer.layout or self._first_layout(args[0])
         if explorer.count == 1 or explorer.full_rank:
             with explorer.heads():
                 return step(*args, **kwargs)
@@ -447,7 +462,7 @@ class HeadsStrategy(Resumable):
     def _first_layout(self, batch: Any) -> Layout:
         """See how batches are laid out; raise if the local heads don't divide the batch of a device."""
         assert self._explorer is not None
-        count = self._explorer.count
+        count = self._explorer.config.most_heads // self.world_size
         loader: Any = self._module.trainer.train_dataloader
         batch_size = None
         if isinstance(loader, DataLoader):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_lte.optimizers import first_state
 
 
 @dataclass
@@ -70,6 +72,19 @@ class Substitution:
         for new in self._replacements.pop(param, {}).values():
             for states in self._states:
                 states.pop(new, None)
+
+    def move(self, old: nn.Parameter, new: nn.Parameter, changed: Callable[[int, dict[str, Any]], Any]) -> None:
+        """Let another parameter take over the state of one that was put in, while the substitution rests.
+
+        Args:
+            old: is put in no longer; give `replace` the new one.
+            new: in its place.
+            changed: makes the new state from the number of the optimizer and the old state.
+        """
+        self.names.pop(old, None)
+        for number, states in enumerate(self._states):
+            if old in states:
+                states[new] = changed(number, states.pop(old))
 
     def act(self) -> None:
         """Put the replacements in. Does nothing where they are in."""
@@ -204,11 +219,6 @@ def _start_state(
             for key, value in state.items()
         }
         return
-    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    constructor: Any = type(optimizer)
-    try:
-        twin: Optimizer = constructor([{**settings, "params": [param]}], **optimizer.defaults)
-    except Exception:
-        return  # made from other arguments than its settings; torch's own Adagrad is not
-    if param in twin.state:
-        optimizer.state[param] = twin.state[param]
+    first = first_state(optimizer, group, param)
+    if first:
+        optimizer.state[param] = first

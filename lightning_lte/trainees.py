@@ -153,6 +153,10 @@ class Trainees:
         """Give each local head replicas and running statistics of its own, as heads that take turns may have."""
         self.injection.split_replicas()
         self.statistics.split(self.count)
+        self.show_exchanged()
+
+    def show_exchanged(self) -> None:
+        """Have optimizers and the guard know what is trained now, and its gradients scaled."""
         self.substitution.replace(self._replacements())
         self._scale_gradients()
         self.guard.watch(self._watched())
@@ -263,9 +267,10 @@ class Trainees:
 
     def _scale_gradients(self) -> None:
         if self.count > 1:
-            for param in self.per_head - self._scaled:
+            per_head = self.per_head
+            for param in per_head - self._scaled:
                 scale_gradient(param, lambda: self.gradient_scale)
-                self._scaled.add(param)
+            self._scaled = per_head
 
     def _watched(self) -> list[Watched]:
         """What heads train in place of the user's own."""

@@ -131,6 +131,9 @@ class Oracle:
         outer: makes the outer optimizer over the merged weights; None for the plain sum.
         overlap: steps from the start of a merge to its landing.
         groups: names of parameters that merge together, and how many steps after a merge is due; None for all at once.
+        grow: optimizer step -> number of workers from that step on.
+        fresh_A: first A of a worker that comes later, by the factored weight's name, the worker's number, and how many
+            there are then.
 
     Attributes:
         merged: a plain model with W and the replicas as of the last merge.
@@ -153,7 +156,11 @@ class Oracle:
         outer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         overlap: int = 0,
         groups: Mapping[int, Iterable[str]] | None = None,
+        grow: Mapping[int, int] | None = None,
+        fresh_A: Callable[[str, int, int], Tensor] | None = None,
     ) -> None:
+        self.scale, self.optimizer = scale, optimizer
+        self.grow, self.fresh_A = dict(grow or {}), fresh_A
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
         self.clip, self.accumulate = clip, accumulate
         self.merged = copy.deepcopy(model).double()
@@ -163,6 +170,8 @@ class Oracle:
             for n in range(workers)
         ]
         self.steps = self.merges = self._calls = self._last_merge = 0
+        # The step at which groups began to merge in turn; None where all is merged.
+        self._round: int | None = None
         self.overlap = overlap
         everything = [*self.workers[0].layers, *self.workers[0].replicas]
         self.groups = {0: everything} if groups is None else {delay: list(names) for delay, names in groups.items()}
@@ -176,6 +185,8 @@ class Oracle:
 
     def step(self, slices: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> None:
         """Train every worker on its own slice (x, y) with `loss(model(x), y)`, and merge if that is due."""
+        for step in [step for step in self.grow if step <= self.steps]:
+            self._grow(self.grow.pop(step))
         for worker, (x, y) in zip(self.workers, slices, strict=True):
             (loss(worker.model(x), y) / self.accumulate).backward()
         self._calls += 1
@@ -196,17 +207,44 @@ class Oracle:
         for flight in [f for f in self._flights if f[0] <= self.steps]:
             self._land(flight)
         if self.steps - self._last_merge >= self.period:
-            self._last_merge = self.steps
+            self._last_merge = self._round = self.steps
         for delay, names in self.groups.items():
-            if self._last_merge and self.steps - self._last_merge == delay:
+            if self._round is not None and self.steps - self._round == delay:
                 self._start(names, self.overlap)
+
+    def _grow(self, number: int) -> None:
+        """Merge what is not merged; then let new workers stand behind each worker, so many that there are `number`.
+
+        A new worker starts from the merged model, with B = 0 and A drawn for it. Its optimizer takes over that of the
+        worker before which it stands, but for the first moments of A and B, which are zero.
+        """
+        if self._flights or len(self.groups) > 1 or self.steps > self._last_merge:
+            self.merge()
+        assert self.fresh_A is not None
+        each = number // len(self.workers)
+        workers: list[Worker] = []
+        for worker in self.workers:
+            workers.append(worker)
+            for n in range(len(workers), len(workers) + each - 1):
+                A = {name: self.fresh_A(name, n, number) for name in worker.layers}
+                new = Worker(self.merged, A, self.scale, self.optimizer, self.replicas == "freeze")
+                factors = {id(p) for layer in new.layers.values() for p in (layer.A, layer.B)}
+                for own, others in zip(new.trained, worker.trained, strict=True):
+                    state = copy.deepcopy(worker.optimizer.state.get(others, {}))
+                    for key in ("exp_avg", "momentum_buffer"):
+                        if id(own) in factors and isinstance(state.get(key), Tensor):
+                            state[key].zero_()
+                    if state:
+                        new.optimizer.state[own] = state
+                workers.append(new)
+        self.workers = workers
 
     def merge(self) -> None:
         """Merge everything now; what is on its way lands before."""
         for flight in list(self._flights):
             self._land(flight)
         self._start([name for names in self.groups.values() for name in names], 0)
-        self._last_merge = self.steps
+        self._last_merge, self._round = self.steps, None
 
     @torch.no_grad()
     def _start(self, names: Iterable[str], overlap: int) -> None:

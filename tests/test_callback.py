@@ -19,6 +19,7 @@ from tests.processes import run
 
 NAMES = {
     "lte/merges",
+    "lte/heads",
     "lte/delta_norm",
     "lte/head_disagreement",
     "lte/merge_time_s",
@@ -47,6 +48,7 @@ def test_every_merge_reaches_the_users_logger(tmp_path: Path) -> None:
     assert [float(row["lte/merges"]) for row in rows] == [1, 2, 3]  # the last one at the end of training
     for row in rows:
         assert row.keys() >= NAMES
+        assert float(row["lte/heads"]) == 4
         assert float(row["lte/delta_norm"]) > 0
         assert 0 <= float(row["lte/head_disagreement"])
         assert float(row["lte/bytes_sent"]) == 0

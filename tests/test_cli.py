@@ -129,6 +129,18 @@ def test_schedules_in_a_yaml(merge_every: str, shown: str, merges: int, tmp_path
     assert len(metrics(tmp_path)["lte/merges"]) == merges  # in three steps, with that at the end
 
 
+def test_heads_that_grow_in_a_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "growing.yaml"
+    text = (EXAMPLES / "digits.yaml").read_text()
+    assert text.count("heads: 8") == 1
+    config.write_text(text.replace("heads: 8", "grow_heads: {1: 8, 2: 16}\n      heads: 4"))
+
+    made = cli.run(["fit", f"--config={config}", *BRIEF, f"--trainer.logger.save_dir={tmp_path}"])
+
+    assert made.trainer.strategy.config.grow_heads == {1: 8, 2: 16}
+    assert [float(v) for v in metrics(tmp_path)["lte/heads"]] == [4, 8, 16]
+
+
 @pytest.mark.parametrize("command_line", [cli.run, lambda args: LightningCLI(args=args)])
 def test_an_unknown_key_is_named(command_line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (EXAMPLES / "digits.yaml").read_text()

@@ -71,6 +71,14 @@ BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"outer_optimizer": 0.7}, TypeError),
     ({"outer_optimizer": len}, TypeError),
     ({"outer_optimizer": list}, TypeError),
+    ({"grow_heads": [16]}, TypeError),
+    ({"grow_heads": {"100": 16}}, TypeError),
+    ({"grow_heads": {100: 16.0}}, TypeError),
+    ({"grow_heads": {100: True}}, TypeError),
+    ({"grow_heads": {0: 16}}, ValueError),
+    ({"grow_heads": {100: 8}}, ValueError),
+    ({"grow_heads": {100: 12}}, ValueError),
+    ({"grow_heads": {100: 32, 200: 16}}, ValueError),
 ]
 
 

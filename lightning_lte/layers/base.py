@@ -181,6 +181,11 @@ def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> Non
     """Change `layer` in place to a subclass of `headed` and of its own class, under its own class's name."""
     layer.__class__ = made_class(headed, type(layer))
     layer.__dict__[STATE] = state
+    find_slots(layer, state)
+
+
+def find_slots(layer: nn.Module, state: LayerState) -> None:
+    """Note where the parameters sit that a layer's state has something for."""
     state.slots = [_slot(layer, path, f.weight) for path, f in state.factors.items()]
     state.user_slots = [_slot(layer, path, param) for path, param in state.users.items()]
 
