@@ -138,13 +138,13 @@ def resumed(folder: str, whole: Any) -> dict[int, list[dict[Any, Any]]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("saved", "then"), PAIRS)
 def test_a_run_goes_on_as_from_one_file(whole: Any, resumed: Any, kind: str, saved: int, then: int) -> None:
-    for rank in resumed[then]:
+    for number, rank in enumerate(resumed[then]):
         one_file, directory = rank[kind, saved, "gathered"], rank[kind, saved, "sharded"]
         for key in ("lte", "weights", "said", "end"):
             assert_equal(one_file[key], directory[key], key)
         assert not one_file["read"] and directory["read"]
         if saved == then:
-            assert_equal(directory["end"], whole[saved][resumed[then].index(rank)][kind]["end"])
+            assert_equal(directory["end"], whole[saved][number][kind]["end"])
     first = resumed[then][0][kind, saved, "sharded"]
     assert len(first["lte"]["flights"]) == (kind == "on its way")
     assert bool(first["said"]) == (kind == "shared" and then < saved)
