@@ -8,7 +8,13 @@
 The tensors are the state_dict under "model" and, under "lte_shards", those of `checkpoint.local_state`: of each device
 under its rank, and under "equal" what all of them have alike, which one of them writes. So no device gathers what
 others have; they tell each other names and shapes. It is the layout of Lightning's FSDP strategy, so that its
-`consolidate_checkpoint` makes a plain file of it, from which runs go on, too.
+`consolidate_checkpoint` makes a plain file of it, from which runs go on, too. In a plain loop:
+
+    save({"state_dict": model.state_dict()}, explorer.local_state(), explorer.weight_names, path, transport)
+
+    checkpoint = load(path)
+    model.load_state_dict(checkpoint["state_dict"])
+    explorer.load_state_dict(checkpoint["lte"])
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, ReadItem
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import save as save_shards
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -59,10 +65,9 @@ def save(
         IsADirectoryError: there is a directory that is no checkpoint.
         RuntimeError: a device could not write.
     """
-    first = transport.rank == 0
-    weights = {name: value for name, value in checkpoint["state_dict"].items() if first or name in equal}
-    tensors: State = {"model": weights}
-    rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    tensors: State = {"model": {n: value for n, value in weights.items() if transport.rank == 0 or n in equal}}
+    rest = {**checkpoint, "state_dict": {n: v for n, v in checkpoint["state_dict"].items() if n not in weights}}
     if own is not None:
         streams, own = own["generators"], {key: value for key, value in own.items() if key != "generators"}
         rest["lte"] = _without_tensors(own)
@@ -100,9 +105,9 @@ def load(path: str, heads: bool = True, weights_only: bool | None = None) -> Sta
             f"A directory that is a checkpoint has {files.META} and {files.INDEX} in it; received {path}, which lacks"
             " one of them. Give the path of a checkpoint."
         )
-    shards = _Shards(path, weights_only)
+    shards = _Shards(path)
     checkpoint: State = torch.load(os.path.join(path, files.META), map_location="cpu", weights_only=weights_only)
-    checkpoint["state_dict"] = shards.weights()
+    checkpoint["state_dict"] = {**shards.weights(), **checkpoint.get("state_dict", {})}
     state = checkpoint.pop("lte", None)
     if heads and state is not None:
         checkpoint["lte"] = _assembled(state, shards.parts())
@@ -139,11 +144,10 @@ class _Shards:
 
     Args:
         path: of the directory.
-        weights_only: of `torch.load`, for what the state_dict has besides tensors.
     """
 
-    def __init__(self, path: str, weights_only: bool | None) -> None:
-        self._reader, self._weights_only = FileSystemReader(path), weights_only
+    def __init__(self, path: str) -> None:
+        self._reader = FileSystemReader(path)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check(path)
@@ -151,12 +155,9 @@ class _Shards:
         self._paths: dict[str, tuple[str | int, ...]] = self._metadata.planner_data
 
     def weights(self) -> State:
-        """The state_dict."""
-        names = [name for name, path in self._paths.items() if path[0] == "model"]
-        found: dict[Any, Any] = {}
-        for name, value in self.read(names).items():
-            _put(found, self._paths[name][1:], value)
-        return {name: _lists(value) for name, value in found.items()}
+        """The tensors of the state_dict."""
+        found = self.read([name for name, path in self._paths.items() if path[0] == "model"])
+        return {str(self._paths[name][1]): value for name, value in found.items()}
 
     def parts(self) -> Iterator[tuple[Path, Part]]:
         """Everything of heads, by its keys below `SHARDS`, to be read later."""
@@ -165,22 +166,20 @@ class _Shards:
                 size = self._blank(name, device="meta").shape
                 yield tuple(map(str, path[1:])), (size[0] if len(size) else 0, partial(self._read_one, name))
 
-    def read(self, names: Iterable[str]) -> State:
-        """Read some, each on the CPU."""
-        state: State = {name: self._blank(name) for name in names}
-        planner = _Planner(self._weights_only)
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read some, by torch's names, each on the CPU."""
+        state: dict[str, Any] = {name: self._blank(name) for name in names}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         self._reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
-        return planner.state_dict
+        return state
 
     def _read_one(self, name: str) -> Tensor:
-        tensor: Tensor = self.read([name])[name]
-        return tensor
+        return self.read([name])[name]
 
-    def _blank(self, name: str, device: str = "cpu") -> Any:
+    def _blank(self, name: str, device: str = "cpu") -> Tensor:
         known = self._metadata.state_dict_metadata[name]
-        if not isinstance(known, TensorStorageMetadata):
-            return None
+        assert isinstance(known, TensorStorageMetadata)
         return torch.empty(known.size, dtype=known.properties.dtype, device=device)
 
     def _check(self, path: str) -> None:
@@ -198,18 +197,6 @@ class _Shards:
                     f" {name} {what}. Copy the directory as a whole, to a disk that all devices see; or go on from"
                     " another checkpoint."
                 )
-
-
-class _Planner(DefaultLoadPlanner):
-    """Reads a flat state, and what is no tensor with `torch.load`'s `weights_only` as the user wants it."""
-
-    def __init__(self, weights_only: bool | None) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._weights_only = weights_only
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        name = read_item.dest_index.fqn
-        self.state_dict[name] = torch.load(value, map_location="cpu", weights_only=self._weights_only)
 
 
 def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
@@ -268,15 +255,6 @@ def _put(tree: Any, path: Iterable[Any], value: Any) -> None:
     for key in outer:
         tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
     tree[last] = value
-
-
-def _lists(value: Any) -> Any:
-    """Lists for dictionaries with numbers for keys."""
-    if not isinstance(value, dict):
-        return value
-    if value and all(isinstance(key, int) for key in value):
-        return [_lists(value[key]) for key in sorted(value)]
-    return {key: _lists(inner) for key, inner in value.items()}
 
 
 def _itself(tensor: Tensor) -> Tensor:

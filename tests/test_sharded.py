@@ -24,9 +24,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
-from lightning_lte import LTEStrategy, files, sharded
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, files, sharded
 from lightning_lte.transport import Transport
-from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_net, trainer
+from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_net, train_step, trainer
 from tests.processes import _context, run
 from tests.test_checkpoint import EPOCH, Loadable, Noisy, assert_equal
 from tests.test_resharding import DEVICES, HEADS, PAIRS, PERIOD, Normed, Shared, Slices
@@ -366,7 +366,7 @@ class Extra(Net):
         self.scale: dict[str, Any] = {}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"history": [torch.ones(2), {"count": 3}], "name": "x"}
+        return {"history": [torch.ones(2), {3: "three"}], "empty": {}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.scale = state
@@ -379,6 +379,29 @@ def test_what_the_state_dict_has_besides_tensors_is_kept(tmp_path: Path) -> None
     module = Module(make_net(Extra))
     trainer("lte").validate(module, loader(), ckpt_path=str(tmp_path / "extra.ckpt"), verbose=False)
     assert_equal(module.net.scale, module.net.get_extra_state())  # type: ignore[operator]
+
+
+def test_a_plain_loop_saves_and_goes_on_in_half_precision(tmp_path: Path) -> None:
+    """In half precision W has a remainder, which is equal on all devices."""
+    path, states = str(tmp_path / "half.ckpt"), []
+    for resumes in (False, True):
+        torch.manual_seed(int(resumes))
+        net = make_net().to(torch.bfloat16)
+        optimizer = adamw(net.parameters())
+        explorer = Explorer(net, optimizer, LTEConfig(4, 2, rank=RANK, execution="batched", outer_optimizer=OUTER))
+        if resumes:
+            checkpoint = sharded.load(path)
+            net.load_state_dict(checkpoint["state_dict"])
+            explorer.load_state_dict(checkpoint["lte"])
+        else:
+            for batch in loader(48):
+                train_step(explorer, net, optimizer, (batch[0].to(torch.bfloat16), batch[1]))
+            own = explorer.local_state()
+            sharded.save({"state_dict": net.state_dict()}, own, explorer.weight_names, path, Transport())
+        states.append(explorer.local_state())
+    assert states[0]["remainders"] and any(r.any() for r in states[0]["remainders"].values())
+    for key in states[0].keys() - {"generators"}:
+        assert_equal(states[0][key], states[1][key], key)
 
 
 # ---- ModelCheckpoint, and what lies in the way
@@ -474,6 +497,30 @@ def test_a_directory_that_was_not_copied_as_a_whole_is_refused_at_once(fitted: s
     with pytest.raises(ValueError, match="Copy the directory as a whole"):
         trainer(LTEStrategy(4, 3, rank=RANK), max_steps=9).fit(module, loader(), ckpt_path=f"{fitted}.sharded")
     assert_equal(dict(module.state_dict()), before)
+
+
+def test_the_last_is_found_where_names_are_not_swapped_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=2)
+    strategy = LTEStrategy(4, 3, rank=RANK, checkpoint="sharded")
+    trainer(strategy, max_steps=2, callbacks=[keep], enable_checkpointing=True).fit(Module(), loader(160, 16))
+    replace = os.replace
+
+    def interrupted(old: str, new: str) -> None:
+        if new.endswith("last.ckpt"):
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", interrupted)
+        write(str(tmp_path / "last.ckpt"), 2.0)
+    assert {p.name for p in tmp_path.iterdir()} == {"last.former.ckpt", "last.ckpt.partial"}
+    again = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=3, callbacks=[keep], enable_checkpointing=True)
+    with reading() as read:
+        again.fit(Module(), loader(160, 16), ckpt_path="last")
+    assert read and again.global_step == 3
 
 
 # ---- processes that are killed, and disks that fail
