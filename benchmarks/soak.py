@@ -1,6 +1,7 @@
 """Kills workers of a run again and again, and checks that it ends as one that nobody disturbed.
 
     python -m benchmarks.soak --kills 20
+    python -m benchmarks.soak --kills 20 --checkpoint sharded
 
 Two processes train a small network under `torchrun --max-restarts`, and save a checkpoint every other step. In each
 life of the run one of them gets SIGKILL at a random moment: between two steps, at any time in a step, while a
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import LTEStrategy
+from lightning_lte.resumable import CheckpointKind
 
 SAVE_EVERY = 2  # steps
 MOMENTS = ("between steps", "in a step", "while writing", "before renaming")
@@ -85,7 +87,7 @@ class Kill(Callback):
     def __init__(self, folder: Path, seed: int, life: int, rank: int) -> None:
         chance = random.Random(f"{seed}/{life}")
         self.moment = chance.choice(MOMENTS)
-        # Rank 0 alone writes checkpoints.
+        # Rank 0 writes checkpoints, alone or with the others.
         self.victim = chance.randrange(2) if self.moment in MOMENTS[:2] else 0
         self.steps, self.delay_s = chance.randint(*LIFE), chance.uniform(0, 0.02)
         self.folder, self.life, self.mine = folder, life, rank == self.victim
@@ -123,7 +125,7 @@ class Kill(Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work(folder: Path, steps: int, kills: int, seed: int) -> None:
+def work(folder: Path, steps: int, kills: int, seed: int, checkpoint: CheckpointKind = "gathered") -> None:
     """What a worker does."""
     torch.set_num_threads(1)
     rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -136,7 +138,7 @@ def work(folder: Path, steps: int, kills: int, seed: int) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=LTEStrategy(heads=4, merge_every=3, rank=2, execution="batched"),
+        strategy=LTEStrategy(heads=4, merge_every=3, rank=2, execution="batched", checkpoint=checkpoint),
         max_steps=steps,
         callbacks=callbacks,
         logger=False,
@@ -146,7 +148,9 @@ def work(folder: Path, steps: int, kills: int, seed: int) -> None:
     trainer.fit(Net(), Batches(steps, rank), ckpt_path="last")
 
 
-def launch(folder: Path, steps: int, kills: int, seed: int, timeout_s: float) -> dict[str, Any]:
+def launch(
+    folder: Path, steps: int, kills: int, seed: int, timeout_s: float, checkpoint: CheckpointKind = "gathered"
+) -> dict[str, Any]:
     """Run the workers under torchrun; returns the last checkpoint.
 
     Raises:
@@ -154,7 +158,7 @@ def launch(folder: Path, steps: int, kills: int, seed: int, timeout_s: float) ->
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--max-restarts={kills}", "-m", "benchmarks.soak", "--work", str(folder)]
-    command += [f"--steps={steps}", f"--kills={kills}", f"--seed={seed}"]
+    command += [f"--steps={steps}", f"--kills={kills}", f"--seed={seed}", f"--checkpoint={checkpoint}"]
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     root = str(Path(__file__).parents[1])
     # With a store that outlives restarts, gloo and NCCL find the addresses of the dead in it (pytorch/pytorch#135712).
@@ -163,7 +167,17 @@ def launch(folder: Path, steps: int, kills: int, seed: int, timeout_s: float) ->
     (folder / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise RuntimeError(f"torchrun gave up:\n{done.stderr[-5000:]}")
-    return torch.load(folder / "last.ckpt", weights_only=True)
+    return read(folder / "last.ckpt")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint that is a file, or a directory, of which Lightning's command makes a file."""
+    if path.is_dir():
+        whole = path.with_name("whole.pt")
+        command = [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", str(path)]
+        subprocess.run([*command, f"--output_file={whole}"], check=True, capture_output=True)
+        path = whole
+    return torch.load(path, weights_only=True)
 
 
 def killed(folder: Path) -> list[dict[str, Any]]:
@@ -187,7 +201,9 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [where]
 
 
-def soak(folder: Path, kills: int, seed: int, steps: int, timeout_s: float) -> list[dict[str, Any]]:
+def soak(
+    folder: Path, kills: int, seed: int, steps: int, timeout_s: float, checkpoint: CheckpointKind = "gathered"
+) -> list[dict[str, Any]]:
     """Run once without kills and once with; returns the kills.
 
     Raises:
@@ -196,12 +212,12 @@ def soak(folder: Path, kills: int, seed: int, steps: int, timeout_s: float) -> l
     results = []
     for name, times in (("undisturbed", 0), ("killed", kills)):
         (folder / name).mkdir()
-        results.append(launch(folder / name, steps, times, seed, timeout_s))
+        results.append(launch(folder / name, steps, times, seed, timeout_s, checkpoint))
     found = killed(folder / "killed")
     assert len(found) == kills, f"{len(found)} kills of {kills}: give more steps"
     assert not killed(folder / "undisturbed")
     assert results[0]["global_step"] == results[1]["global_step"] == steps
-    for key in ("state_dict", "lte"):
+    for key in [key for key in results[0] if key == "state_dict" or key.startswith("lte")]:
         differ = differences(results[0][key], results[1][key], key)
         assert not differ, f"these differ from the undisturbed run: {differ}"
     return found
@@ -212,15 +228,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="how often (20)")
     parser.add_argument("--steps", type=int, help="steps of the run (8 for each kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    kinds = get_args(CheckpointKind)
+    parser.add_argument("--checkpoint", choices=kinds, default=kinds[0], help="of the strategy (gathered)")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     steps = 8 * arguments.kills if arguments.steps is None else arguments.steps
     if arguments.work is not None:
-        work(arguments.work, steps, arguments.kills, arguments.seed)
+        work(arguments.work, steps, arguments.kills, arguments.seed, arguments.checkpoint)
         return
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        found = soak(Path(folder), arguments.kills, arguments.seed, steps, 120.0 * (arguments.kills + 1))
+        timeout_s = 120.0 * (arguments.kills + 1)
+        found = soak(Path(folder), arguments.kills, arguments.seed, steps, timeout_s, arguments.checkpoint)
         for kill in found:
             print("life {life}: rank {rank} at step {step}, {moment}".format(**kill))
         print(f"{len(found)} kills in {time.monotonic() - start:.0f} s; the result is bit-equal to that without kills")

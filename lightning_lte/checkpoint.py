@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lte.report import listed
+from lightning_lte.rows import Rows
 
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
@@ -37,7 +38,9 @@ def gather_state(local: State, transport: Transport) -> State | None:
         local: this device's `local_state`.
         transport: to the other devices.
     """
-    gathered = transport.gather(local)
+    # What is equal on all devices need not travel.
+    equal: State = {} if transport.rank == 0 else {"outer": {}, "remainders": {}}
+    gathered = transport.gather({**local, **equal})
     if gathered is None:
         return None
     parts = {key: [own[key] for own in gathered] for key in local}
@@ -53,6 +56,11 @@ def gather_state(local: State, transport: Transport) -> State | None:
 
 def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     """Take this device's part of what `gather_state` returned; all checks come before the first change.
+
+    Args:
+        explorer: who takes it.
+        state: with tensors that have rows, or `Rows` in their place, of which those of this device are read alone, and
+            all of what has to be merged.
 
     Returns:
         What could not be laid out as it was, a sentence or two for the user; empty if all was. All devices see the
@@ -92,7 +100,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 rows = lost_on_wire["value"]
                 same = len(rows) == layout.world_size
                 # What all devices have lost together is what counts.
-                own = rows[layout.rank] if same else rows.sum(0) / layout.world_size
+                own = rows[layout.rank] if same else sum(rows[i] for i in range(len(rows))) / layout.world_size
                 f.error = own.to(f.weight.device, copy=True)
         if explorer.outer is not None:
             explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
@@ -178,19 +186,20 @@ class _Layout:
     def __init__(self, heads: int, world_size: int, rank: int) -> None:
         self.heads, self.world_size, self.rank = heads, world_size, rank
 
-    def mine(self, rows: Tensor, copies: int) -> Tensor:
+    def mine(self, rows: Tensor | Rows, copies: int) -> Tensor:
         """This device's `rows_for`."""
         return rows_for(rows, self.heads, self.world_size, self.rank, copies)
 
-    def must_merge(self, rows: Tensor, copies: int) -> bool:
+    def must_merge(self, rows: Tensor | Rows, copies: int) -> bool:
         """Whether one copy would have to stand for several rows that differ."""
         if len(rows) == copies * self.world_size or copies * self.world_size == self.heads:
             return False
-        own = rows.repeat_interleave(self.heads // len(rows), dim=0).unflatten(0, (self.world_size, -1))
+        own = rows[:].repeat_interleave(self.heads // len(rows), dim=0).unflatten(0, (self.world_size, -1))
         return not torch.equal(own, own[:, :1].expand_as(own))
 
-    def mean(self, rows: Tensor) -> Tensor:
+    def mean(self, rows: Tensor | Rows) -> Tensor:
         """The mean over all heads, once for each device. Counts have none: they are the first one's."""
+        rows = rows[:]
         mean = _mean(rows) if rows.is_floating_point() or rows.is_complex() else rows[:1]
         return mean.expand(self.world_size, *rows.shape[1:])
 
@@ -230,7 +239,7 @@ def _restore_flights(
         explorer.restore_flight({**flight, "merge": {**flight["merge"], "rows": rows}})
 
 
-def rows_for(rows: Tensor, heads: int, world_size: int, rank: int, copies: int) -> Tensor:
+def rows_for(rows: Tensor | Rows, heads: int, world_size: int, rank: int, copies: int) -> Tensor:
     """Cut out the rows of a device.
 
     Args:
@@ -244,9 +253,12 @@ def rows_for(rows: Tensor, heads: int, world_size: int, rank: int, copies: int) 
         (copies, ...): the saved rows as they are where the layout is the same, else each head's row, or their mean
         where a device holds one row for all of its heads.
     """
-    if len(rows) != copies * world_size:
-        rows = rows.repeat_interleave(heads // len(rows), dim=0)
-    own = rows.tensor_split(world_size)[rank]
+    if len(rows) == copies * world_size:
+        return rows[rank * copies : (rank + 1) * copies]
+    # A row stands for so many heads; the first and the last may stand for some of other devices.
+    local, each = heads // world_size, heads // len(rows)
+    start, end = rank * local // each, -(-(rank + 1) * local // each)
+    own = rows[start:end].repeat_interleave(each, dim=0)[rank * local - start * each :][:local]
     if len(own) == copies:
         return own
     return _mean(own) if own.is_floating_point() or own.is_complex() else own[:1]
@@ -260,12 +272,13 @@ def _mean(rows: Tensor) -> Tensor:
     return rows.to(wide).mean(0, keepdim=True).to(rows.dtype)
 
 
-def _statistic_rows(state: Mapping[str, Any], name: str) -> Tensor | None:
+def _statistic_rows(state: Mapping[str, Any], name: str) -> Tensor | Rows | None:
     """A running statistic of every head, or of every device; None if all heads had the one in the state_dict."""
     if name in state["statistics"]:
-        return state["statistics"][name]["value"]
-    found = [own[name] for own in state["buffers"] if name in own]
-    return torch.stack(found) if found else None
+        rows: Tensor | Rows = state["statistics"][name]["value"]
+        return rows
+    found = [own for own in state["buffers"] if name in own]
+    return Rows([(1, lambda own=own: own[name].unsqueeze(0)) for own in found]) if found else None  # type: ignore[misc]
 
 
 def _differing_buffers(state: Mapping[str, Any]) -> list[str]:
@@ -330,7 +343,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         explorer: whose state it is.
         closing: leave out merges that have not landed, and may never do: heads still have what they took.
     """
-    injection, rank = explorer.injection, explorer.transport.rank
+    injection = explorer.injection
     stacked = explorer.per_head
     optimizers = []
     for optimizer in explorer.optimizers:
@@ -354,13 +367,13 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
-        "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer and rank == 0 else {},
+        "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
         "flights": [] if closing else [flight.state_dict() for flight in explorer.flights],
         "stagger": explorer.config.stagger,
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
-        "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None} if rank == 0 else {},
+        "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
         "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
         "replicas": {replica.name: {"value": replica.copies.cpu()} for replica in injection.replicas},
         "statistics": {name: {"value": rows} for name, rows in explorer.statistics.rows().items()},

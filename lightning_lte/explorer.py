@@ -356,12 +356,17 @@ class Explorer(Merging):
     def state_dict(self) -> checkpoint.State | None:
         """All that is needed beside the module's and the optimizers' own state; see `checkpoint.gather_state`."""
         with self.transport.meeting(f"a checkpoint {self.where}"):
-            return checkpoint.gather_state(self._closed or checkpoint.local_state(self), self.transport)
+            return checkpoint.gather_state(self.local_state(), self.transport)
 
-    def closed_state(self) -> checkpoint.State:
-        """This device's part of `state_dict` as it was when this was closed."""
-        assert self._closed is not None
-        return self._closed
+    def local_state(self) -> checkpoint.State:
+        """This device's part of `state_dict`; once this is closed, as it was then."""
+        return self._closed or checkpoint.local_state(self)
+
+    @property
+    def weight_names(self) -> set[str]:
+        """Names of the factored weights in the module, those that are tied included; all devices have the same W."""
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {name for name, param in named if param in self.injection.factors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""

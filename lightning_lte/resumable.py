@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch.optim import Optimizer
 
 from lightning_lte import checkpoint as checkpoints
+from lightning_lte import files, sharded
 from lightning_lte.explorer import Explorer
-from lightning_lte.files import AtomicFiles
 from lightning_lte.report import Report
 from lightning_lte.transport import Transport
 
@@ -21,16 +22,27 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# Whether rank 0 gathers what devices have of heads and writes one file, or each writes its own into a directory.
+CheckpointKind = Literal["gathered", "sharded"]
+
 
 class Resumable(_Base):
     """The part of the strategy that saves and resumes; see `checkpoint` for what is in the dictionaries."""
 
     # The package of Lightning's that the class is for, and what writes its files.
     package: ModuleType
-    checkpoint_io_class: type[AtomicFiles]
+    checkpoint_io_class: type[files.AtomicFiles]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, checkpoint: CheckpointKind = "gathered", **kwargs: Any) -> None:
+        if checkpoint not in get_args(CheckpointKind):
+            raise ValueError(
+                f"checkpoint must be one of 'gathered', 'sharded'; received {checkpoint!r}. Give checkpoint='gathered'"
+                " for one file, or 'sharded' for a directory to which each device writes what it has."
+            )
+        self._checkpoint = checkpoint
         super().__init__(**kwargs)
+        if self._checkpoint_io is not None:
+            self._check_checkpoint_io(self._checkpoint_io)
         self._explorer: Explorer | None = None
         self._transport = Transport()
         # What a checkpoint saved after `fit` needs of the heads, and the weights that it belongs to.
@@ -62,7 +74,20 @@ class Resumable(_Base):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._check_checkpoint_io(io)
         self._checkpoint_io = io
+
+    def _check_checkpoint_io(self, io: CheckpointIO) -> None:
+        """Raise for what would write one file of what devices don't gather.
+
+        Raises:
+            ValueError: with the plugin.
+        """
+        if self._checkpoint == "sharded" and type(io) is not self.package.plugins.io.TorchCheckpointIO:
+            raise ValueError(
+                "With checkpoint='sharded' each device writes into a directory by itself, without a CheckpointIO;"
+                f" received {type(io).__name__}. Leave it out, or give checkpoint='gathered'."
+            )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The settings of the user's param groups; the heads' moments are in checkpoint["lte"].
@@ -74,15 +99,49 @@ class Resumable(_Base):
         return self._explorer.substitution.plain_state(self._bare(optimizer))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if "optimizer_states" in checkpoint:
-            state = self._state_to_save()
-            if state is not None:
-                checkpoint["lte"] = state
+        explorer, transport = self._explorer, self._transport
+        if transport.world_size != self.world_size:  # no `fit` has made one
+            transport = Transport(self.world_size, self.global_rank, timeout=self._timeout)
+        path = self._shared_path(filepath, storage_options) if self._checkpoint == "sharded" else None
+        with transport.meeting(f"a checkpoint {'outside training' if explorer is None else explorer.where}"):
+            own = self._own_state() if "optimizer_states" in checkpoint else None
+            if path is not None:
+                equal = () if explorer is None else explorer.weight_names
+                sharded.save(checkpoint, own, equal, path, transport)
+                return
+            state = None if own is None else checkpoints.gather_state(own, transport)
+        if state is not None:
+            checkpoint["lte"] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def _state_to_save(self) -> checkpoints.State | None:
+    def _shared_path(self, filepath: Any, storage_options: Any) -> str:
+        """Where all devices write to: rank 0's path.
+
+        Raises:
+            ValueError: it is not on a disk.
+        """
+        path = files.local_path(self.broadcast(filepath))
+        if path is None or storage_options is not None:
+            raise ValueError(
+                "With checkpoint='sharded' all devices write into a directory on a disk that all of them see; received"
+                f" {filepath} and storage_options={storage_options!r}. Give a path on such a disk, or"
+                " checkpoint='gathered'."
+            )
+        return path
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint of either kind, whichever lies there."""
+        path = files.local_path(checkpoint_path)
+        if path is not None and os.path.isdir(path):
+            return sharded.load(path, self._module.trainer.state.fn == "fit", weights_only)
+        # Older versions of Lightning don't know it.
+        choice = {} if weights_only is None else {"weights_only": weights_only}
+        return sharded.unite(super().load_checkpoint(checkpoint_path, **choice))
+
+    def _own_state(self) -> checkpoints.State | None:
+        """What this device has of the heads."""
         if self._explorer is not None:
-            return self._explorer.state_dict()
+            return self._explorer.local_state()
         if self._finished is None:
             return None
         state, versions = self._finished
@@ -92,7 +151,7 @@ class Resumable(_Base):
                 " the weights as they were: a run that goes on from it starts fresh heads."
             )
             return None
-        return checkpoints.gather_state(state, self._transport)
+        return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         explorer = self._explorer

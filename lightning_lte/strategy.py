@@ -44,7 +44,7 @@ from lightning_lte.explorer import Explorer
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
-from lightning_lte.resumable import Resumable
+from lightning_lte.resumable import CheckpointKind, Resumable
 from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
@@ -106,6 +106,8 @@ class HeadsStrategy(Resumable):
         stagger: into how many groups weights are dealt that merge in turn.
         verify_every: merges between two proofs that base weights are bit-equal on all devices; None for none.
         bad_heads: heads that are not finite at a merge "restart" from the merged weights, or "stop" training.
+        checkpoint: "gathered" on rank 0, which writes one file; or "sharded", where each device writes what it has
+            into a directory that all of them see.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -148,6 +150,7 @@ class HeadsStrategy(Resumable):
         stagger: int = 1,
         verify_every: int | None = None,
         bad_heads: BadHeads = "restart",
+        checkpoint: CheckpointKind = "gathered",
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -183,7 +186,7 @@ class HeadsStrategy(Resumable):
             **settings,
         )
         self._seed = seed
-        super().__init__(**kwargs)
+        super().__init__(checkpoint=checkpoint, **kwargs)
         self._undo: list[Callable[[], Any]] = []
         self._synchronise = True
         self._stepping = False
@@ -699,8 +702,7 @@ class HeadsStrategy(Resumable):
             explorer, self._explorer = self._explorer, None
             explorer.close()
             # `trainer.save_checkpoint` after `fit` is to be one that training can go on from.
-            state = explorer.closed_state()
-            self._finished = (state, [p._version for p in explorer.module.parameters()])
+            self._finished = (explorer.local_state(), [p._version for p in explorer.module.parameters()])
 
     def __repr__(self) -> str:
         text = f"LTEStrategy(heads={self._heads}, merge_every={self._config.merge_every!r})"

@@ -121,29 +121,33 @@ def test_files_elsewhere_than_on_a_disk_are_lightnings_to_write() -> None:
 # ---- torchrun with restarts
 
 
-def undisturbed(folder: str, steps: int) -> None:
-    soak.work(Path(folder), steps, kills=0, seed=0)
+def undisturbed(folder: str, steps: int, checkpoint: Any) -> None:
+    soak.work(Path(folder), steps, kills=0, seed=0, checkpoint=checkpoint)
 
 
-def test_a_run_whose_workers_are_killed_ends_as_one_that_nobody_disturbed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", ["gathered", "sharded"])
+def test_a_run_whose_workers_are_killed_ends_as_one_that_nobody_disturbed(tmp_path: Path, checkpoint: Any) -> None:
     """Real processes under torchrun; `benchmarks/soak.py` kills more of them."""
     steps, kills, seed = 12, 2, 8
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-    run(undisturbed, 2, str(tmp_path / "undisturbed"), steps, group=False, timeout_s=120)
-    expected = torch.load(tmp_path / "undisturbed" / "last.ckpt", weights_only=True)
-    got = soak.launch(tmp_path / "killed", steps, kills, seed, timeout_s=170)
+    run(undisturbed, 2, str(tmp_path / "undisturbed"), steps, checkpoint, group=False, timeout_s=120)
+    expected = soak.read(tmp_path / "undisturbed" / "last.ckpt")
+    got = soak.launch(tmp_path / "killed", steps, kills, seed, 170, checkpoint)
     found = soak.killed(tmp_path / "killed")
     assert [(kill["life"], kill["rank"]) for kill in found] == [(0, 0), (1, 1)], json.dumps(found)
     assert got["global_step"] == expected["global_step"] == steps
-    for key in ("state_dict", "lte"):
+    kept = {key for key in got if key == "state_dict" or key.startswith("lte")}
+    assert len(kept) == 2 + (checkpoint == "sharded")
+    for key in kept:
         assert not soak.differences(expected[key], got[key], key)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_twenty_kills(tmp_path: Path) -> None:
-    found = soak.soak(tmp_path, kills=20, seed=1, steps=160, timeout_s=2500)
+@pytest.mark.parametrize("checkpoint", ["gathered", "sharded"])
+def test_twenty_kills(tmp_path: Path, checkpoint: Any) -> None:
+    found = soak.soak(tmp_path, kills=20, seed=1, steps=160, timeout_s=2500, checkpoint=checkpoint)
     assert {kill["moment"] for kill in found} == set(soak.MOMENTS) and {kill["rank"] for kill in found} == {0, 1}
 
 

@@ -65,7 +65,9 @@ def test_the_core_knows_no_lightning(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"transport"}))
 def test_one_module_alone_talks_to_other_devices(name: str) -> None:
-    assert not below(imports(name), "torch.distributed")
+    # torch's own way to write checkpoints from all devices has the devices meet by itself.
+    written_together = below(imports(name), "torch.distributed.checkpoint") if name == "sharded" else set()
+    assert below(imports(name), "torch.distributed") == written_together
     attributes = (node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Attribute))
     assert not any(ast.unparse(attribute) == "torch.distributed" for attribute in attributes)
 
