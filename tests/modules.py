@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import Explorer
+from lightning_lte.checkpoint import gather_state
 from lightning_lte.execution import run
 
 IN, WIDTH, CLASSES = 10, 16, 3
@@ -162,6 +163,12 @@ def trainer(strategy: Any, **kwargs: Any) -> Trainer:
         "enable_model_summary": False,
     }
     return Trainer(strategy=strategy, **{**quiet, **kwargs})
+
+
+def kept(t: Trainer) -> dict[str, Any]:
+    """What a checkpoint after training would keep of the heads of all devices; empty but on rank 0."""
+    strategy: Any = t.strategy
+    return gather_state(strategy._own_state(), strategy._transport) or {}
 
 
 def clone(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -172,6 +172,7 @@ AS_THE_DEFAULTS = {
     "outer_optimizer": None,
     "wire": "float32",
     "full_rank_steps": 0,
+    "grow_heads": {},
     "overlap": 0,
     "stagger": 1,
 }
