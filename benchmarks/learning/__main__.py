@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning                          # which tables there are
     python -m benchmarks.learning vit-first                # run what is missing, then print
-    python -m benchmarks.learning vit-first --print        # print what is there
-    python -m benchmarks.learning vit-first --plot docs/learning
+    python -m benchmarks.learning heads --print            # print what is there
+    python -m benchmarks.learning heads --plot docs/learning
 
 Start it in several terminals to use several cores: no run is done twice. Stop it when you like: finished runs are kept.
 """

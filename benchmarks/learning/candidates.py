@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lte import Explorer
+from lightning_lte import Explorer, Piecewise
 from lightning_lte.merge import MergeRecord
 
 
@@ -71,7 +71,56 @@ class SameStart(Candidate):
                     f.anchor_A.copy_(f.A)
 
 
-CANDIDATES: dict[str, type[Candidate]] = {"orthogonal_heads": OrthogonalHeads, "same_start": SameStart}
+class Periods(Candidate):
+    """Periods that change along the run: optimizer step -> period from then on."""
+
+    def configure(self, choices: dict[str, Any], model: nn.Module) -> None:
+        choices["merge_every"] = Piecewise({int(step): period for step, period in self.value.items()})
+
+
+class SizeOfA(Candidate):
+    """A so many times as large, and s as many times smaller: B learns as before, and A more slowly."""
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        for f in explorer.injection.factors.values():
+            f.scale /= self.value
+            with torch.no_grad():
+                f.A.mul_(self.value)
+                if f.anchor_A is not None:
+                    f.anchor_A.mul_(self.value)
+
+
+class NarrowFrames(Candidate):
+    """Where a weight has fewer outputs than inputs, B starts semi-orthogonal, and A at zero.
+
+    The start spans a subspace of the narrower side, of which it covers more. s and the size of the start change so that
+    the first steps are as large as those of a frame on the other side with s = 2.
+    """
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        if not self.value:
+            return
+        for f in explorer.injection.factors.values():
+            rows, columns = f.B.shape[-2], f.A.shape[-1]
+            if rows >= columns:
+                continue
+            generator = torch.Generator().manual_seed(len(f.name) + rows)
+            with torch.no_grad():
+                drawn = torch.randn(f.B.shape, generator=generator, dtype=torch.float64)
+                f.B.copy_(torch.linalg.qr(drawn).Q * math.sqrt(rows / f.rank))
+                f.A.zero_()
+                if f.anchor_A is not None and f.anchor_B is not None:
+                    f.anchor_A.copy_(f.A)
+                    f.anchor_B.copy_(f.B)
+
+
+CANDIDATES: dict[str, type[Candidate]] = {
+    "orthogonal_heads": OrthogonalHeads,
+    "same_start": SameStart,
+    "periods": Periods,
+    "size_of_a": SizeOfA,
+    "narrow_frames": NarrowFrames,
+}
 
 
 def made(extra: dict[str, Any]) -> list[Candidate]:
