@@ -93,7 +93,7 @@ class Factors:
         merged_at: number of the last merge that wrote to W.
         merged_step: optimizer steps done when its last merge started; -1 before the first.
         trial: watches W through its first backward; None once that is over.
-        took_part: whether a forward that records gradients has used the factors.
+        took_part: whether a forward that records gradients, and is not compiled, has used the factors.
     """
 
     def __init__(
@@ -170,13 +170,13 @@ class Factors:
             self.trial.end()
             self.trial = None
 
-    def apply(self, base: Tensor, x: Tensor, head: int | None = None, part: int | None = None) -> Tensor:
+    def apply(self, base: Tensor, x: Tensor, head: int | Tensor | None = None, part: int | None = None) -> Tensor:
         """Add every head's product to the base product, slice by slice.
 
         Args:
             base: (n, rows, out), W x of the detached W; with several matrices their outputs lie side by side in it.
             x: (n, rows, in).
-            head: the local head that acts alone, with n = 1; None for all of them.
+            head: the local head that acts alone, with n = 1, its number or a tensor (1,) of it; None for all of them.
             part: which of several matrices alone is meant; None for all of them.
         """
         A, B = self.acting(head, part)
@@ -186,15 +186,19 @@ class Factors:
         y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
         return torch.add(base, y.flatten(-2), alpha=self.scale)
 
-    def acting(self, head: int | None = None, part: int | None = None) -> tuple[Tensor, Tensor]:
-        """The pair of `current` with the heads that act as dimension 0, for use in a forward."""
-        # Only written, never read: torch.compile would guard what forwards read.
-        if torch.is_grad_enabled():
+    def acting(self, head: int | Tensor | None = None, part: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
+        # torch.compile refuses such writes inside of activation checkpointing.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.took_part = True
-        heads = slice(None) if head is None else slice(head, head + 1)
+        heads: slice | Tensor
+        if isinstance(head, Tensor):
+            heads = head.to(self.A.device)
+        else:
+            heads = slice(None) if head is None else slice(head, head + 1)
         return self.current(heads if part is None else (heads, part))
 
-    def current(self, heads: int | slice | tuple[slice, int] = slice(None)) -> tuple[Tensor, Tensor]:
+    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> tuple[Tensor, Tensor]:
         """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of several.
 
         Differences are taken before products: straight after a merge the product is exactly zero, and small deltas
