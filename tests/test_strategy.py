@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
 from lightning_lte.advice import PAGE
 from lightning_lte.report import excluding
-from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_data, make_net, sgd, trainer
 
 
 def strategy(heads: int | None = 4, merge_every: Any = 3, **choices: Any) -> LTEStrategy:
