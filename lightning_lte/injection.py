@@ -226,6 +226,7 @@ def inject(
                 seed=config.seed,
                 init=config.init,
                 keep=config.after_merge == "keep",
+                freeze_a=config.freeze_a,
                 matrices=role.matrices,
             )
             injection.factors[role.param] = f

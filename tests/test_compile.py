@@ -1,4 +1,4 @@
-"""torch.compile: one graph for training, whatever heads, merges, validation and checkpoints do; and the same numbers."""
+"""torch.compile: one graph for training, over merges, validation and resumed runs, and the same numbers."""
 
 from __future__ import annotations
 
