@@ -133,6 +133,33 @@ def test_the_proof_looks_inside_of_what_is_compiled() -> None:
     assert "(sequential)" in str(s.report())
 
 
+class ByHand(Silent):
+    automatic_optimization = False  # type: ignore[assignment]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("freeze_a", [False, True])
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_manual_optimization_with_a_compiled_net(execution: Any, freeze_a: bool) -> None:
+    """Heads that take turns run in threads of their own here, and share the graph."""
+    ends = []
+    for is_compiled in (False, True):
+        module = ByHand(make_net(Net), sgd)
+        if is_compiled:
+            module.net.compile(backend="eager", fullgraph=True)
+        s = LTEStrategy(HEADS, 2, rank=RANK, execution=execution, freeze_a=freeze_a)
+        trainer(s, max_steps=5).fit(module, batches(Net))
+        ends.append(clone(module.state_dict()))
+    assert graphs() == 1
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-11)
+
+
 class Dropped(Net):
     def __init__(self) -> None:
         super().__init__()
