@@ -323,22 +323,25 @@ class Factors:
                 of 4, which has become head 2 of 8.
 
         Returns:
-            {A as it was: A, B as it was: B}.
+            {A as it was: A, B as it was: B}, of those that are trained.
         """
         A, B = spread(self.A, factor), spread(self.B, factor)
         self.first *= factor
         for i in (i for i in range(len(A)) if i % factor):
             A[i] = self._draw_one(self.first + i, f"of {heads}").to(A)
-        if self.anchor_A is not None and self.anchor_B is not None:
+        if self.anchor_A is not None:
             anchor_A = A.clone()
             anchor_A[::factor] = self.anchor_A
-            self.anchor_A, self.anchor_B = anchor_A, spread(self.anchor_B, factor)
+            self.anchor_A = anchor_A
+        if self.anchor_B is not None:
+            self.anchor_B = spread(self.anchor_B, factor)
         if self.error is not None:
             # A sum over heads, from now on divided by more of them.
             self.error *= factor
-        before = self.A, self.B
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        return dict(zip(before, (self.A, self.B), strict=True))
+        before, self.all_A = self.trained, None
+        self.A, self.B = nn.Parameter(A, requires_grad=not self.freeze_a), nn.Parameter(B)
+        self.trained = {key: {"A": self.A, "B": self.B}[key] for key in before}
+        return {old: self.trained[key] for key, old in before.items()}
 
 
 def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:

@@ -29,7 +29,8 @@ class Switch:
     def __init__(self, count: int, device: torch.device | None = None) -> None:
         self.count = count
         self.left_out: set[nn.Module] = set()
-        self._numbers = [torch.tensor([head], device=device or "cpu") for head in range(count)]
+        self._device = device or torch.device("cpu")
+        self._numbers: list[torch.Tensor] = []
         self.position = None
 
     @property
@@ -42,6 +43,8 @@ class Switch:
     def position(self, position: Position) -> None:
         self._position: Position = position
         self.acting: Literal["all", "one"] | None = "all" if position == "all" else None if position is None else "one"
+        while len(self._numbers) < self.count:  # of heads there may be more in the end
+            self._numbers.append(torch.tensor([len(self._numbers)], device=self._device))
         self.number = self._numbers[position if isinstance(position, int) else 0]
 
     @contextmanager

@@ -171,7 +171,7 @@ class Oracle:
         fresh_A: Callable[[str, int, int], Tensor] | None = None,
     ) -> None:
         self.scale, self.optimizer = scale, optimizer
-        self.grow, self.fresh_A = dict(grow or {}), fresh_A
+        self.grow, self.fresh_A, self.freeze_a = dict(grow or {}), fresh_A, freeze_a
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
         self.clip, self.accumulate = clip, accumulate
         self.merged = copy.deepcopy(model).double()
@@ -245,7 +245,7 @@ class Oracle:
             workers.append(worker)
             for n in range(len(workers), len(workers) + each - 1):
                 A = {name: self.fresh_A(name, n, number) for name in worker.layers}
-                new = Worker(self.merged, A, self.scale, self.optimizer, self.replicas == "freeze")
+                new = Worker(self.merged, A, self.scale, self.optimizer, self.replicas == "freeze", self.freeze_a)
                 factors = {id(p) for layer in new.layers.values() for p in (layer.A, layer.B)}
                 for own, others in zip(new.trained, worker.trained, strict=True):
                     state = copy.deepcopy(worker.optimizer.state.get(others, {}))

@@ -133,6 +133,16 @@ def test_the_proof_looks_inside_of_what_is_compiled() -> None:
     assert "(sequential)" in str(s.report())
 
 
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_heads_that_come_later_make_no_other_graphs_than_their_number(execution: Any) -> None:
+    module = compiled("net in place", Net)
+    s = LTEStrategy(2, 2, rank=RANK, execution=execution, grow_heads={3: 4})
+    trainer(s, max_steps=9).fit(module, batches(Net))
+    # The number of heads is the shape of a batched product. Heads that take turns see a smaller slice each, the shape
+    # of which torch.compile takes for one that may change, as without heads.
+    assert graphs() == 2
+
+
 class ByHand(Silent):
     automatic_optimization = False  # type: ignore[assignment]
 

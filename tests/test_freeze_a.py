@@ -333,6 +333,29 @@ def test_a_last_merge_does_not_ask_who_knows_what() -> None:
         torch.testing.assert_close(second[name], value, rtol=0, atol=0)
 
 
+def grown() -> dict[str, Tensor]:
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model = make_net()
+    opt = adamw(model.parameters())
+    chosen = frozen(payload="factors", grow_heads={5: 2 * HEADS})
+    explorer = Explorer(model, opt, chosen, Transport(world, rank))
+    for step in range(10):
+        x, y = (t.chunk(world)[rank] for t in make_data(4 * HEADS, seed=step))
+        train_step(explorer, model, opt, (x, y))
+    assert explorer.config.heads == 2 * HEADS
+    for f in explorer.injection.factors.values():
+        assert not f.A.requires_grad and (world == 1 or (f.all_A is not None and len(f.all_A) == 2 * HEADS))
+    explorer.finish()
+    return clone(model.state_dict())
+
+
+def test_heads_that_come_later_make_theirs_known() -> None:
+    expected = grown()
+    for state in run(grown, 2):
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-11)
+
+
 def test_a_plain_loop_goes_on_exactly() -> None:
     ends = []
     for stop in (None, 4):
