@@ -92,6 +92,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             saved = state["factors"][f.name]
             for key, tensor in _factor_tensors(f).items():
                 tensor.copy_(layout.mine(saved[key], f.count))
+            f.all_A = None
             f.merged_step = state["merged_steps"].get(f.name, -1)
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
@@ -360,6 +361,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "heads": explorer.config.heads,
         "devices": explorer.transport.world_size,
         "after_merge": explorer.config.after_merge,
+        "freeze_a": explorer.config.freeze_a,
         "full_rank": explorer.full_rank,
         "optimizer_kinds": [type(optimizer).__name__ for optimizer in explorer.optimizers],
         # One head on its own proves nothing for several.
@@ -447,6 +449,7 @@ def _check_shape(state: Mapping[str, Any]) -> None:
         for name, weight in state["weights"].items():
             factors = state["factors"][name]
             keys = {"A", "B"} if state["after_merge"] == "reset" else {"A", "B", "anchor_A", "anchor_B"}
+            keys -= {"anchor_A"} if state.get("freeze_a") else set()
             assert set(factors) == keys, f"factors of {name}"
             assert all(len(rows) == heads for rows in factors.values()), f"factors of {name}"
             assert all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}"
@@ -497,6 +500,9 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"heads={state['heads']} there, heads={config.heads}{later} here")
     if state["after_merge"] != config.after_merge:
         problems.append(f"after_merge={state['after_merge']!r} there, after_merge={config.after_merge!r} here")
+    frozen = state.get("freeze_a", False)  # checkpoints of before have none
+    if frozen != config.freeze_a:
+        problems.append(f"freeze_a={frozen} there, freeze_a={config.freeze_a} here")
     if state["flights"] and state["stagger"] != config.stagger:
         problems.append(f"stagger={state['stagger']} there, with merges on their way, stagger={config.stagger} here")
     kinds = [type(optimizer).__name__ for optimizer in explorer.optimizers]

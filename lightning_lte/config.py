@@ -52,6 +52,10 @@ class LTEConfig:
         after_merge: "keep" lets factors and moments live on (appendix A.2 and the released code, slightly better);
             "reset" sets B to zero (Algorithm 1).
         reset_a: with "reset", whether A is kept or drawn anew at each merge.
+        freeze_a: train B alone, with A as it was drawn (LoRA-FA, arXiv 2308.03303). The layer's input need not be kept
+            for the backward of linear layers, and merges send a quarter as much. It is not the paper's algorithm: a
+            head's deltas stay within the r rows of its A, for ever with "keep", until the next merge with
+            `reset_a="redraw"`.
         reset_moments: with "reset", the fraction of the factors' optimizer moments that is set to zero at each merge,
             the smallest first: 0 keeps all, 1 zeroes all. The paper found that resetting hurts.
         target_modules: patterns of module names; only these are factored. None means every layer that can be.
@@ -111,6 +115,7 @@ class LTEConfig:
     alpha: float | None = None
     after_merge: AfterMerge = "keep"
     reset_a: Literal["keep", "redraw"] = "keep"
+    freeze_a: bool = False
     reset_moments: float = 0.0
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = ()
@@ -146,6 +151,8 @@ class LTEConfig:
             _check_positive("alpha", self.alpha)
         _check_choice("after_merge", self.after_merge, get_args(AfterMerge))
         _check_choice("reset_a", self.reset_a, ("keep", "redraw"))
+        if not isinstance(self.freeze_a, bool):
+            raise TypeError(f"freeze_a must be true or false; received {self.freeze_a!r}. Give freeze_a=True.")
         _check_fraction("reset_moments", self.reset_moments)
         if self.after_merge == "keep" and (self.reset_a != "keep" or self.reset_moments):
             raise ValueError(

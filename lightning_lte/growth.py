@@ -76,7 +76,7 @@ def grow(explorer: Explorer, heads: int) -> None:
     explorer.collect_gradients()
     explorer.rest()
     kept = [magnitudes(optimizer) for optimizer in explorer.optimizers]
-    factors = {p for f in explorer.injection.factors.values() for p in (f.A, f.B)}
+    factors = {p for f in explorer.injection.factors.values() for p in f.trained.values()}
     in_place = [(r, r.param.grad) for r in explorer.injection.replicas if r.stack is None and r.param.grad is not None]
     exchanged = explorer.injection.grow(factor, heads)
     explorer.statistics.grow(factor)

@@ -106,7 +106,7 @@ class Guard:
             return
         self._seen_backward = True
         factors = [w.factors for w in self._watched if w.factors is not None]
-        starved = [f.name for f in factors if f.took_part and f.weight.requires_grad and f.A.grad is None]
+        starved = [f.name for f in factors if f.took_part and f.weight.requires_grad and f.B.grad is None]
         if starved:
             warnings.warn(
                 f"The heads of {listed(starved)} took part in the first step, but got no gradient: they don't learn."

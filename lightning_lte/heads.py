@@ -80,12 +80,15 @@ class Factors:
         seed: see `LTEConfig.seed`.
         init: see `LTEConfig.init`.
         keep: whether anchors are needed.
+        freeze_a: whether A stays as it was drawn, and B alone is trained.
         matrices: how W is seen; None for a W that is a matrix (out, in).
 
     Attributes:
-        A: (n, *lead, rank, in), trained.
+        A: (n, *lead, rank, in), trained, unless it is frozen.
         B: (n, *lead, out, rank), trained, zero at the start, so that the effective weight starts as W.
-        anchor_A, anchor_B: shapes as A and B, or None with `reset`.
+        trained: what optimizers hold of them, by name.
+        anchor_A, anchor_B: shapes as A and B, or None with `reset`. An A that is frozen is its own anchor: None.
+        all_A: with frozen factors, A of all heads of all devices in their order, once a merge has exchanged them.
         remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
         error: float32 in W's shape, what sums in int8 have lost so far on this device, or None.
         merging_from: while a merge writes to W, autograd's count of writes to it before; else None.
@@ -93,7 +96,7 @@ class Factors:
         merged_at: number of the last merge that wrote to W.
         merged_step: optimizer steps done when its last merge started; -1 before the first.
         trial: watches W through its first backward; None once that is over.
-        took_part: whether a forward that records gradients has used the factors.
+        took_part: whether a forward that records gradients, and is not compiled, has used the factors.
     """
 
     def __init__(
@@ -108,20 +111,24 @@ class Factors:
         seed: int,
         init: Init,
         keep: bool,
+        freeze_a: bool = False,
         matrices: Matrices | None = None,
     ) -> None:
         self.matrices = m = matrices or Matrices.of(weight)
         self.name, self.weight, self.rank, self.scale = name, weight, rank, scale
-        self.first, self.seed, self.init = first, seed, init
-        self.A = nn.Parameter(weight.detach().new_empty(count, *m.lead, rank, m.in_features))
+        self.first, self.seed, self.init, self.freeze_a = first, seed, init, freeze_a
+        empty = weight.detach().new_empty(count, *m.lead, rank, m.in_features)
+        self.A = nn.Parameter(empty, requires_grad=not freeze_a)
         self.B = nn.Parameter(weight.detach().new_zeros(count, *m.lead, m.out_features, rank))
         with torch.no_grad():
             self.A.copy_(self.draw())
-        self.anchor_A = self.A.detach().clone() if keep else None
+        self.trained = {"B": self.B} if freeze_a else {"A": self.A, "B": self.B}
+        self.anchor_A = self.A.detach().clone() if keep and not freeze_a else None
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self.remainder = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if half else None
         self.error: Tensor | None = None
+        self.all_A: Tensor | None = None
         self.merging_from: int | None = None
         self.merging: Pair | None = None
         self.merged_at = 0
@@ -170,13 +177,13 @@ class Factors:
             self.trial.end()
             self.trial = None
 
-    def apply(self, base: Tensor, x: Tensor, head: int | None = None, part: int | None = None) -> Tensor:
+    def apply(self, base: Tensor, x: Tensor, head: int | Tensor | None = None, part: int | None = None) -> Tensor:
         """Add every head's product to the base product, slice by slice.
 
         Args:
             base: (n, rows, out), W x of the detached W; with several matrices their outputs lie side by side in it.
             x: (n, rows, in).
-            head: the local head that acts alone, with n = 1; None for all of them.
+            head: the local head that acts alone, with n = 1, its number or a tensor (1,) of it; None for all of them.
             part: which of several matrices alone is meant; None for all of them.
         """
         A, B = self.acting(head, part)
@@ -186,19 +193,23 @@ class Factors:
         y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
         return torch.add(base, y.flatten(-2), alpha=self.scale)
 
-    def acting(self, head: int | None = None, part: int | None = None) -> tuple[Tensor, Tensor]:
-        """The pair of `current` with the heads that act as dimension 0, for use in a forward."""
-        # Only written, never read: torch.compile would guard what forwards read.
-        if torch.is_grad_enabled():
+    def acting(self, head: int | Tensor | None = None, part: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
+        # torch.compile refuses such writes inside of activation checkpointing.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.took_part = True
-        heads = slice(None) if head is None else slice(head, head + 1)
+        heads: slice | Tensor
+        if isinstance(head, Tensor):
+            heads = head.to(self.A.device)
+        else:
+            heads = slice(None) if head is None else slice(head, head + 1)
         return self.current(heads if part is None else (heads, part))
 
-    def current(self, heads: int | slice | tuple[slice, int] = slice(None)) -> tuple[Tensor, Tensor]:
+    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> tuple[Tensor, Tensor]:
         """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of several.
 
         Differences are taken before products: straight after a merge the product is exactly zero, and small deltas
-        don't drown in the rounding of B A.
+        don't drown in the rounding of B A. With a frozen A the product is (B - B') A, and half as wide.
 
         Args:
             heads: index of a local head, or of several, with that of one of the matrices or without.
@@ -207,10 +218,13 @@ class Factors:
         if not self.weight.requires_grad:
             # What users freeze for a while (toggled optimizers do) must not learn meanwhile.
             A, B = A.detach(), B.detach()
-        if self.anchor_A is None or self.anchor_B is None:
+        if self.anchor_B is None:
             return A, B
-        anchor_A, anchor_B = self.anchor_A[heads], self.anchor_B[heads]
-        return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
+        learned = B - self.anchor_B[heads]
+        if self.anchor_A is None:
+            return A, learned
+        anchor_A = self.anchor_A[heads]
+        return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, learned], dim=-1)
 
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:
@@ -280,9 +294,10 @@ class Factors:
             merged: these, shapes as A and B; None where they are the factors as they are now, which makes every head's
                 effective weight exactly W.
         """
-        if self.anchor_A is not None and self.anchor_B is not None:
-            A, B = merged or (self.A, self.B)
+        A, B = merged or (self.A, self.B)
+        if self.anchor_A is not None:
             self.anchor_A.copy_(A)
+        if self.anchor_B is not None:
             self.anchor_B.copy_(B)
 
     @torch.no_grad()
@@ -291,8 +306,11 @@ class Factors:
         self.B[heads] = 0
         if redraw:
             self.A[heads] = self.draw(merges).to(self.A)[heads]
-        if self.anchor_A is not None and self.anchor_B is not None:
-            self.anchor_A[heads], self.anchor_B[heads] = self.A[heads], self.B[heads]
+            self.all_A = None
+        if self.anchor_A is not None:
+            self.anchor_A[heads] = self.A[heads]
+        if self.anchor_B is not None:
+            self.anchor_B[heads] = self.B[heads]
 
     @torch.no_grad()
     def grow(self, factor: int, heads: int) -> dict[nn.Parameter, nn.Parameter]:
@@ -305,22 +323,25 @@ class Factors:
                 of 4, which has become head 2 of 8.
 
         Returns:
-            {A as it was: A, B as it was: B}.
+            {A as it was: A, B as it was: B}, of those that are trained.
         """
         A, B = spread(self.A, factor), spread(self.B, factor)
         self.first *= factor
         for i in (i for i in range(len(A)) if i % factor):
             A[i] = self._draw_one(self.first + i, f"of {heads}").to(A)
-        if self.anchor_A is not None and self.anchor_B is not None:
+        if self.anchor_A is not None:
             anchor_A = A.clone()
             anchor_A[::factor] = self.anchor_A
-            self.anchor_A, self.anchor_B = anchor_A, spread(self.anchor_B, factor)
+            self.anchor_A = anchor_A
+        if self.anchor_B is not None:
+            self.anchor_B = spread(self.anchor_B, factor)
         if self.error is not None:
             # A sum over heads, from now on divided by more of them.
             self.error *= factor
-        before = self.A, self.B
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        return dict(zip(before, (self.A, self.B), strict=True))
+        before, self.all_A = self.trained, None
+        self.A, self.B = nn.Parameter(A, requires_grad=not self.freeze_a), nn.Parameter(B)
+        self.trained = {key: {"A": self.A, "B": self.B}[key] for key in before}
+        return {old: self.trained[key] for key, old in before.items()}
 
 
 def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:

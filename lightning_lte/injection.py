@@ -210,7 +210,8 @@ def inject(
         ValueError: see `decide`.
     """
     roles = decide(module, set(trained), config)
-    injection = Injection(module, config, Switch(count), Replicas(count), {role.param: role for role in roles})
+    device = next((param.device for param in trained), None)
+    injection = Injection(module, config, Switch(count, device), Replicas(count), {role.param: role for role in roles})
     for role in roles:
         injection.report.entries.append(Entry(role.name, tuple(role.param.shape), role.kind, role.reason))
         if role.kind == "factored":
@@ -225,6 +226,7 @@ def inject(
                 seed=config.seed,
                 init=config.init,
                 keep=config.after_merge == "keep",
+                freeze_a=config.freeze_a,
                 matrices=role.matrices,
             )
             injection.factors[role.param] = f

@@ -373,7 +373,7 @@ def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> T
     checks = [f.finite() for f in factors]
     others = replicas.finite()
     checks += [] if others is None else [others]
-    own = [p for f in factors for p in (f.A, f.B)] + [r.trained for r in replicas if r.count == replicas.count]
+    own = [p for f in factors for p in f.trained.values()] + [r.trained for r in replicas if r.count == replicas.count]
     for moment in (moment for p in own for moment in _moments(p, states.get(p, {}), replicas.count)):
         checks.append(moment.isfinite().reshape(replicas.count, -1).all(1).to(checks[0].device))
     return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
@@ -393,14 +393,15 @@ def _settle(
     if config.after_merge == "reset":
         others = torch.ones(f.count, dtype=torch.bool, device=f.A.device) if bad is None else ~bad
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
-        for p in (f.A, f.B):
+        for p in f.trained.values():
             _prune_moments(p, states.get(p, {}), config.reset_moments)
     f.merging_from, f.merging, f.merged_at = None, None, merges
 
 
 def _restart(f: Factors, states: States, bad: Tensor, merges: int) -> None:
-    f.restart(bad, redraw=True, merges=merges)
-    for p in (f.A, f.B):
+    # An A that is frozen is finite, and what travels between devices goes with it.
+    f.restart(bad, redraw=not f.freeze_a, merges=merges)
+    for p in f.trained.values():
         _zero_moments(p, states.get(p, {}), bad)
 
 

@@ -113,6 +113,10 @@ class Merging(Trainees):
         self.select(None)  # an exception may have come in the turn of a head
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         records = [self._land(flight) for flight in list(self.flights)]
+        if everything:
+            # They may have stopped on both sides of an exchange of A, which is sent once.
+            for f in self.injection.factors.values():
+                f.all_A = None
         for number in numbers or range(len(self.clocks)):
             records += self._start(number, None, measure, overlap=0)
             self.clocks[number].settled()

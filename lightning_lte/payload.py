@@ -27,7 +27,8 @@ class Payload:
         transport: to the other devices.
         wire: how deltas or factors travel. In fewer bits than 32, factors are merged as they arrive, and the anchors
             become what was sent: what was lost to rounding stays in the head and is merged the next time. For dense
-            deltas in int8 it is kept in `Factors.error`, and added the next time.
+            deltas in int8 it is kept in `Factors.error`, and added the next time. Where A is frozen, B - B' travels
+            alone, but for the first time, when A goes with it in full precision; B' then becomes B' and what was sent.
         kind: "dense", "factors", or "auto" for the one of fewer bytes.
         apart: whether factors change before the sums are used, so that a copy of them is needed.
     """
@@ -50,6 +51,9 @@ class Payload:
         self._copies: dict[str, Pair] = {}
         self._deltas: list[Tensor] = []
         self._sent: list[list[Tensor]] = []
+        # Of frozen factors: A of the local heads where not all devices have it, and what they had when this started.
+        self._sent_A: dict[str, Tensor] = {}
+        self._all_A: dict[str, Tensor] = {}
         self._stacked: list[list[Tensor]] = []
 
     def take(self, good: Tensor) -> None:
@@ -58,6 +62,9 @@ class Payload:
         if self._apart:
             self._copies = {f.name: (f.A.detach().clone(), f.B.detach().clone()) for f in self.factors}
         self._sent = [self._of(f) for f in self._others]
+        frozen = [f for f in self._others if f.freeze_a]
+        self._all_A = {f.name: f.all_A for f in frozen if f.all_A is not None}
+        self._sent_A = {f.name: f.A.detach().clone() for f in frozen if f.all_A is None}
         if self._wire == "int8" and self._transport.world_size > 1:
             for f in self._dense:
                 if f.error is None:
@@ -75,6 +82,9 @@ class Payload:
         flat = self._transport.stack_all([t for sent in self._sent for t in sent], self._wire)
         # What was sent is kept: on CUDA it may be read only after this has returned.
         self._stacked = [[flat.pop(0) for _ in sent] for sent in self._sent]
+        if self._sent_A:
+            all_A = self._transport.stack_all(list(self._sent_A.values()), "float32")
+            self._all_A.update(zip(self._sent_A, all_A, strict=True))
 
     def total(self, f: Factors, good_all: Tensor) -> Tensor:
         """s * sum over all good heads of B A - B' A', in the shape of a weight; bit-equal on all devices.
@@ -88,7 +98,10 @@ class Payload:
                 return delta
         stacked = self._stacked[next(i for i, own in enumerate(self._others) if own is f)]
         good = good_all.to(f.A.device)
-        if self._wire == "float32":
+        if f.freeze_a:
+            A, B = self._all_A[f.name], stacked[0].mT
+            f.all_A = A
+        elif self._wire == "float32":
             A, B = stacked
         else:
             A, B, anchor_A, anchor_B = stacked[0], stacked[1].mT, stacked[2], stacked[3].mT
@@ -101,6 +114,9 @@ class Payload:
             for own, stacked in zip(self._others, self._stacked, strict=True):
                 if own is f:
                     local = slice(self._transport.rank * f.count, (self._transport.rank + 1) * f.count)
+                    if f.freeze_a:
+                        assert f.anchor_B is not None
+                        return f.A.detach(), f.anchor_B + stacked[0].mT[local]
                     return stacked[0][local], stacked[1].mT[local]
         return self._copies.get(f.name)
 
@@ -121,6 +137,8 @@ class Payload:
         self._copies = {name: (p["A"].to(devices[name]), p["B"].to(devices[name])) for name, p in pairs}
 
     def _of(self, f: Factors) -> list[Tensor]:
+        if f.freeze_a:
+            return [f.current()[1].detach().mT]
         if self._wire == "float32":
             return [t.detach() for t in f.current()]
         assert f.anchor_A is not None and f.anchor_B is not None
@@ -133,9 +151,10 @@ def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: Pa
     """Whether the dense mean delta is sent, and not the factors of all heads: what moves fewer bytes in a ring.
 
     With anchors a head sends them beside its factors. Without (`reset`), factors are sent in full precision alone, as
-    what rounding takes from them would be lost.
+    what rounding takes from them would be lost; so would some of it be from frozen factors in half precision.
     """
-    if wire != "float32" and factors.anchor_A is None:
+    inexact = factors.anchor_B is None or (factors.freeze_a and factors.remainder is not None)
+    if wire != "float32" and inexact:
         return True
     if kind != "auto":
         return kind == "dense"
@@ -146,13 +165,14 @@ def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: Pa
 
 def sizes(factors: Factors, wire: Wire = "float32") -> tuple[int, int]:
     """Bytes of a weight's dense mean delta, and of the factors of the local heads, as they travel."""
-    pairs = 1 if factors.anchor_A is None else 2
+    pairs = 2 if factors.anchor_A is not None else 1
+    sent = (factors.B.mT,) if factors.freeze_a else (factors.A, factors.B.mT)
     if wire == "float32":
         # In its own dtype; the sum travels in float32 or better.
         dense = factors.weight.numel() * torch.promote_types(factors.weight.dtype, torch.float32).itemsize
-        return dense, pairs * (factors.A.nbytes + factors.B.nbytes)
+        return dense, pairs * sum(t.nbytes for t in sent)
     rows = len(factors.weight)
-    of_factors = encoded_bytes(factors.A.shape, wire) + encoded_bytes(factors.B.mT.shape, wire)
+    of_factors = sum(encoded_bytes(t.shape, wire) for t in sent)
     return encoded_bytes((rows, factors.weight.numel() // rows), wire), pairs * of_factors
 
 

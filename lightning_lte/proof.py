@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.config import LossReduction
 from lightning_lte.layers.base import HeadedLayer
-from lightning_lte.rehearsal import Determined, alike, untouched, without_zeros
+from lightning_lte.rehearsal import Determined, alike, not_compiled, untouched, without_zeros
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
@@ -66,7 +66,7 @@ def reason_against_batched(
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
         zeros = without_zeros([*module.parameters(), *factors], replicas)
-        with zeros, alike(stacks), untouched(module) as again, Determined():
+        with zeros, alike(stacks), untouched(module) as again, Determined(), not_compiled():
             with heads():
                 seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)

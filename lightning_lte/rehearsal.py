@@ -6,7 +6,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -85,6 +85,12 @@ class _CopyOnWrite(TorchDispatchMode):
         for address, copy in copies.items():
             self._params[address].data.copy_(copy)
         self._copies = {}
+
+
+def not_compiled() -> AbstractContextManager[Any]:
+    """A context in which torch.compile does nothing: it refuses the modes below, and would make graphs for one use."""
+    # New in torch 2.6; before, compiled functions pass such modes over, unless they are to be in one graph.
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 class Determined(TorchDispatchMode):

@@ -80,6 +80,7 @@ class HeadsStrategy(Resumable):
         alpha: numerator of the scale s = alpha / r; s = 2 if not given.
         after_merge: "keep" factors and moments (the paper's appendix A.2) or "reset" B to zero (its Algorithm 1).
         reset_a: with "reset", "keep" A or "redraw" it.
+        freeze_a: train B alone, with A as it was drawn (LoRA-FA, not the paper's algorithm).
         reset_moments: with "reset", the fraction of moments set to zero, the smallest first.
         target_modules: patterns of module names; only these are factored. None means every layer that can be.
         exclude_modules: patterns of module names that are not factored.
@@ -128,6 +129,7 @@ class HeadsStrategy(Resumable):
         alpha: float | None = None,
         after_merge: AfterMerge = "keep",
         reset_a: Literal["keep", "redraw"] = "keep",
+        freeze_a: bool = False,
         reset_moments: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
         exclude_modules: str | Sequence[str] = (),
@@ -163,6 +165,7 @@ class HeadsStrategy(Resumable):
             merge_every=merge_every,
             after_merge=after_merge,
             reset_a=reset_a,
+            freeze_a=freeze_a,
             reset_moments=reset_moments,
             target_modules=target_modules,
             exclude_modules=exclude_modules,

@@ -87,7 +87,7 @@ class Trainees:
     @property
     def per_head(self) -> set[nn.Parameter]:
         """What is trained and has the local heads as dimension 0."""
-        factors = [p for f in self.injection.factors.values() for p in (f.A, f.B)]
+        factors = [p for f in self.injection.factors.values() for p in f.trained.values()]
         return {*factors, *(r.stack for r in self.injection.replicas if r.stack is not None)}
 
     def act(self) -> None:
@@ -140,7 +140,7 @@ class Trainees:
         trained: list[nn.Parameter] = []
         for param in params:
             f = self.injection.factors.get(param)
-            trained += [stacks.get(param, param)] if f is None else [f.A, f.B]
+            trained += [stacks.get(param, param)] if f is None else f.trained.values()
         return trained
 
     def trains_in_place_of(self, params: Iterable[nn.Parameter]) -> bool:
@@ -233,7 +233,7 @@ class Trainees:
             for f in self.injection.factors.values():
                 if f.name in names:
                     f.settle()
-                    if f.anchor_A is None:
+                    if f.anchor_B is None:
                         f.B.zero_()
             for replica in self.injection.replicas:
                 if replica.name in names and replica.stack is not None:
@@ -243,7 +243,7 @@ class Trainees:
     def _replacements(self) -> dict[nn.Parameter, dict[str, nn.Parameter]]:
         replacements: dict[nn.Parameter, dict[str, nn.Parameter]] = {param: {} for param in self.frozen}
         for param, f in self.injection.factors.items():
-            replacements[param] = {f"{self._names[param]}.A": f.A, f"{self._names[param]}.B": f.B}
+            replacements[param] = {f"{self._names[param]}.{key}": own for key, own in f.trained.items()}
         for replica in self.injection.replicas:
             if replica.stack is not None:
                 replacements[replica.param] = {replica.name: replica.stack}

@@ -94,7 +94,13 @@ class Worker:
     """One worker: a model of its own in which the factored layers are `LoRALinear`, and an optimizer of its own."""
 
     def __init__(
-        self, model: nn.Module, first_A: Mapping[str, Tensor], scale: float, optimizer: Callable, freeze: bool
+        self,
+        model: nn.Module,
+        first_A: Mapping[str, Tensor],
+        scale: float,
+        optimizer: Callable,
+        freeze: bool,
+        freeze_a: bool = False,
     ) -> None:
         self.model = copy.deepcopy(model)
         self.layers: dict[str, LoRALinear | LoRAWeight] = {}
@@ -108,9 +114,12 @@ class Worker:
                 self.layers[name] = LoRAWeight(layer, getattr(layer, key), A, scale)
                 getattr(layer, key).requires_grad_(False)
                 register_parametrization(layer, key, self.layers[name], unsafe=True)
+        if freeze_a:
+            for layer in self.layers.values():
+                layer.A.requires_grad_(False)
         hidden = {id(p) for layer in self.layers.values() for p in (layer.A, layer.B)}
         self.replicas = {n: p for n, p in self.model.named_parameters() if id(p) not in hidden and p.requires_grad}
-        self.trained = [p for p in self.model.parameters() if id(p) in hidden or (not freeze and p.requires_grad)]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad and (id(p) in hidden or not freeze)]
         self.optimizer: Optimizer = optimizer(self.trained)
 
 
@@ -130,6 +139,7 @@ class Oracle:
         accumulate: calls of `step` for one step of the optimizers, each with its share of the loss.
         outer: makes the outer optimizer over the merged weights; None for the plain sum.
         overlap: steps from the start of a merge to its landing.
+        freeze_a: workers train B alone (LoRA-FA).
         groups: names of parameters that merge together, and how many steps after a merge is due; None for all at once.
         grow: optimizer step -> number of workers from that step on.
         fresh_A: first A of a worker that comes later, by the factored weight's name, the worker's number, and how many
@@ -155,18 +165,26 @@ class Oracle:
         accumulate: int = 1,
         outer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         overlap: int = 0,
+        freeze_a: bool = False,
         groups: Mapping[int, Iterable[str]] | None = None,
         grow: Mapping[int, int] | None = None,
         fresh_A: Callable[[str, int, int], Tensor] | None = None,
     ) -> None:
         self.scale, self.optimizer = scale, optimizer
-        self.grow, self.fresh_A = dict(grow or {}), fresh_A
+        self.grow, self.fresh_A, self.freeze_a = dict(grow or {}), fresh_A, freeze_a
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
         self.clip, self.accumulate = clip, accumulate
         self.merged = copy.deepcopy(model).double()
         workers = len(next(iter(factored.values())))
         self.workers = [
-            Worker(self.merged, {name: A[n] for name, A in factored.items()}, scale, optimizer, replicas == "freeze")
+            Worker(
+                self.merged,
+                {name: A[n] for name, A in factored.items()},
+                scale,
+                optimizer,
+                replicas == "freeze",
+                freeze_a,
+            )
             for n in range(workers)
         ]
         self.steps = self.merges = self._calls = self._last_merge = 0
@@ -227,7 +245,7 @@ class Oracle:
             workers.append(worker)
             for n in range(len(workers), len(workers) + each - 1):
                 A = {name: self.fresh_A(name, n, number) for name in worker.layers}
-                new = Worker(self.merged, A, self.scale, self.optimizer, self.replicas == "freeze")
+                new = Worker(self.merged, A, self.scale, self.optimizer, self.replicas == "freeze", self.freeze_a)
                 factors = {id(p) for layer in new.layers.values() for p in (layer.A, layer.B)}
                 for own, others in zip(new.trained, worker.trained, strict=True):
                     state = copy.deepcopy(worker.optimizer.state.get(others, {}))

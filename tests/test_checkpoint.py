@@ -92,6 +92,9 @@ OUTER = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
         (1, "auto", {}),
         (4, "batched", {"after_merge": "reset"}),
         (4, "batched", {"replicas": "freeze"}),
+        (4, "batched", {"freeze_a": True}),
+        (4, "sequential", {"freeze_a": True, "overlap": 3}),
+        (1, "auto", {"freeze_a": True, "after_merge": "reset", "reset_a": "redraw"}),
         (2, "batched", {"replicas": "step"}),
         (4, "batched", {"outer_optimizer": OUTER}),
         (4, "sequential", {"overlap": 3}),
@@ -136,6 +139,7 @@ def _resume_on_two(folder: str, heads: int, choices: dict[str, Any]) -> tuple[di
         (2, {}),
         (4, {}),
         (2, {"wire": "int8", "payload": "dense", "overlap": 3}),
+        (2, {"wire": "int8", "payload": "factors", "overlap": 3, "freeze_a": True}),
         (4, {"wire": "bfloat16", "payload": "factors", "stagger": 2, "overlap": 2, "outer_optimizer": OUTER}),
     ],
 )
@@ -271,6 +275,7 @@ def test_heads_start_fresh_from_a_plain_checkpoint_and_say_so(tmp_path: Path, ca
         ({"exclude_modules": ["second"]}, ["factored there and not here: net.second"]),
         ({"alpha": 12.0}, ["scale 2.0 there", "4.0 here"]),
         ({"after_merge": "reset"}, ["'keep' there", "'reset' here"]),
+        ({"freeze_a": True}, ["freeze_a=False there", "freeze_a=True here"]),
     ],
 )
 def test_other_heads_are_refused_with_both_sides_and_the_way_out(

@@ -98,6 +98,7 @@ def train_both(
         clip=clip,
         outer=config.outer_optimizer,
         overlap=config.overlap,
+        freeze_a=config.freeze_a,
         groups=groups,
     )
     x_eval, _ = make_data(5, seed=99, width=width)
@@ -321,19 +322,20 @@ def test_other_treatments_of_replicas_equal_the_oracle(replicas: Any) -> None:
     train_both(LTEConfig(HEADS, 3, rank=RANK, replicas=replicas), adamw, steps=10)
 
 
-def test_merging_every_step_is_multi_head_lora() -> None:
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_merging_every_step_is_multi_head_lora(freeze_a: bool) -> None:
     """f(x) = W x + (s/N) sum_n B_n A_n x, trained directly: section 3 of the paper."""
     model = make_net()
     for p in (model.norm.weight, model.norm.bias, model.first.bias, model.out.weight, model.out.bias):
         p.requires_grad_(False)
     plain = copy.deepcopy(model)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    explorer = Explorer(model, opt, LTEConfig(HEADS, 1, rank=RANK, execution="batched"))
+    explorer = Explorer(model, opt, LTEConfig(HEADS, 1, rank=RANK, execution="batched", freeze_a=freeze_a))
     A = {n: nn.Parameter(a) for n, a in first_A(explorer).items()}
     B = {n: nn.Parameter(torch.zeros(HEADS, plain.get_submodule(n).out_features, RANK).double()) for n in A}
     start = {n: plain.get_submodule(n).weight.detach().clone() for n in A}
     # A worker steps along its own loss's gradient; here each pair sees 1/N of it.
-    direct = torch.optim.SGD([*A.values(), *B.values()], lr=0.1 * HEADS)
+    direct = torch.optim.SGD([*(() if freeze_a else A.values()), *B.values()], lr=0.1 * HEADS)
 
     def weights() -> dict[str, Tensor]:
         return {f"{n}.weight": start[n] + 2.0 / HEADS * (B[n] @ A[n]).sum(0) for n in A}

@@ -87,6 +87,7 @@ def train_both(
         clip=clip,
         outer=config.outer_optimizer,
         overlap=config.overlap,
+        freeze_a=config.freeze_a,
         groups=groups,
         grow=config.grow_heads,
         fresh_A=fresh_A(explorer),
@@ -159,6 +160,8 @@ def test_optimizers_equal_the_oracles(optimizer: Any) -> None:
         {"stagger": 3, "after_merge": "reset"},
         {"replicas": "step"},
         {"replicas": "freeze"},
+        {"freeze_a": True},
+        {"freeze_a": True, "after_merge": "reset", "replicas": "freeze"},
     ],
     ids="-".join,
 )

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
 from lightning_lte.advice import PAGE
 from lightning_lte.report import excluding
-from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_data, make_net, sgd, trainer
 
 
 def strategy(heads: int | None = 4, merge_every: Any = 3, **choices: Any) -> LTEStrategy:
@@ -562,25 +562,6 @@ def test_an_output_of_several_heads_is_one() -> None:
 
     trainer(strategy(execution="sequential"), max_steps=1, callbacks=[Watcher()]).fit(Outputs(), loader())
     assert seen[0]["logits"].shape == (16, 3) and seen[0]["mean"].shape == (4,) and seen[0]["loss"].dim() == 0
-
-
-def test_compiled_modules_keep_their_graphs_over_merges() -> None:
-    model = make_net().float()
-    from lightning_lte import Explorer, LTEConfig
-
-    opt = adamw(model.parameters())
-    explorer = Explorer(model, opt, LTEConfig(4, 2, rank=RANK, execution="batched"))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch._dynamo.utils.counters.clear()
-    for step in range(6):
-        x, y = make_data(16, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(compiled(x.float()), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_importing_the_package_is_enough_in_a_fresh_process() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,20 @@ class LayerState:
     user_slots: list[Slot] = field(default_factory=list)
 
     @property
-    def head(self) -> int | None:
-        """The local head that acts alone, or None while all act."""
-        position: int | Literal["all"] | None = self.switch.position
+    def head(self) -> int | Tensor | None:
+        """The local head that acts alone, or None while all act.
+
+        Inside torch.compile its number is a tensor (1,): for each value of a plain one there would be another graph.
+        """
+        switch = self.switch
+        if torch.compiler.is_compiling():
+            return switch.number if switch.acting == "one" else None
+        position = switch.position
         return None if position == "all" else position
 
     def stack(self, key: str) -> Tensor | None:
         """What each head has in place of a parameter while all act; None while the layer's own is meant."""
-        own = self.stacks.get(key) if self.switch.position == "all" else None
+        own = self.stacks.get(key) if self.switch.acting == "all" else None
         if own is None or key not in self.users or self.users[key].requires_grad:
             return own
         # What users freeze for a while (toggled optimizers do) must not learn meanwhile.
@@ -57,7 +63,7 @@ class LayerState:
     @property
     def count(self) -> int:
         """How many heads share the input: n while all act, else 1."""
-        return self.switch.count if self.switch.position == "all" else 1
+        return self.switch.count if self.switch.acting == "all" else 1
 
 
 class HeadedLayer(nn.Module):
@@ -141,7 +147,7 @@ def acting_state(layer: nn.Module) -> LayerState | None:
     """The state of a layer that has to compute otherwise than its own class does, in this forward; else None."""
     # A layer made by `type(self)(...)` in code of the user's has the class and no state.
     state: LayerState | None = layer.__dict__.get(STATE)
-    if state is None or state.switch.position is None or not (state.factors or state.switch.position == "all"):
+    if state is None or state.switch.acting is None or not (state.factors or state.switch.acting == "all"):
         return None
     if state.switch.left_out and layer in state.switch.left_out:
         return None

@@ -1,0 +1,144 @@
+"""Memory formats, activation checkpointing and offload: how activations are laid out and kept is the user's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lte import LTEStrategy
+from tests.modules import CLASSES, RANK, Kinds, Module, Recorder, clone, make_data, make_net, sgd, trainer
+
+HEADS = 4
+WAYS: list[dict[str, Any]] = [
+    {"heads": HEADS, "execution": "batched"},
+    {"heads": HEADS, "execution": "sequential"},
+    {"heads": HEADS, "execution": "batched", "freeze_a": True},
+    {"heads": 1},
+]
+per_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(str(v) for v in way.values()))
+LAST = torch.channels_last
+
+# ---- channels last
+
+
+class Convolutions(nn.Module):
+    """Keeps what its convolutions give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.groups = nn.Conv2d(16, 32, 3, stride=2, groups=2, bias=False)
+        self.circular = nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.out = nn.Linear(16, CLASSES)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = []
+        for layer in (self.first, self.groups, self.circular, self.up):
+            x = layer(x)
+            self.seen.append(x)
+            x = torch.tanh(x)
+        return self.out(x.mean((2, 3)))
+
+
+def images(samples: int = 48) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return DataLoader(TensorDataset(x, torch.arange(samples) % CLASSES), batch_size=16)
+
+
+class Formatted(Module):
+    format = LAST
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0].contiguous(memory_format=self.format)), batch[1])
+
+
+class Plain(Formatted):
+    format = torch.contiguous_format
+
+
+@per_way
+def test_convolutions_in_channels_last_stay_so(way: dict[str, Any], tmp_path: Path) -> None:
+    ends = []
+    for kind in (Formatted, Plain):
+
+        def look(t: Any, m: Any, last: bool = kind is Formatted) -> list[bool]:
+            weights = [p for p in m.parameters() if p.dim() == 4]
+            laid_out = [t.is_contiguous(memory_format=LAST) and not t.is_contiguous() for t in (*m.net.seen, *weights)]
+            assert len(laid_out) == 8
+            return [own == last for own in laid_out]
+
+        path = tmp_path / "three.ckpt"
+        for steps, resume in ((4, None), (8, path)):
+            module = kind(make_net(Convolutions).to(memory_format=kind.format), sgd)
+            recorder = Recorder(look)
+            t = trainer(LTEStrategy(merge_every=3, rank=RANK, **way), max_steps=steps, callbacks=[recorder])
+            t.fit(module, images(160), ckpt_path=resume, weights_only=False)
+            assert recorder.seen and all(all(own) for own in recorder.seen)
+            t.save_checkpoint(path)
+        ends.append(clone(module.state_dict()))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-11)
+
+
+# ---- what autograd keeps
+
+
+def same(way: dict[str, Any], make: Callable[[bool], Module], data: Any, steps: int = 5) -> None:
+    """Training ends with the same weights, whether `make` is told to save memory or not."""
+    ends = []
+    for saving in (False, True):
+        module = make(saving)
+        trainer(LTEStrategy(merge_every=2, rank=RANK, **way), max_steps=steps).fit(module, data())
+        ends.append(clone(module.state_dict()))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-11)
+
+
+def kinds() -> DataLoader:
+    x, y = make_data(48, width=2 * 6 * 6 + 5)
+    return DataLoader(TensorDataset(x, y), batch_size=16)
+
+
+class OnCPU(Module):
+    """Keeps all activations in a place of their own until backward."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        with save_on_cpu(pin_memory=False):
+            return super().training_step(batch, batch_idx)
+
+
+@per_way
+def test_activations_that_are_offloaded_give_the_same(way: dict[str, Any]) -> None:
+    same(way, lambda saving: (OnCPU if saving else Module)(make_net(Kinds), sgd), kinds)
+
+
+@per_way
+def test_timms_checkpointing_gives_the_same(way: dict[str, Any]) -> None:
+    def make(saving: bool) -> Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = timm.create_model(
+                "vit_tiny_patch16_224",
+                img_size=8,
+                patch_size=4,
+                embed_dim=24,
+                depth=2,
+                num_heads=2,
+                num_classes=CLASSES,
+            )
+        net.set_grad_checkpointing(saving)
+        return Module(net.double(), sgd)
+
+    same(way, make, images)
