@@ -169,6 +169,7 @@ AS_THE_DEFAULTS = {
     "replicas": "merge",
     "norms": "replica",
     "init": "orthogonal",
+    "freeze_a": False,
     "outer_optimizer": None,
     "wire": "float32",
     "full_rank_steps": 0,
