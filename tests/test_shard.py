@@ -526,10 +526,11 @@ class Elsewhere(Blocks):
 
 
 def refused(what: str) -> str:
-    if what in ("manual", "heads", "precision"):
+    if what in ("manual", "heads", "precision", "sharded"):
         module = Shared()
         module.automatic_optimization = what != "manual"
-        strategy = LTEStrategy(2 if what == "heads" else None, shard=2)
+        files: Any = "sharded" if what == "sharded" else "gathered"
+        strategy = LTEStrategy(2 if what == "heads" else None, shard=2, checkpoint=files)
         options = {"precision": "bf16-true"} if what == "precision" else {}
         with pytest.raises(ValueError) as error:
             trainer(strategy, devices=2, max_steps=1, **options).fit(module, loader())
@@ -547,6 +548,7 @@ def refused(what: str) -> str:
     [
         ("manual", "received shard=2 and a module in manual optimization"),
         ("heads", "received heads=2 for 1 groups of 2 devices. Give heads=1, or heads=None"),
+        ("sharded", "received shard=2 with checkpoint='sharded'. Give checkpoint='gathered'"),
         ("precision", "received precision='bf16-true'"),
         ("as a tensor", "net.enter (it is used outside its layer, too). Give exclude_modules=['net.enter']"),
         ("past its block", "net.blocks.0.1 was called otherwise. Call the block itself"),
