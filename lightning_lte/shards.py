@@ -110,7 +110,7 @@ class SharedFactors(Factors):
             )
         return weight.detach()
 
-    def current(self, heads: int | slice | tuple[slice, int] = slice(None)) -> Pair:
+    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> Pair:
         A, B, *anchors = (tensor[heads] for tensor in self.gather())
         if not self.weight.requires_grad:
             A, B = A.detach(), B.detach()
