@@ -17,10 +17,12 @@ from torch.optim import Optimizer
 
 from lightning_lte.report import listed
 from lightning_lte.rows import Rows
+from lightning_lte.shards import like, put_, whole
 
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
     from lightning_lte.heads import Factors
+    from lightning_lte.replicas import Replica
     from lightning_lte.transport import Transport
 
 VERSION = 1
@@ -40,6 +42,9 @@ def gather_state(local: State, transport: Transport) -> State | None:
     """
     # What is equal on all devices need not travel.
     equal: State = {} if transport.rank == 0 else {"outer": {}, "remainders": {}}
+    within = transport.within
+    if within is not None:
+        equal["generators"] = within.gather(local["generators"])
     gathered = transport.gather({**local, **equal})
     if gathered is None:
         return None
@@ -50,7 +55,8 @@ def gather_state(local: State, transport: Transport) -> State | None:
         "flights": [_joined_flight(each) for each in zip(*parts["flights"], strict=True)],
         "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
         "buffers": parts["buffers"],
-        "generators": parts["generators"],
+        # The first of the devices that share out a head has those of all of them.
+        "generators": parts["generators"] if within is None else [s for own in parts["generators"] for s in own or ()],
     }
 
 
@@ -91,7 +97,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
         for f in explorer.injection.factors.values():
             saved = state["factors"][f.name]
             for key, tensor in _factor_tensors(f).items():
-                tensor.copy_(layout.mine(saved[key], f.count))
+                put_(tensor, layout.mine(saved[key], f.count))
             f.all_A = None
             f.merged_step = state["merged_steps"].get(f.name, -1)
             if f.remainder is not None:
@@ -111,7 +117,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 merged["replica"].append(replica.name)
                 rows = layout.mean(rows)
             own = layout.mine(rows, len(replica.copies))
-            replica.trained.copy_(own if replica.stack is not None else own[0])
+            put_(replica.trained, own if replica.stack is not None else own[0])
             if replica.stack is not None and len(rows) == state["devices"]:
                 # The devices trained it in place: the module's own has what the first of them had, and no mean.
                 replica.param.copy_(layout.mean(rows)[0])
@@ -169,7 +175,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 own = layout.mine(rows, copies)
                 own = own if param in stacked and of_heads else own[0]
                 # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
-                here[key] = own.clone() if own.dim() == 0 and param.dim() else own.to(param.device).clone()
+                own = own.clone() if own.dim() == 0 and param.dim() else own.to(param.device).clone()
+                here[key] = like(param, own)
             _place_step(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
     return averaged
@@ -338,7 +345,8 @@ def set_generators(state: Mapping[str, Any]) -> None:
 
 
 def local_state(explorer: Explorer, closing: bool = False) -> State:
-    """What this device holds; on one device, all that `scatter_state` needs.
+    """What this device holds; on one device, all that `scatter_state` needs. Where devices share out a head, a
+    collective of theirs, and each has all of it.
 
     Args:
         explorer: whose state it is.
@@ -360,6 +368,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "version": VERSION,
         "heads": explorer.config.heads,
         "devices": explorer.transport.world_size,
+        "shard": explorer.config.shard,
         "after_merge": explorer.config.after_merge,
         "freeze_a": explorer.config.freeze_a,
         "full_rank": explorer.full_rank,
@@ -376,8 +385,8 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
-        "factors": {f.name: {k: t.detach().cpu() for k, t in _factor_tensors(f).items()} for f in factors},
-        "replicas": {replica.name: {"value": replica.copies.cpu()} for replica in injection.replicas},
+        "factors": {f.name: {k: whole(t.detach()).cpu() for k, t in _factor_tensors(f).items()} for f in factors},
+        "replicas": {replica.name: {"value": _whole_copies(replica)} for replica in injection.replicas},
         "statistics": {name: {"value": rows} for name, rows in explorer.statistics.rows().items()},
         "optimizers": optimizers,
         # On one device the state_dict has them.
@@ -391,11 +400,16 @@ def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in named.items() if tensor is not None}
 
 
+def _whole_copies(replica: Replica) -> Tensor:
+    rows = whole(replica.trained.detach()).cpu()
+    return rows.unsqueeze(0) if replica.stack is None else rows
+
+
 def _saved(param: nn.Parameter, value: Any, per_head: bool) -> Any:
     """One entry of an optimizer's state: a tensor says whose its rows are, all else is kept as it is."""
     if not isinstance(value, Tensor):
         return value
-    value = value.detach().cpu()
+    value = whole(value.detach()).cpu()
     # The factors of some optimizers' moments have the heads as dimension 0, too.
     if per_head and value.dim() == param.dim() and value.shape[0] == param.shape[0]:
         return {"heads": value}

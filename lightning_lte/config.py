@@ -100,6 +100,8 @@ class LTEConfig:
         bad_heads: what becomes of heads that are not finite at a merge, in their factors, replicas or optimizer
             moments: "restart" leaves them out of it and lets them start again from the merged weights; "stop" ends
             training with an error that names them, and no weight is changed.
+        shard: k, devices that share out one head's work: W, replicas, factors, anchors and moments by rows, with FSDP2.
+            1 gives each device the whole model.
 
     A pattern is a regular expression that must match a name as a whole or its end from a dot on: "fc1" matches
     "blocks.0.mlp.fc1". Names are those of modules, and of parameters where one module has several weights
@@ -138,10 +140,11 @@ class LTEConfig:
     stagger: int = 1
     verify_every: int | None = None
     bad_heads: BadHeads = "restart"
+    shard: int = 1
 
     def __post_init__(self) -> None:
         counts = ("heads", "merge_every", "rank", "seed", "full_rank_steps", "overlap", "stagger", "verify_every")
-        for name in (*counts, "alpha", "reset_moments"):
+        for name in (*counts, "alpha", "reset_moments", "shard"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
         object.__setattr__(self, "grow_heads", check_growth(self.heads, self.grow_heads))
@@ -221,8 +224,29 @@ class LTEConfig:
         if self.verify_every is not None:
             _check_count("verify_every", self.verify_every, "verify_every=100")
         _check_choice("bad_heads", self.bad_heads, get_args(BadHeads))
+        _check_count("shard", self.shard, "shard=2")
+        self._check_shard()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
+
+    def _check_shard(self) -> None:
+        plain = {
+            "payload": ("auto", "dense"),
+            "wire": ("float32", "bfloat16"),
+            "reset_moments": (0,),
+            "outer_optimizer": (None,),
+            "full_rank_steps": (0,),
+            "overlap": (0,),
+            "grow_heads": ({},),
+            "freeze_a": (False,),
+        }
+        others = [name for name, values in plain.items() if getattr(self, name) not in values]
+        if self.shard > 1 and others:
+            received = ", ".join(f"{name}={getattr(self, name)!r}" for name in others)
+            raise ValueError(
+                f"Devices that share out a head can't do all that others can; received shard={self.shard} with"
+                f" {received}. Leave {'these' if len(others) > 1 else 'it'} out, or give shard=1."
+            )
 
     def local_heads(self, world_size: int) -> int:
         """Heads per device, n = N / world_size.

@@ -19,7 +19,7 @@ from lightning_lte.heads import Factors
 from lightning_lte.merge import MergeRecord, add_mean_deltas
 from lightning_lte.merging import Merging
 from lightning_lte.replicas import average_gradients
-from lightning_lte.report import listed
+from lightning_lte.report import excluding, listed
 from lightning_lte.transport import Transport
 
 # Steps after which an optimizer that never steps is waited for no longer.
@@ -219,11 +219,11 @@ class Explorer(Merging):
         if not self._is_settling:
             return
         steps = [clock.step for clock in self.clocks]
-        if self.transport.world_size > 1 and steps == self._asked_at:
+        if self.transport.devices > 1 and steps == self._asked_at:
             return  # devices need not run closures, or backwards, equally often
         self._asked_at = steps
         found = self.guard.found(settling=True)
-        if self.transport.world_size == 1 and self._takes_all(found):
+        if self.transport.devices == 1 and self._takes_all(found):
             return
         with self.transport.meeting(f"the look at the first gradients {self.where}"):
             self._demote(self.transport.union(found, self.transport.timeout_s))
@@ -307,14 +307,19 @@ class Explorer(Merging):
             self.merge()
         self.close()
 
-    def close(self) -> None:
-        """Give the module and the optimizers back without a merge. `state_dict` stays available."""
+    def close(self, keep_state: bool = True) -> None:
+        """Give the module and the optimizers back without a merge.
+
+        Args:
+            keep_state: whether `state_dict` stays available; False where devices that share out a head can't meet.
+        """
         if self._closed is not None:
             return
         try:
             # An exception may have come in the turn of a head.
             self.select(None)
-            self._closed = checkpoint.local_state(self, closing=True)
+            if keep_state:
+                self._closed = checkpoint.local_state(self, closing=True)
         finally:
             self.give_back()
 
@@ -396,6 +401,7 @@ class Explorer(Merging):
     def _look(self, look_at_bits: bool) -> None:
         """Look for what heads can't train, after the first steps."""
         found = self.guard.found(settling=False, look_at_bits=look_at_bits)
+        self._refuse_if_shared_out(found)
         if not found or self._takes_all(found):
             return
         if self.transport.world_size == 1:
@@ -426,6 +432,7 @@ class Explorer(Merging):
             self._demote(self.transport.union(found, self.transport.timeout_s))
 
     def _demote(self, reasons: dict[str, str]) -> None:
+        self._refuse_if_shared_out(reasons)
         if not reasons:
             return
         reasons = self.with_neighbours(reasons)
@@ -438,6 +445,15 @@ class Explorer(Merging):
             frozen = self.config.replicas == "freeze"
             what = "Not trained any more, as replicas are frozen" if frozen else "Trained without heads, as replicas"
             warnings.warn(f"{what}: {why}.", stacklevel=2)
+
+    def _refuse_if_shared_out(self, reasons: Mapping[str, str]) -> None:
+        """Raise where roles can't change any more, as devices share out the weights."""
+        if reasons and self.transport.within is not None:
+            why = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+            raise RuntimeError(
+                f"With shard=k, weights with heads must be used by their layers and written by merges alone; these are"
+                f" not: {why}. Give {excluding(list(reasons))}; or train without `shard`."
+            )
 
     def _takes_all(self, found: Mapping[str, str]) -> bool:
         """Whether all weights were written at once, and heads go on from them."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.shards import local
 from lightning_lte.transport import Transport
 
 
@@ -52,7 +53,7 @@ def clip_grad_norm_(
     shared: list[Tensor] = []
     for param in params:
         if param.grad is not None:
-            (own if param in per_head else shared).append(param.grad)
+            (own if param in per_head else shared).append(local(param.grad))
     if not own and not shared:
         return torch.zeros(count)
     device = (own or shared)[0].device
@@ -62,6 +63,8 @@ def clip_grad_norm_(
         squared = squared + torch.linalg.vector_norm(gradient.flatten(1), dim=1).to(squared).square()
     for gradient in shared:
         squared = squared + torch.linalg.vector_norm(gradient).to(squared).square()
+    if transport.within is not None:
+        transport.within.sum_([squared])
     norms = squared.sqrt()
     # As torch.nn.utils.clip_grad_norm_ does, the small number included.
     coefficients = (max_norm / (norms + 1e-6)).clamp(max=1.0)

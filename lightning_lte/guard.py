@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lte.heads import Factors
 from lightning_lte.report import excluding, listed
+from lightning_lte.shards import local
 from lightning_lte.trial import USED, WRITTEN, checksum
 
 
@@ -79,7 +80,7 @@ class Guard:
             look_at_bits: also for writes that went past autograd (`weight.data`).
         """
         reasons: dict[str, str] = {}
-        versions = {w.name for w in self._watched if w.param._version != w.version} if settling else set()
+        versions = {w.name for w in self._watched if local(w.param)._version != w.version} if settling else set()
         changed = versions | self._changed(look_at_bits)
         for w in self._watched:
             reason = WRITTEN if w.name in changed else USED if w.param.grad is not None else None
@@ -117,19 +118,19 @@ class Guard:
 
     def _accept(self, watched: list[Watched]) -> None:
         for w, value in zip(watched, _checksums(watched), strict=True):
-            w.version, w.checksum = w.param._version, value
+            w.version, w.checksum = local(w.param)._version, value
             if w.factors is not None and w.factors.trial is not None:
                 w.factors.trial.accept_writes()
 
     def _changed(self, look_at_bits: bool) -> set[str]:
-        suspects = [w for w in self._watched if look_at_bits or w.param._version != w.version]
+        suspects = [w for w in self._watched if look_at_bits or local(w.param)._version != w.version]
         changed = set()
         for w, value in zip(suspects, _checksums(suspects), strict=True):
             if value != w.checksum:
                 changed.add(w.name)
             else:
                 # Swapped out and in again, as averaged weights are for validation.
-                w.version = w.param._version
+                w.version = local(w.param)._version
         return changed
 
 
@@ -140,7 +141,7 @@ def _checksums(watched: list[Watched]) -> list[int]:
     sums = [0] * len(watched)
     for indices in by_device.values():
         # One wait for the device, not one for each parameter.
-        found = torch.stack([checksum(watched[i].param) for i in indices]).tolist()
+        found = torch.stack([checksum(local(watched[i].param)) for i in indices]).tolist()
         for i, value in zip(indices, found, strict=True):
             sums[i] = value
     return sums

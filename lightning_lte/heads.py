@@ -117,16 +117,14 @@ class Factors:
         self.matrices = m = matrices or Matrices.of(weight)
         self.name, self.weight, self.rank, self.scale = name, weight, rank, scale
         self.first, self.seed, self.init, self.freeze_a = first, seed, init, freeze_a
-        empty = weight.detach().new_empty(count, *m.lead, rank, m.in_features)
-        self.A = nn.Parameter(empty, requires_grad=not freeze_a)
-        self.B = nn.Parameter(weight.detach().new_zeros(count, *m.lead, m.out_features, rank))
-        with torch.no_grad():
-            self.A.copy_(self.draw())
+        first_A = self._drawn(count).expand(count, *m.lead, rank, m.in_features)
+        self.A = nn.Parameter(self._shared(first_A), requires_grad=not freeze_a)
+        self.B = nn.Parameter(self._shared(torch.zeros(count, *m.lead, m.out_features, rank, device="cpu")))
         self.trained = {"B": self.B} if freeze_a else {"A": self.A, "B": self.B}
         self.anchor_A = self.A.detach().clone() if keep and not freeze_a else None
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
-        self.remainder = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if half else None
+        self.remainder = torch.zeros_like(self.shard, dtype=torch.float32) if half else None
         self.error: Tensor | None = None
         self.all_A: Tensor | None = None
         self.merging_from: int | None = None
@@ -141,13 +139,24 @@ class Factors:
         """n, the number of local heads."""
         return self.A.shape[0]
 
+    @property
+    def shard(self) -> Tensor:
+        """What this device holds of W, and writes at merges: all of it, unless devices share it out."""
+        return self.weight
+
+    def _shared(self, value: Tensor) -> Tensor:
+        """What this device keeps of a factor, in W's dtype and on its device: all of it."""
+        return value.to(self.weight.device, self.weight.dtype, copy=True).contiguous()
+
     def draw(self, merges: int = 0) -> Tensor:
         """A fresh A for every local head, (n, *lead, rank, in), on the CPU.
 
         It depends on (seed, layer name, head number, merges) alone, and the user's random stream is left untouched.
         """
-        heads = range(self.first, self.first + self.count)
-        return torch.stack([self._draw_one(head, merges) for head in heads])
+        return self._drawn(self.count, merges)
+
+    def _drawn(self, count: int, merges: int = 0) -> Tensor:
+        return torch.stack([self._draw_one(head, merges) for head in range(self.first, self.first + count)])
 
     def _draw_one(self, head: int, occasion: int | str) -> Tensor:
         m = self.matrices
@@ -220,11 +229,9 @@ class Factors:
             A, B = A.detach(), B.detach()
         if self.anchor_B is None:
             return A, B
-        learned = B - self.anchor_B[heads]
         if self.anchor_A is None:
-            return A, learned
-        anchor_A = self.anchor_A[heads]
-        return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, learned], dim=-1)
+            return A, B - self.anchor_B[heads]
+        return difference(A, B, self.anchor_A[heads], self.anchor_B[heads])
 
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:
@@ -244,11 +251,15 @@ class Factors:
     @torch.no_grad()
     def sum_of_products(self, A: Tensor, B: Tensor) -> Tensor:
         """s * sum over heads of B A in W's shape, for A (heads, *lead, ., in) and B (heads, *lead, out, .)."""
+        return self.matrices.as_weight(self._product(A, B), self.weight.shape)
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """s * sum over heads of B A, (*lead, out, in)."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         # One matrix product whose inner dimension runs over heads and ranks: sum_h B_h A_h.
         A = A.to(dtype).movedim(0, -3).flatten(-3, -2)
         B = B.to(dtype).movedim(0, -2).flatten(-2)
-        return self.matrices.as_weight(self.scale * (B @ A), self.weight.shape)
+        return self.scale * (B @ A)
 
     @torch.no_grad()
     def squared_norms(self, good: Tensor) -> Tensor:
@@ -262,27 +273,30 @@ class Factors:
     def add(self, delta: Tensor) -> None:
         """Write W <- W + delta. In half precision, what W can't hold is carried to the next merge."""
         if self.remainder is None:
-            self.weight.add_(delta.to(self.weight.dtype))
+            self.shard.add_(delta.to(self.weight.dtype))
         else:
-            self.write(self.weight.float() + self.remainder + delta)
+            self.write(self.shard.float() + self.remainder + delta)
 
     @torch.no_grad()
     def exact(self) -> Tensor:
         """A copy of W in float32 or better, with what a half-precision W could not hold."""
-        return self.weight.detach().clone() if self.remainder is None else self.weight.float() + self.remainder
+        return self.shard.detach().clone() if self.remainder is None else self.shard.float() + self.remainder
 
     @torch.no_grad()
     def write(self, exact: Tensor) -> None:
         """Write W <- exact. In half precision, what W can't hold is kept for the next merge."""
-        self.weight.copy_(exact)
+        self.shard.copy_(exact)
         if self.remainder is not None:
-            self.remainder.copy_(exact - self.weight.float())
+            self.remainder.copy_(exact - self.shard.float())
 
     @torch.no_grad()
     def finite(self) -> Tensor:
         """(n,) bool: whether a local head's factors are finite, and so small that their product can't overflow."""
+        return self._finite(self.A, self.B)
+
+    def _finite(self, A: Tensor, B: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        A, B = (t.abs().flatten(1).amax(1).to(dtype) for t in (self.A, self.B))
+        A, B = (t.abs().flatten(1).amax(1).to(dtype) for t in (A, B))
         # No element of s B A is larger; and a factor that is not finite makes this so, times zero too.
         return (self.scale * self.rank * A * B).isfinite()
 
@@ -342,6 +356,11 @@ class Factors:
         self.A, self.B = nn.Parameter(A, requires_grad=not self.freeze_a), nn.Parameter(B)
         self.trained = {key: {"A": self.A, "B": self.B}[key] for key in before}
         return {old: self.trained[key] for key, old in before.items()}
+
+
+def difference(A: Tensor, B: Tensor, anchor_A: Tensor, anchor_B: Tensor) -> Pair:
+    """The pair whose product is B A - B' A'; see `Factors.current`."""
+    return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
 
 
 def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:

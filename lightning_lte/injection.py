@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +16,7 @@ from lightning_lte.layers.base import HeadedLayer, LayerState, enter, find_slots
 from lightning_lte.replicas import Replica, Replicas
 from lightning_lte.report import Entry, Report
 from lightning_lte.roles import Role, decide
+from lightning_lte.shards import SharedFactors, is_shared_out
 from lightning_lte.switch import Switch
 
 
@@ -216,7 +219,10 @@ def inject(
         injection.report.entries.append(Entry(role.name, tuple(role.param.shape), role.kind, role.reason))
         if role.kind == "factored":
             owner = role.owner
-            f = Factors(
+            kind: Any = Factors
+            if is_shared_out(role.param):
+                kind = partial(SharedFactors, place=(owner.module, owner.key))
+            f = kind(
                 owner.weight_name,
                 role.param,
                 rank=role.rank,

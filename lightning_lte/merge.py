@@ -18,6 +18,7 @@ from lightning_lte.payload import Payload, grouped
 from lightning_lte.replicas import Replicas
 from lightning_lte.report import listed
 from lightning_lte.running_statistics import RunningStatistics
+from lightning_lte.shards import local
 from lightning_lte.transport import Transport
 from lightning_lte.trial import checksum
 
@@ -204,12 +205,16 @@ class Merge:
     def _settle_interrupted(self, states: States) -> None:
         """Finish what an earlier try left half done: it was interrupted after it had written W."""
         for f in self.factors:
-            if f.merging_from is not None and f.weight._version != f.merging_from:
+            if f.merging_from is not None and f.shard._version != f.merging_from:
                 _settle(f, states, self._config, None, self.number, f.merging)
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
         self._good = _finite([*self.factors, *self._others], self.replicas, states).to(self._device)
+        within = self._transport.within
+        if within is not None:
+            # A head is good if it is so on all devices that share it out.
+            self._good = within.stack(self._good.to(torch.uint8).unsqueeze(0)).bool().all(0)
 
     def _exchange_good(self) -> None:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
@@ -252,7 +257,7 @@ class Merge:
             delta = payload.total(f, self._good_all) / self._good_total
             if self._measure:
                 self._squared_mean = self._squared_mean.to(delta) + delta.square().sum()
-            f.merging_from, f.merging = f.weight._version, payload.merged(f)
+            f.merging_from, f.merging = f.shard._version, payload.merged(f)
             if outer is None:
                 f.add(delta)
             else:
@@ -286,6 +291,8 @@ class Merge:
                 _restart(f, states, ~self._good, self.number)
         norm = disagreement = None
         if self._measure:
+            if self._transport.within is not None:
+                self._transport.within.sum_([self._squared_mean])
             norm = float(self._squared_mean.sqrt())
             if norm > 0:
                 ratio = float(self._squared_heads) / self._good_total / norm**2
@@ -325,7 +332,7 @@ def verify(factors: Sequence[Factors], transport: Transport, number: int, step: 
     """
     if transport.world_size == 1 or not factors:
         return
-    sums = transport.stack(torch.stack([checksum(f.weight) for f in factors]).unsqueeze(0))
+    sums = transport.stack(torch.stack([checksum(f.shard) for f in factors]).unsqueeze(0))
     differ = (sums != sums[:1]).any(0).tolist()
     if any(differ):
         names = [f.name for f, unlike in zip(factors, differ, strict=True) if unlike]
@@ -373,8 +380,9 @@ def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> T
     checks = [f.finite() for f in factors]
     others = replicas.finite()
     checks += [] if others is None else [others]
-    own = [p for f in factors for p in f.trained.values()] + [r.trained for r in replicas if r.count == replicas.count]
-    for moment in (moment for p in own for moment in _moments(p, states.get(p, {}), replicas.count)):
+    trained = [p for f in factors for p in f.trained.values()]
+    trained += [r.trained for r in replicas if r.count == replicas.count]
+    for moment in (moment for p in trained for moment in _moments(p, states.get(p, {}), replicas.count)):
         checks.append(moment.isfinite().reshape(replicas.count, -1).all(1).to(checks[0].device))
     return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
 
@@ -423,7 +431,7 @@ def _zero_moments(param: nn.Parameter, state: Mapping[str, Any], heads: Tensor) 
     for moment in _moments(param, state, len(heads)):
         if len(heads) > 1:
             moment[heads] = 0
-        elif bool(heads) and moment.shape == param.shape:
+        elif bool(heads) and moment.shape == local(param).shape:
             moment.zero_()
         elif bool(heads):
             moment.nan_to_num_(0, 0, 0)
@@ -439,7 +447,7 @@ def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[T
     """
     # The step count of a scalar parameter has its shape, too.
     kept = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
-    return [value for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
+    return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
 
 
 def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:

@@ -21,6 +21,7 @@ from lightning_lte.optimizers import check_optimizers
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.replicas import Replicas
 from lightning_lte.schedule import as_schedule
+from lightning_lte.shards import is_shared_out, local
 from lightning_lte.trainees import Trainees
 from lightning_lte.transport import Transport
 
@@ -53,6 +54,7 @@ class Merging(Trainees):
     ) -> None:
         self.transport = transport
         count = config.local_heads(transport.world_size)
+        _check_sharing(optimizers, config, transport, count)
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(optimizers, config.most_heads // transport.world_size)
         super().__init__(module, optimizers, config, count, transport.rank * count)
@@ -236,8 +238,10 @@ class Merging(Trainees):
         return record
 
     def _told(self) -> Tensor:
-        """What this device tells the others, (1, flags) uint8."""
-        return torch.tensor([list(self.flags.values())], dtype=torch.uint8, device=self._device)
+        """What this device tells the others, or what those tell that share out a head with it, (1, flags) uint8."""
+        told = torch.tensor([list(self.flags.values())], dtype=torch.uint8, device=self._device)
+        within = self.transport.within
+        return told if within is None else within.stack(told).amax(0, keepdim=True)
 
     def _hear_of(self, told: Tensor) -> None:
         heard = told.bool().cpu().unbind(1)
@@ -273,7 +277,7 @@ class Merging(Trainees):
             # Users may freeze for a while what DDP reduces all the same.
             own = [p for p, trainer in self.trained_by.items() if trainer == number]
             self._reduced.update(p for p in own if p.requires_grad)
-            self._ddp_bytes += self.transport.bytes_of_sum(sum(p.nbytes for p in own if p in self._reduced))
+            self._ddp_bytes += self.transport.bytes_of_sum(sum(local(p).nbytes for p in own if p in self._reduced))
 
     @property
     def _device(self) -> torch.device:
@@ -313,3 +317,26 @@ class Merging(Trainees):
             group = stagger - 1 if dealt else (2 * before + p.numel()) * stagger // (2 * total)
             self.groups.setdefault(p, group)
             before += p.numel()
+
+
+def _check_sharing(optimizers: Sequence[Optimizer], config: LTEConfig, transport: Transport, count: int) -> None:
+    """Raise if the parameters, the configuration and the transport don't agree on who shares out what.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    size = 1 if transport.within is None else transport.within.world_size
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    shared = sum(is_shared_out(p) for p in params)
+    if size != config.shard or shared != (len(params) if size > 1 else 0):
+        raise ValueError(
+            "With shard=k, groups of k devices share out all trained parameters, which are those of the module after"
+            f" `Sharding`; received shard={config.shard}, groups of {size}, and {shared} of {len(params)} parameters"
+            " of the optimizers shared out. Give Transport.sharing(k, ...), use `Sharding` before optimizers are made,"
+            " and train only what the module has."
+        )
+    if size > 1 and count > 1:
+        raise ValueError(
+            f"With shard=k a group of devices has one head; received heads={config.heads} for {transport.world_size}"
+            f" groups of {size} devices. Give heads={transport.world_size}, or heads=None."
+        )

@@ -68,7 +68,7 @@ class Payload:
         if self._wire == "int8" and self._transport.world_size > 1:
             for f in self._dense:
                 if f.error is None:
-                    f.error = torch.zeros(f.weight.shape, device=f.weight.device)
+                    f.error = torch.zeros(f.shard.shape, device=f.shard.device)
         else:
             for f, delta in zip(self._dense, self._deltas, strict=True):
                 if f.error is not None:
@@ -156,6 +156,8 @@ def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: Pa
     inexact = factors.anchor_B is None or (factors.freeze_a and factors.remainder is not None)
     if wire != "float32" and inexact:
         return True
+    if factors.shard is not factors.weight:
+        return True  # of what devices share out, each sends its own rows
     if kind != "auto":
         return kind == "dense"
     dense, local = sizes(factors, wire)
@@ -183,9 +185,9 @@ def grouped(factors: Sequence[Factors], transport: Transport) -> list[list[Facto
     groups: list[list[Factors]] = [[]]
     size = 0
     for f in factors:
-        if groups[-1] and size + f.weight.numel() * 4 > GROUP_BYTES:
+        if groups[-1] and size + f.shard.numel() * 4 > GROUP_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(f)
-        size += f.weight.numel() * 4
+        size += f.shard.numel() * 4
     return groups

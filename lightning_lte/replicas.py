@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte.roles import Owner
+from lightning_lte.shards import local, with_part
 from lightning_lte.transport import Transport
 
 
@@ -99,8 +100,8 @@ class Replica:
 
     @property
     def copies(self) -> Tensor:
-        """The local copies, (k, *shape): k = n for a stack, else 1."""
-        return self.param.detach().unsqueeze(0) if self.stack is None else self.stack.detach()
+        """The local copies, (k, *shape): k = n for a stack, else 1; of what devices share out, this one's part."""
+        return local(self.param).detach().unsqueeze(0) if self.stack is None else self.stack.detach()
 
 
 class Replicas:
@@ -168,7 +169,7 @@ class Replicas:
                 wide = torch.promote_types(wide, torch.float64)
             if replica.stack is None:
                 # Local heads share it, so it counts once for each of them.
-                total = replica.param.to(wide, copy=True) * good.sum()
+                total = local(replica.param).to(wide, copy=True) * good.sum()
                 if not good.any():
                     total.zero_()
             else:
@@ -189,15 +190,15 @@ class Replicas:
         for replica, total, before in self._taken:
             mean = (total / good_total).to(replica.param.dtype)
             if before is None:
-                own = mean.expand_as(replica.copies)
+                copies = mean.expand_as(replica.copies)
             else:
                 # One that was not finite starts from the mean.
-                own = mean + (replica.copies - before).nan_to_num(0, 0, 0)
+                copies = mean + (replica.copies - before).nan_to_num(0, 0, 0)
             if replica.stack is None:
-                replica.param.copy_(own[0])
+                local(replica.param).copy_(copies[0])
             else:
                 replica.param.copy_(mean)
-                replica.stack.copy_(own)
+                replica.stack.copy_(copies)
         self._taken = []
 
     def taken_state(self) -> dict[str, dict[str, Tensor]]:
@@ -225,8 +226,8 @@ def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> N
         return
     # Every device must send the same tensors, also for a parameter that took no part on one of them.
     had = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
     transport.sum_([*gradients, had])
     for param, gradient, devices in zip(params, gradients, had.tolist(), strict=True):
         # One that took no part on any of them has none: optimizers pass it over.
-        param.grad = gradient / transport.world_size if devices else None
+        param.grad = with_part(param, gradient / transport.world_size) if devices else None

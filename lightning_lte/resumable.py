@@ -13,6 +13,7 @@ from lightning_lte import checkpoint as checkpoints
 from lightning_lte import files, sharded
 from lightning_lte.explorer import Explorer
 from lightning_lte.report import Report
+from lightning_lte.sharding import Sharding
 from lightning_lte.transport import Transport
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Resumable(_Base):
             self._check_checkpoint_io(self._checkpoint_io)
         self._explorer: Explorer | None = None
         self._transport = Transport()
+        self._sharding: Sharding | None = None
         # What a checkpoint saved after `fit` needs of the heads, and the weights that it belongs to.
         self._finished: tuple[checkpoints.State, list[int]] | None = None
         self._report: Report | None = None
@@ -98,9 +100,19 @@ class Resumable(_Base):
             return super().optimizer_state(optimizer)
         return self._explorer.substitution.plain_state(self._bare(optimizer))
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's own, whole; a collective where devices share it out."""
+        return super().lightning_module_state_dict() if self._sharding is None else self._sharding.state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._sharding is None:
+            super().load_model_state_dict(checkpoint, strict)
+        else:
+            self._sharding.load_state_dict(checkpoint["state_dict"], strict)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         explorer, transport = self._explorer, self._transport
-        if transport.world_size != self.world_size:  # no `fit` has made one
+        if transport.devices != self.world_size:  # no `fit` has made one
             transport = Transport(self.world_size, self.global_rank, timeout=self._timeout)
         path = self._shared_path(filepath, storage_options) if self._checkpoint == "sharded" else None
         with transport.meeting(f"a checkpoint {'outside training' if explorer is None else explorer.where}"):
@@ -177,7 +189,7 @@ class Resumable(_Base):
         if explorer.full_rank:
             super().load_optimizer_state_dict(checkpoint)
         explorer.rest()
-        devices, streams = state["devices"], state["generators"]
+        devices, streams = state["devices"] * state.get("shard", 1), state["generators"]
         # On another number of devices there is no telling whose stream goes on where.
         self._generators = streams[self.global_rank] if devices == self.world_size else {}
         if devices != self.world_size:

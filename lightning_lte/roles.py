@@ -15,6 +15,7 @@ from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import made_class
 from lightning_lte.layers.embedding import HeadedEmbedding
 from lightning_lte.report import listed
+from lightning_lte.shards import local, users_class
 
 _BASES = (
     nn.Linear,
@@ -208,7 +209,7 @@ def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:
             return matrices
     if owner.key == "bias":
         return "a bias"
-    kind = type(owner.layer)
+    kind = users_class(owner.layer)
     base = next((base for base in _BASES if isinstance(owner.layer, base)), None)
     if base is None or headed is not None:
         return f"{kind.__name__} is not a layer that can be factored"
@@ -219,8 +220,8 @@ def _twins(owners: _Owners) -> dict[nn.Parameter, list[str]]:
     """Parameters that are others and yet begin at one address, as nn.Parameter(other) makes them."""
     by_address: dict[int, list[nn.Parameter]] = defaultdict(list)
     for param in owners:
-        if param.numel():
-            by_address[param.data_ptr()].append(param)
+        if local(param).numel():
+            by_address[local(param).data_ptr()].append(param)
     return {
         param: [_name(owners[other][0]) for other in group if other is not param]
         for group in by_address.values()

@@ -90,7 +90,7 @@ class RunningStatistics:
         """
         averaged = [s for s in self._statistics if s.buffer.is_floating_point()]
         self._taken, self._sums = [], []
-        if averaged and (transport.world_size > 1 or averaged[0].own):
+        if averaged and (transport.devices > 1 or averaged[0].own):
             stacks = [torch.stack(s.own or [s.buffer]) for s in averaged]
             finite = torch.stack([stack.isfinite().flatten(1).all(1) for stack in stacks])  # (statistics, heads)
             wide = [torch.where(ok.view(-1, *[1] * (s.dim() - 1)), s, 0) for s, ok in zip(stacks, finite, strict=True)]
@@ -100,6 +100,9 @@ class RunningStatistics:
     def exchange(self, transport: Transport) -> None:
         """Sum over all devices. A collective: every device has to call it."""
         transport.sum_(self._sums)
+        if transport.within is not None:
+            # Each device has seen samples of its own, also where several share out a head.
+            transport.within.sum_(self._sums)
 
     @torch.no_grad()
     def land(self) -> None:

@@ -46,6 +46,7 @@ from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
 from lightning_lte.resumable import CheckpointKind, Resumable
 from lightning_lte.schedule import MergeSchedule, as_schedule
+from lightning_lte.sharding import Sharding
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
 from lightning_lte.wire import PayloadKind, Wire
@@ -53,6 +54,9 @@ from lightning_lte.wire import PayloadKind, Wire
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+# What Lightning calls, and uses parameters as a forward does.
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
@@ -70,7 +74,8 @@ class HeadsStrategy(Resumable):
     the arguments.
 
     Args:
-        heads: N, over all devices, a multiple of their number; at the start. None means one per device.
+        heads: N, over all devices, a multiple of their number; at the start. None means one per device, or with `shard`
+            one per group.
         merge_every: T, optimizer steps between merges; or a `MergeSchedule` (`At`, `Piecewise`, `Growing`,
             `BeforeValidation`), or a function (step, last_merge) -> bool.
         preset: "paper" for the paper's own settings: with `after_merge="keep"` its appendix A.2, with "reset" its
@@ -109,6 +114,7 @@ class HeadsStrategy(Resumable):
         bad_heads: heads that are not finite at a merge "restart" from the merged weights, or "stop" training.
         checkpoint: "gathered" on rank 0, which writes one file; or "sharded", where each device writes what it has
             into a directory that all of them see.
+        shard: k, neighbouring devices that share out one head's work and memory with FSDP2.
         **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
 
     Raises:
@@ -153,6 +159,7 @@ class HeadsStrategy(Resumable):
         verify_every: int | None = None,
         bad_heads: BadHeads = "restart",
         checkpoint: CheckpointKind = "gathered",
+        shard: int = 1,
         **kwargs: Any,
     ) -> None:
         self._check_ddp_arguments(kwargs)
@@ -186,6 +193,7 @@ class HeadsStrategy(Resumable):
             stagger=stagger,
             verify_every=verify_every,
             bad_heads=bad_heads,
+            shard=shard,
             **settings,
         )
         self._seed = seed
@@ -197,7 +205,7 @@ class HeadsStrategy(Resumable):
         self._depth: dict[int, int] = {}
         self._manual: ManualOptimization | None = None
         self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
-        self._interrupted = False
+        self._interrupted = self._apart = False
         self._samples_known = False
         self.measure = True
 
@@ -207,7 +215,7 @@ class HeadsStrategy(Resumable):
     def config(self) -> LTEConfig:
         """The choices of this run; `heads=None` is resolved once the number of devices is known."""
         seed = _global_seed() if self._seed is None else self._config.seed
-        return replace(self._config, heads=self._heads or self._world_size, seed=seed)
+        return replace(self._config, heads=self._heads or self._groups, seed=seed)
 
     @property
     def explorer(self) -> Explorer | None:
@@ -226,6 +234,11 @@ class HeadsStrategy(Resumable):
         """Devices; `world_size` of Lightning's is known only once the environment is set up."""
         return self.num_nodes * max(1, self.num_processes)
 
+    @property
+    def _groups(self) -> int:
+        """Groups of devices that share out one head's work: the devices themselves with shard=1."""
+        return max(1, self._world_size // self._config.shard)
+
     def _configure_launcher(self) -> None:
         # One process needs none; Lightning refuses notebooks where there is one.
         if self._world_size > 1:
@@ -237,7 +250,8 @@ class HeadsStrategy(Resumable):
                 "LTE runs on CPU and CUDA devices; received an MPS device, which Lightning's distributed strategies"
                 " don't support. Give Trainer(accelerator='cpu', ...)."
             )
-        self.config.local_heads(self._world_size)
+        self._check_shard()
+        self.config.local_heads(self._groups)
         if self._world_size > 1:
             try:
                 super().setup_environment()
@@ -282,6 +296,11 @@ class HeadsStrategy(Resumable):
         super().connect(model)
         trainer = model.trainer
         self._check_validation(trainer)
+        if self._config.shard > 1 and trainer.state.fn == "fit" and not model.automatic_optimization:
+            raise ValueError(
+                "Devices that share out a head run its backward when its forward is over; received shard="
+                f"{self._config.shard} and a module in manual optimization. Give shard=1, or let Lightning optimize."
+            )
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
@@ -305,7 +324,43 @@ class HeadsStrategy(Resumable):
                 f" {self._world_size} devices measures by itself. Give val_check_interval as a number of batches."
             )
 
+    def _check_shard(self) -> None:
+        """Refuse what devices that share out a head can't do.
+
+        Raises:
+            ValueError: with rule, value and remedy.
+        """
+        shard = self._config.shard
+        if self._world_size % shard:
+            raise ValueError(
+                f"shard must divide the number of devices; received shard={shard} on {self._world_size} devices. Give"
+                " a divisor of it, or 1 for the whole model on each device."
+            )
+        if shard > 1 and self._heads not in (None, self._groups):
+            raise ValueError(
+                f"With shard=k a group of k devices has one head; received heads={self._heads} for"
+                f" {self._groups} groups of {shard} devices. Give heads={self._groups}, or heads=None."
+            )
+        if shard > 1 and self._checkpoint != "gathered":
+            raise ValueError(
+                f"With shard=k checkpoints are gathered; received shard={shard} with checkpoint={self._checkpoint!r}."
+                " Give checkpoint='gathered', or shard=1."
+            )
+        if shard > 1 and str(self.precision_plugin.precision) not in ("32-true", "64-true", "bf16-mixed"):
+            raise ValueError(
+                "With shard=k weights are in float32 or float64, and gradients are not scaled; received precision="
+                f"{self.precision_plugin.precision!r}. Give precision='bf16-mixed' or '32-true', or shard=1."
+            )
+
     def setup(self, trainer: Trainer) -> None:
+        if self._config.shard > 1 and trainer.state.fn != "fit":
+            # What DDPStrategy does where it does not fit, with the module shared out in place of copied.
+            assert self.accelerator is not None and self.model is not None
+            self.accelerator.setup(trainer)
+            self.precision_plugin.convert_module(self.model)
+            self._share_out()
+            self.setup_precision_plugin()
+            return
         if self._world_size > 1 or trainer.state.fn == "fit":
             super().setup(trainer)
             return
@@ -318,12 +373,26 @@ class HeadsStrategy(Resumable):
 
     def configure_ddp(self) -> None:
         """Give all devices rank 0's weights. The module is not wrapped: its gradients stay where they are."""
+        if self._config.shard > 1:
+            self._share_out()
+            return
         module = self._module
         transport = Transport(self.world_size, self.global_rank, timeout=self._timeout)
         with torch.no_grad():
             transport.broadcast_([*module.parameters(), *module.buffers()])
         transport.bytes_sent = 0
         self._transport = transport
+
+    def model_to_device(self) -> None:
+        # A module that is shared out may be larger than a device: it goes there in parts.
+        if self._config.shard == 1:
+            super().model_to_device()
+
+    def _share_out(self) -> None:
+        """Give each device its part of rank 0's weights."""
+        shard, timeout = self._config.shard, self._timeout
+        self._transport = Transport.sharing(shard, self.world_size, self.global_rank, timeout)
+        self._sharding = Sharding(self._module, self._transport, self.root_device, _STEPS)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -333,7 +402,7 @@ class HeadsStrategy(Resumable):
             _check_manual_optimization(module, config, config.most_heads // self.world_size)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
-        self._synchronise, self._generators, self._interrupted = True, None, False
+        self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
         # The norms of a merge cost time, and nobody sees them without a logger.
         self.measure = bool(trainer.loggers)
         self._split_batch = getattr(module, "split_batch", None)
@@ -677,7 +746,8 @@ class HeadsStrategy(Resumable):
         last = record.step if record else max(clock.last_whole for clock in explorer.clocks)
         weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
         step = max(clock.step for clock in explorer.clocks)
-        if not explorer.transport.agree(where, _TELL_TIMEOUT_S if in_vain else _AGREE_TIMEOUT_S):
+        self._apart = not explorer.transport.agree(where, _TELL_TIMEOUT_S if in_vain else _AGREE_TIMEOUT_S)
+        if self._apart:
             warnings.warn(
                 f"Training was interrupted at step {step} and the devices could not meet for a last merge: {weights}.",
                 stacklevel=2,
@@ -686,6 +756,7 @@ class HeadsStrategy(Resumable):
         try:
             self._warn_of_restarts(explorer.merge(self.measure, everything=True))
         except Exception as error:
+            self._apart = explorer.transport.lost
             warnings.warn(
                 f"The last merge after {type(exception).__name__} failed, and {weights}: {error}",
                 stacklevel=2,
@@ -701,11 +772,27 @@ class HeadsStrategy(Resumable):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        if self._explorer is not None:
-            explorer, self._explorer = self._explorer, None
-            explorer.close()
+        sharding, self._sharding = self._sharding, None
+        if sharding is not None and self._interrupted and not self._apart:
+            self._apart = not self._transport.agree("the end", _AGREE_TIMEOUT_S)
+        together = sharding is None or not self._apart
+        explorer, self._explorer = self._explorer, None
+        state = None
+        if explorer is not None:
+            explorer.close(keep_state=together)
             # `trainer.save_checkpoint` after `fit` is to be one that training can go on from.
-            self._finished = (explorer.local_state(), [p._version for p in explorer.module.parameters()])
+            if together:
+                state = explorer.local_state()
+        if not together:
+            warnings.warn(
+                "The devices could not meet to put the module together, so each has its part of the weights alone. Load"
+                " the last checkpoint.",
+                stacklevel=2,
+            )
+        elif sharding is not None:
+            sharding.undo(() if explorer is None else explorer.optimizers)
+        if state is not None:
+            self._finished = (state, [p._version for p in self._module.parameters()])
 
     def __repr__(self) -> str:
         text = f"LTEStrategy(heads={self._heads}, merge_every={self._config.merge_every!r})"

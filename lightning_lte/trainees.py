@@ -126,7 +126,10 @@ class Trainees:
 
     def _begin_trials(self) -> None:
         for f in self.injection.factors.values():
-            f.trial = Trial(f.weight)
+            # FSDP puts gradients into weights that it has shared out itself, past the hooks of a trial. One that is
+            # used elsewhere has a gradient all the same, which `Guard` finds.
+            if f.shard is f.weight:
+                f.trial = Trial(f.weight)
 
     def rest(self) -> None:
         """Show the optimizers the user's own parameters; between batches, for those who look."""

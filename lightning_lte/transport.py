@@ -41,8 +41,11 @@ class Transport:
         rank: number of this device.
         group: process group; None for the one of all.
         timeout: for meetings, and the collectives of groups made from this; None for that of the backend.
+        within: to the devices that share out one set of heads' work; None where a device has it for itself. What this
+            transport sends then goes to the devices that have the same share of other heads.
 
     Attributes:
+        devices, device: number of all devices, and of this one among them: those that meet.
         bytes_sent: bytes this device has sent since the start, by the count of a ring: an all-reduce of b bytes sends
             2 b (w - 1) / w, an all-gather of b bytes per device sends b (w - 1), and an exchange of b bytes between all
             sends b (w - 1) / w. Each device receives as much.
@@ -56,11 +59,33 @@ class Transport:
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
+        within: Transport | None = None,
     ) -> None:
         self.world_size, self.rank, self.group, self.timeout = world_size, rank, group, timeout
+        self.within = within
+        size, index = (1, 0) if within is None else (within.world_size, within.rank)
+        self.devices, self.device = world_size * size, rank * size + index
         self.timeout_s = _TIMEOUT_S if timeout is None else timeout.total_seconds()
         self.lost = False
         self.bytes_sent = 0
+
+    @classmethod
+    def sharing(cls, size: int, devices: int, device: int, timeout: timedelta | None = None) -> Transport:
+        """A transport for groups of neighbouring devices that share out one set of heads' work: its `within` reaches
+        the own group, and itself the devices with the same share in all groups. A collective of all devices.
+
+        Args:
+            size: k, devices in a group.
+            devices: number of all devices, a multiple of k.
+            device: number of this one.
+            timeout: see above.
+        """
+        groups = [list(range(first, first + size)) for first in range(0, devices, size)]
+        others = [list(range(index, devices, size)) for index in range(size)]
+        inside: Any = dist.new_subgroups_by_enumeration(groups, timeout)[0]
+        across: Any = dist.new_subgroups_by_enumeration(others, timeout)[0]
+        within = cls(size, device % size, inside, timeout)
+        return cls(devices // size, device // size, across, timeout, within)
 
     def beside(self) -> Transport:
         """A transport whose traffic does not wait for this one's. A collective: every device has to call it."""
@@ -193,7 +218,8 @@ class Transport:
         if self.world_size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self.group)
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        dist.gather_object(value, gathered, dst=first, group=self.group)
         return gathered
 
     @contextmanager
@@ -207,10 +233,10 @@ class Transport:
             RuntimeError: a device did not come before the time was out, or is gone; from torch's own error. NCCL ends
                 the process by itself when the time is out, so there the same is written before.
         """
-        if self.world_size == 1:
+        if self.devices == 1:
             yield
             return
-        key = f"lte/at/{self.rank}"
+        key = f"lte/at/{self.device}"
         # The store does not answer this, so it costs microseconds.
         dist.distributed_c10d._get_default_store().set(key, what)
         start = time.monotonic()
@@ -234,7 +260,7 @@ class Transport:
         store = dist.distributed_c10d._get_default_store()
 
         def ask() -> list[str | None]:
-            keys = [f"lte/at/{rank}" for rank in range(self.world_size)]
+            keys = [f"lte/at/{rank}" for rank in range(self.devices)]
             return [store.get(key).decode() if store.check([key]) else None for key in keys]
 
         heard = _within(_STORE_GRACE_S, ask)
@@ -244,7 +270,7 @@ class Transport:
             late = [f"rank {rank} ({at or 'nowhere yet'})" for rank, at in enumerate(heard) if at != what]
             where = f"Last heard of elsewhere: {'; '.join(late)}." if late else "All had come to it."
         return (
-            f"At {what}, all devices have to meet within {self.timeout_s:g} s; rank {self.rank} gave up after"
+            f"At {what}, all devices have to meet within {self.timeout_s:g} s; rank {self.device} gave up after"
             f" {time.monotonic() - start:.1f} s, as another hangs, is late or is gone. {where} Look into its output,"
             " and go on from the last checkpoint. If devices may be that late, give a longer"
             " LTEStrategy(timeout=timedelta(seconds=...))."
@@ -263,7 +289,7 @@ class Transport:
         """
         answers = self._exchange(json.dumps(dict(values)), timeout_s)
         if answers is None:
-            raise TimeoutError(f"Rank {self.rank} waited {timeout_s:g} s for the other devices in vain.")
+            raise TimeoutError(f"Rank {self.device} waited {timeout_s:g} s for the other devices in vain.")
         together: dict[str, str] = {}
         for answer in answers:
             together = {**json.loads(answer), **together}
@@ -274,14 +300,14 @@ class Transport:
 
         It goes through the store and not through a collective: it may be asked when some devices are gone.
         """
-        if self.world_size == 1:
+        if self.devices == 1:
             return [value]
         store = dist.distributed_c10d._get_default_store()
         question = next(_questions)
-        keys = [f"lte/agree/{question}/{rank}" for rank in range(self.world_size)]
+        keys = [f"lte/agree/{question}/{rank}" for rank in range(self.devices)]
 
         def ask() -> list[str]:
-            store.set(keys[self.rank], value)
+            store.set(keys[self.device], value)
             store.wait(keys, timedelta(seconds=timeout_s))
             return [store.get(key).decode() for key in keys]
 

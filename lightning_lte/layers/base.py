@@ -192,7 +192,9 @@ def enter(layer: nn.Module, headed: type[HeadedLayer], state: LayerState) -> Non
 
 def find_slots(layer: nn.Module, state: LayerState) -> None:
     """Note where the parameters sit that a layer's state has something for."""
-    state.slots = [_slot(layer, path, f.weight) for path, f in state.factors.items()]
+    # A weight that devices share out is another tensor in forwards anyway: it is whole there.
+    own = {path: f for path, f in state.factors.items() if f.shard is f.weight}
+    state.slots = [_slot(layer, path, f.weight) for path, f in own.items()]
     state.user_slots = [_slot(layer, path, param) for path, param in state.users.items()]
 
 
@@ -240,6 +242,13 @@ def slices(layer: nn.Module, x: Tensor, count: int) -> Tensor:
     """
     check_slices(layer, x, count)
     return x.reshape(count, math.prod(x.shape[:-1]) // count, x.shape[-1])
+
+
+def in_shape(y: Tensor, *shape: int) -> Tensor:
+    """What a layer has just computed, in another shape and not as a view, as torch's own layers return it: blocks that
+    devices share out lose their gradients where users write to a view (x += block(x))."""
+    result: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
+    return result
 
 
 def add_per_head(y: Tensor, own: Tensor) -> Tensor:

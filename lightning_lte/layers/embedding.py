@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as, in_shape
 
 
 class HeadedEmbedding(HeadedLayer):
@@ -62,7 +62,7 @@ class HeadedEmbedding(HeadedLayer):
             y = functional.embedding(index, factors.base())
             # Autocast would narrow a product that began with y, which it leaves wide.
             y = torch.add(y, torch.bmm(_rows(own, index, B), A).to(y.dtype), alpha=factors.scale)
-        return y.reshape(*input.shape, y.shape[-1])
+        return in_shape(y, *input.shape, y.shape[-1])
 
 
 def _rows(layer: Any, index: Tensor, tables: Tensor) -> Tensor:

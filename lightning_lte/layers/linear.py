@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Factors, Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, computes_as, slices, state_of
+from lightning_lte.layers.base import HeadedLayer, acting_state, computes_as, in_shape, slices, state_of
 
 
 class HeadedLinear(HeadedLayer):
@@ -74,4 +74,4 @@ def project(
     if own_bias is not None:
         # Under autocast y has fewer bits than the bias, and must not be widened by it.
         y = y + own_bias.unsqueeze(1).to(y.dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return in_shape(y, *x.shape[:-1], y.shape[-1])
