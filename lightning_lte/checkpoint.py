@@ -41,7 +41,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
         transport: to the other devices.
     """
     # What is equal on all devices need not travel.
-    equal: State = {} if transport.rank == 0 else {"outer": {}, "remainders": {}}
+    equal: State = {} if transport.rank == 0 else {"outer": {}, "remainders": {}, "bases": {}}
     within = transport.within
     if within is not None:
         equal["generators"] = within.gather(local["generators"])
@@ -108,7 +108,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 same = len(rows) == layout.world_size
                 # What all devices have lost together is what counts.
                 own = rows[layout.rank] if same else sum(rows[i] for i in range(len(rows))) / layout.world_size
-                f.error = own.to(f.weight.device, copy=True)
+                f.error = own.to(f.A.device, copy=True)
         if explorer.outer is not None:
             explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
         for replica in explorer.injection.replicas:
@@ -385,6 +385,8 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
+        "base": [explorer.config.base, explorer.config.base_copy],
+        "bases": {f.name: f.rounded.state_dict() for f in factors if f.rounded},
         "factors": {f.name: {k: whole(t.detach()).cpu() for k, t in _factor_tensors(f).items()} for f in factors},
         "replicas": {replica.name: {"value": _whole_copies(replica)} for replica in injection.replicas},
         "statistics": {name: {"value": rows} for name, rows in explorer.statistics.rows().items()},

@@ -13,6 +13,7 @@ import numpy as np
 
 from lightning_lte.growth import check_growth
 from lightning_lte.optimizers import MakeOptimizer, check_outer_optimizer
+from lightning_lte.rounded import Base, BaseCopy, check_kernels
 from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.wire import PayloadKind, Wire
 
@@ -87,6 +88,12 @@ class LTEConfig:
             in the head that lost it, or is added the next time, but for bfloat16 sums. Replicas travel in float32.
         payload: what a merge sends for a weight: the "dense" mean delta, the "factors" of all heads, or "auto",
             whichever is fewer bytes.
+        base: what the heads' forwards read of base weights of linear layers, once the first steps have shown which can
+            be factored: "float32" is W itself (in its own dtype), "bfloat16", "int8" with a scale per row, or "nf4" in
+            blocks of 64 numbers. Merges add in W's own dtype, and round anew. Other weights stay as they are.
+        base_copy: where W itself is kept meanwhile: on the "cpu", in the user's own parameter; "sharded", the rows
+            dealt out over the devices; or nowhere, with "error-feedback": what rounding took is kept in int8. See
+            `Rounded`.
         full_rank_steps: optimizer steps of ordinary training before heads begin, with gradients averaged over devices
             at every step. Replicas keep their optimizer state then.
         grow_heads: optimizer step -> N from that step on, each a multiple of the one before; `heads` is N at the start.
@@ -134,6 +141,8 @@ class LTEConfig:
     outer_optimizer: MakeOptimizer | None = None
     wire: Wire = "float32"
     payload: PayloadKind = "auto"
+    base: Base = "float32"
+    base_copy: BaseCopy = "cpu"
     full_rank_steps: int = 0
     grow_heads: Mapping[int, int] = field(default_factory=dict)
     overlap: int = 0
@@ -206,12 +215,26 @@ class LTEConfig:
                 f" took from them; received payload='factors' and wire={self.wire!r}. Give payload='dense', or"
                 " wire='float32'."
             )
+        _check_choice("base", self.base, get_args(Base))
+        _check_choice("base_copy", self.base_copy, get_args(BaseCopy))
+        if self.base == "float32" and self.base_copy != "cpu":
+            raise ValueError(
+                "base_copy says where weights are kept that forwards read in low precision, and with base='float32'"
+                f" they read the weights themselves; received base_copy={self.base_copy!r}. Give base='nf4', for"
+                " instance, as well."
+            )
+        check_kernels(self.base)
         _check_count("full_rank_steps", self.full_rank_steps, "full_rank_steps=1000", least=0)
         _check_count("overlap", self.overlap, "overlap=2", least=0)
         if self.overlap and self.after_merge == "reset":
             raise ValueError(
                 "Heads that train while a merge travels need anchors, which after_merge='reset' has none of; received"
                 f" overlap={self.overlap}. Give after_merge='keep' or overlap=0."
+            )
+        if self.overlap and self.base_copy == "sharded":
+            raise ValueError(
+                "Where the rows of weights are sharded, devices have to meet when a merge lands; received"
+                f" overlap={self.overlap}, which is there to wait for nobody. Give base_copy='cpu' or overlap=0."
             )
         _check_count("stagger", self.stagger, "stagger=4")
         for name in ("overlap", "stagger"):

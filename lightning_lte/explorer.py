@@ -17,7 +17,7 @@ from lightning_lte.gradients import clip_grad_norm_
 from lightning_lte.growth import grow
 from lightning_lte.heads import Factors
 from lightning_lte.merge import MergeRecord, add_mean_deltas
-from lightning_lte.merging import Merging
+from lightning_lte.merging import Merging, restore_bases
 from lightning_lte.replicas import average_gradients
 from lightning_lte.report import excluding, listed
 from lightning_lte.transport import Transport
@@ -299,16 +299,21 @@ class Explorer(Merging):
         if not self._is_settling:
             for f in self.injection.factors.values():
                 f.end_trial()
+            self.round_bases()
         return self._merge_if_due(number, measure)
 
     def finish(self) -> None:
         """Merge what is not merged yet, and give the module and the optimizers back."""
         if self.unmerged:
             self.merge()
+        self.gather_bases()
         self.close()
 
     def close(self, keep_state: bool = True) -> None:
         """Give the module and the optimizers back without a merge.
+
+        No device waits for another for it: weights whose rows are sharded are left rounded, with a warning, unless
+        `gather_bases` came before.
 
         Args:
             keep_state: whether `state_dict` stays available; False where devices that share out a head can't meet.
@@ -321,7 +326,16 @@ class Explorer(Merging):
             if keep_state:
                 self._closed = checkpoint.local_state(self, closing=True)
         finally:
+            rounded = {f.name: f.rounded for f in self.injection.factors.values() if f.rounded is not None}
+            lost = [name for name, r in rounded.items() if r.copy == "sharded" and self.transport.world_size > 1]
+            restore_bases(self.injection.factors.values(), exactly=False)
             self.give_back()
+            if lost:
+                warnings.warn(
+                    f"Training ended where the devices could not meet, so these weights, whose rows are sharded, stay"
+                    f" rounded to {self.config.base}: {listed(lost)}. The last checkpoint has them exactly.",
+                    stacklevel=2,
+                )
 
     def go_sequential(self, reason: str) -> None:
         """Have each local head run by itself from now on, with replicas of its own.
@@ -369,9 +383,24 @@ class Explorer(Merging):
 
     @property
     def weight_names(self) -> set[str]:
-        """Names of the factored weights in the module, those that are tied included; all devices have the same W."""
+        """Names of the factored weights in the module, those that are tied included, that all devices have alike."""
         named = self.module.named_parameters(remove_duplicate=False)
-        return {name for name, param in named if param in self.injection.factors}
+        # `module_state` has those whose rows are sharded on rank 0 alone.
+        alike = {weight for weight, f in self.injection.factors.items() if all(f is not other for other in self.sharded)}
+        return {name for name, param in named if param in alike}
+
+    def module_state(self) -> dict[str, Any]:
+        """The module's `state_dict` with base weights in full on rank 0. A collective: every device has to call it.
+
+        `module.state_dict()` is the same but for weights whose rows are sharded, which it shows as forwards read them.
+        """
+        state = self.module.state_dict()
+        for f in self.sharded:
+            with self.transport.meeting(f"a checkpoint {self.where}"):
+                exact = f.exact()
+            if self.transport.rank == 0:
+                state[self._names[f.weight]] = exact.cpu()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
@@ -384,6 +413,9 @@ class Explorer(Merging):
         for f in self.injection.factors.values():
             f.end_trial()
             f.merged_at = 0
+        if not (self.full_rank or self._is_settling):
+            same = state.get("base") == [self.config.base, self.config.base_copy]
+            self.round_bases(state["bases"] if same else None)
 
     def _average_gradients(self) -> None:
         """Average over devices the gradients of replicas, or of all parameters before heads begin."""
@@ -479,3 +511,4 @@ class Explorer(Merging):
             self._land(flight)
         if self.unmerged and factors:
             add_mean_deltas(factors, self.transport)
+        restore_bases(factors, exactly=True)

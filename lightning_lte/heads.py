@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_lte.config import Init
 from lightning_lte.growth import spread
-from lightning_lte.trial import Trial
+from lightning_lte.rounded import Rounded
+from lightning_lte.trial import Trial, checksum
 
 Pair = tuple[Tensor, Tensor]
 
@@ -90,6 +91,7 @@ class Factors:
         anchor_A, anchor_B: shapes as A and B, or None with `reset`. An A that is frozen is its own anchor: None.
         all_A: with frozen factors, A of all heads of all devices in their order, once a merge has exchanged them.
         remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
+        rounded: W in low precision and its high-precision copy, while forwards read the former; else None.
         error: float32 in W's shape, what sums in int8 have lost so far on this device, or None.
         merging_from: while a merge writes to W, autograd's count of writes to it before; else None.
         merging: while a merge writes to W, the factors that it merges, where they are not those of now.
@@ -125,6 +127,7 @@ class Factors:
         self.anchor_B = self.B.detach().clone() if keep else None
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self.remainder = torch.zeros_like(self.shard, dtype=torch.float32) if half else None
+        self.rounded: Rounded | None = None
         self.error: Tensor | None = None
         self.all_A: Tensor | None = None
         self.merging_from: int | None = None
@@ -174,7 +177,9 @@ class Factors:
         return drawn.mT.to(torch.float32)
 
     def base(self) -> Tensor:
-        """W for a forward: detached, but while its trial lasts."""
+        """W for a forward: detached, but while its trial lasts; a copy where it is in low precision."""
+        if self.rounded is not None:
+            return self.rounded.read()
         # torch.compile would make a graph for the trial and another one for all that follows.
         if torch.compiler.is_compiling() or self.trial is None:
             return self.weight.detach()
@@ -237,7 +242,7 @@ class Factors:
     def effective(self, head: int) -> Tensor:
         """W + s * (B A - B' A') of a local head, in W's shape."""
         A, B = self.current(head)
-        return self.weight + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
+        return self.base().detach() + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
 
     @torch.no_grad()
     def summed_delta(self, good: Tensor) -> Tensor:
@@ -272,22 +277,34 @@ class Factors:
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:
         """Write W <- W + delta. In half precision, what W can't hold is carried to the next merge."""
-        if self.remainder is None:
+        if self.remainder is None and self.rounded is None:
             self.shard.add_(delta.to(self.weight.dtype))
         else:
-            self.write(self.shard.float() + self.remainder + delta)
+            self.write(self.exact() + delta)
 
     @torch.no_grad()
     def exact(self) -> Tensor:
-        """A copy of W in float32 or better, with what a half-precision W could not hold."""
+        """A copy of W in float32 or better, with what a half-precision W could not hold.
+
+        Where its rows are sharded it is a collective: every device has to call it.
+        """
+        if self.rounded is not None:
+            return self.rounded.exact()
         return self.shard.detach().clone() if self.remainder is None else self.shard.float() + self.remainder
 
     @torch.no_grad()
     def write(self, exact: Tensor) -> None:
         """Write W <- exact. In half precision, what W can't hold is kept for the next merge."""
+        if self.rounded is not None:
+            self.rounded.write(exact)
+            return
         self.shard.copy_(exact)
         if self.remainder is not None:
             self.remainder.copy_(exact - self.shard.float())
+
+    def checksum(self) -> Tensor:
+        """A number, on the device of the factors, that changes when the bits of W do."""
+        return checksum(self.shard) if self.rounded is None else self.rounded.checksum()
 
     @torch.no_grad()
     def finite(self) -> Tensor:

@@ -20,7 +20,6 @@ from lightning_lte.report import listed
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.shards import local
 from lightning_lte.transport import Transport
-from lightning_lte.trial import checksum
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
@@ -332,7 +331,7 @@ def verify(factors: Sequence[Factors], transport: Transport, number: int, step: 
     """
     if transport.world_size == 1 or not factors:
         return
-    sums = transport.stack(torch.stack([checksum(f.shard) for f in factors]).unsqueeze(0))
+    sums = transport.stack(torch.stack([f.checksum() for f in factors]).unsqueeze(0))
     differ = (sums != sums[:1]).any(0).tolist()
     if any(differ):
         names = [f.name for f, unlike in zip(factors, differ, strict=True) if unlike]

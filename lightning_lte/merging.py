@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_lte.merge import Merge, MergeRecord, combined, verify
 from lightning_lte.optimizers import check_optimizers
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.replicas import Replicas
+from lightning_lte.rounded import Rounded
 from lightning_lte.schedule import as_schedule
 from lightning_lte.shards import is_shared_out, local
 from lightning_lte.trainees import Trainees
@@ -125,6 +126,31 @@ class Merging(Trainees):
         record = self._noted(records)
         assert record is not None
         return record
+
+    def round_bases(self, saved: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Have forwards read base weights in low precision from now on, where the user chose so.
+
+        Args:
+            saved: by name, what `Rounded.state_dict` gave; those that are not in it are rounded.
+        """
+        choice, copy = self.config.base, self.config.base_copy
+        new = [] if choice == "float32" else [f for f in self.injection.factors.values() if f.rounded is None]
+        new = [f for f in new if self.injection.roles[f.weight].rounds]
+        for f in new:
+            f.rounded = Rounded(f.weight, choice, copy, self.transport, (saved or {}).get(f.name))
+        if new:
+            self.guard.accept_writes()
+
+    def gather_bases(self) -> None:
+        """Give the user's parameters the whole of weights whose rows are sharded. A collective."""
+        if self.sharded:
+            with self.transport.meeting(f"the gathering of sharded weights {self.where}"):
+                restore_bases(self.sharded, exactly=True)
+
+    @property
+    def sharded(self) -> list[Factors]:
+        """Those of weights whose rows are sharded now."""
+        return [f for f in self.injection.factors.values() if f.rounded is not None and f.rounded.copy == "sharded"]
 
     def _before_merge(self) -> None:
         """Called before a merge starts."""
@@ -281,7 +307,8 @@ class Merging(Trainees):
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.injection.factors)).device
+        # That of W may be the CPU, see `Rounded`.
+        return next(iter(self.injection.factors.values())).A.device
 
     def _states(self) -> dict[Tensor, Any]:
         return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}
@@ -340,3 +367,16 @@ def _check_sharing(optimizers: Sequence[Optimizer], config: LTEConfig, transport
             f"With shard=k a group of devices has one head; received heads={config.heads} for {transport.world_size}"
             f" groups of {size} devices. Give heads={transport.world_size}, or heads=None."
         )
+
+
+def restore_bases(factors: Iterable[Factors], exactly: bool) -> None:
+    """Have forwards read W itself again, from the user's parameters.
+
+    Args:
+        factors: of the weights.
+        exactly: whether sharded rows are gathered, a collective; else W is what this device knows alone.
+    """
+    for f in factors:
+        if f.rounded is not None:
+            f.rounded.restore(f.rounded.exact() if exactly else None)
+            f.rounded = None

@@ -101,8 +101,10 @@ class Resumable(_Base):
         return self._explorer.substitution.plain_state(self._bare(optimizer))
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's own, whole; a collective where devices share it out."""
-        return super().lightning_module_state_dict() if self._sharding is None else self._sharding.state_dict()
+        """The module's own, whole; a collective where devices share it out, or rows of base weights."""
+        if self._sharding is not None:
+            return self._sharding.state_dict()
+        return super().lightning_module_state_dict() if self._explorer is None else self._explorer.module_state()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if self._sharding is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -74,6 +75,7 @@ class Role:
         reason: why.
         matrices: how it is seen for factors, where it is factored.
         rank: of the factors.
+        rounds: whether forwards read it in low precision, see `LTEConfig.base`.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Role:
     reason: str
     matrices: Matrices | None = None
     rank: int = 0
+    rounds: bool = False
 
     @property
     def owner(self) -> Owner:
@@ -100,7 +103,7 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
 
     Raises:
         ValueError: parameters without a shape or without storage, a pattern that matches nothing, nothing to train,
-            nothing to factor.
+            nothing to factor, nothing to read in low precision where the user asks for it.
     """
     owners = _owners(module)
     _check_made([param for param in owners], {param: _name(found[0]) for param, found in owners.items()})
@@ -112,7 +115,10 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
             " optimizer. Return an optimizer over self.parameters() from configure_optimizers."
         )
     twins = _twins(owners)
-    roles = [_role(param, owners[param], trained, config, twins.get(param, ())) for param in owners]
+    # In eval mode these use the weights of their linear layers without calling them.
+    kinds = (nn.TransformerEncoderLayer,)
+    fast = {child for layer in module.modules() if isinstance(layer, kinds) for child in layer.children()}
+    roles = [_role(param, owners[param], trained, config, twins.get(param, ()), fast) for param in owners]
     if not any(role.kind == "factored" for role in roles):
         by_reason: dict[str, list[str]] = defaultdict(list)
         for role in roles:
@@ -121,6 +127,12 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
         raise ValueError(
             f"LTE needs at least one weight that can be factored; found none among {len(roles)} parameters. Lower"
             f" `rank`, or change target_modules or exclude_modules. The reasons were:\n{seen}"
+        )
+    if config.base != "float32" and not any(role.rounds for role in roles):
+        seen = "\n".join(f"  {role.name}: {role.reason}" for role in roles if role.kind == "factored")
+        raise ValueError(
+            f"base={config.base!r} is for factored weights of linear layers in float32; found none. Give"
+            f" base='float32', or a Trainer whose precision leaves weights as they are. What can be factored:\n{seen}"
         )
     return roles
 
@@ -155,6 +167,7 @@ def _role(
     trained: Collection[nn.Parameter],
     config: LTEConfig,
     twins: Sequence[str],
+    fast: Collection[nn.Module],
 ) -> Role:
     owner, name = owners[0], _name(owners[0])
 
@@ -189,8 +202,24 @@ def _role(
     rank = config.rank_of(*owner.names)
     if matrices.thin(rank):
         return role("replica", f"thin: factors of rank {rank} would be no smaller")
-    parts = f", in {matrices.count} parts" if matrices.lead else ""
-    return role("factored", f"rank {rank}, {scale}{parts}", matrices, rank)
+    reason = f"rank {rank}, {scale}" + (f", in {matrices.count} parts" if matrices.lead else "")
+    if config.base == "float32":
+        return role("factored", reason, matrices, rank)
+    unrounded = _unrounded(param, owner, fast)
+    precision = config.base if unrounded is None else f"not {config.base}: {unrounded}"
+    return replace(role("factored", f"{reason}, {precision}", matrices, rank), rounds=unrounded is None)
+
+
+def _unrounded(param: nn.Parameter, owner: Owner, fast: Collection[nn.Module]) -> str | None:
+    """Why forwards can't read a factored weight in low precision, or None."""
+    headed = headed_class(owner.layer)
+    if headed is None or not headed.multiplies:
+        return f"{type(owner.layer).__name__} is no linear layer"
+    if owner.layer in fast:
+        return "nn.TransformerEncoderLayer uses it without calling its layer"
+    if param.dtype not in (torch.float32, torch.float64):
+        return f"it is in {str(param.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _matrices(owner: Owner, config: LTEConfig) -> Matrices | str:

@@ -230,7 +230,7 @@ def _dealt(own: State, device: str) -> State:
     """The tensors of a device's state, those that all devices have alike and those of its own."""
     dealt: State = {}
     for path, tensor in _tensors(own):
-        equal = path[0] in ("outer", "remainders") or (path[0] == "flights" and path[3] != "rows")
+        equal = path[0] in ("outer", "remainders", "bases") or (path[0] == "flights" and path[3] != "rows")
         _put(dealt, (_EQUAL if equal else device, *path), tensor)
     return dealt
 

@@ -45,6 +45,7 @@ from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.reach import gradient_functions_reach_heads
 from lightning_lte.resumable import CheckpointKind, Resumable
+from lightning_lte.rounded import Base, BaseCopy
 from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.sharding import Sharding
 from lightning_lte.transport import Transport, destroy_at_exit
@@ -106,6 +107,9 @@ class HeadsStrategy(Resumable):
             weights; None for the plain sum.
         wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
         payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
+        base: what forwards read of the base weights of linear layers: "float32" is W itself, or "bfloat16", "int8" or
+            "nf4".
+        base_copy: where W itself is kept meanwhile: "cpu", "sharded" over the devices, or nowhere: "error-feedback".
         full_rank_steps: optimizer steps of ordinary, synchronised training before heads begin.
         grow_heads: optimizer step -> number of heads from that step on, each a multiple of the one before.
         overlap: steps that training goes on while a merge travels; 0 waits for it.
@@ -152,6 +156,8 @@ class HeadsStrategy(Resumable):
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
         wire: Wire = "float32",
         payload: PayloadKind = "auto",
+        base: Base = "float32",
+        base_copy: BaseCopy = "cpu",
         full_rank_steps: int = 0,
         grow_heads: Mapping[int, int] | None = None,
         overlap: int = 0,
@@ -187,6 +193,8 @@ class HeadsStrategy(Resumable):
             outer_optimizer=outer_optimizer,
             wire=wire,
             payload=payload,
+            base=base,
+            base_copy=base_copy,
             full_rank_steps=full_rank_steps,
             grow_heads={} if grow_heads is None else grow_heads,
             overlap=overlap,
@@ -400,6 +408,7 @@ class HeadsStrategy(Resumable):
         config = self.config
         if not module.automatic_optimization:
             _check_manual_optimization(module, config, config.most_heads // self.world_size)
+        self._check_averaging(trainer)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
@@ -435,6 +444,22 @@ class HeadsStrategy(Resumable):
     def _advise(self, text: str | None) -> None:
         if text is not None:
             self._warn(text)
+
+    def _check_averaging(self, trainer: Trainer) -> None:
+        """Refuse callbacks that average weights which are nowhere in full.
+
+        Raises:
+            ValueError: with rule, value and remedy.
+        """
+        averaging = ("WeightAveraging", "StochasticWeightAveraging")
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        kinds = {base.__name__ for c in callbacks for base in type(c).__mro__}
+        if self._config.base_copy != "cpu" and kinds.intersection(averaging):
+            raise ValueError(
+                "To average weights, a callback has to read them, and with low-precision bases they can be read only"
+                f" where the CPU has a copy; received {', '.join(sorted(kinds.intersection(averaging)))} and"
+                f" base_copy={self._config.base_copy!r}. Give base_copy='cpu'."
+            )
 
     def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
         """Have Lightning and torch reach the heads in places that know nothing of them, until `fit` ends."""
@@ -704,8 +729,11 @@ class HeadsStrategy(Resumable):
         self.merge_before_validation()
 
     def final_merge(self) -> MergeRecord | None:
-        """Merge what heads have learned since the last merge; None if there is nothing."""
-        return self.merge() if self._explorer and self._explorer.unmerged else None
+        """Merge what heads have learned since the last merge; None if there is nothing. No training follows."""
+        record = self.merge() if self._explorer and self._explorer.unmerged else None
+        if self._explorer is not None:
+            self._explorer.gather_bases()
+        return record
 
     def on_train_end(self) -> None:
         # LTECallback has done so already, unless a user took it away.
@@ -755,6 +783,7 @@ class HeadsStrategy(Resumable):
             return
         try:
             self._warn_of_restarts(explorer.merge(self.measure, everything=True))
+            explorer.gather_bases()
         except Exception as error:
             self._apart = explorer.transport.lost
             warnings.warn(

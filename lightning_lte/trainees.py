@@ -235,6 +235,8 @@ class Trainees:
         with torch.no_grad():
             for f in self.injection.factors.values():
                 if f.name in names:
+                    if f.rounded is not None and not f.rounded.released:
+                        f.rounded.write(f.weight)
                     f.settle()
                     if f.anchor_B is None:
                         f.B.zero_()

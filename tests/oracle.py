@@ -140,6 +140,8 @@ class Oracle:
         outer: makes the outer optimizer over the merged weights; None for the plain sum.
         overlap: steps from the start of a merge to its landing.
         freeze_a: workers train B alone (LoRA-FA).
+        rounded: what the workers read of a linear layer's W, once two steps are done; None for W itself. Merges add to
+            W.
         groups: names of parameters that merge together, and how many steps after a merge is due; None for all at once.
         grow: optimizer step -> number of workers from that step on.
         fresh_A: first A of a worker that comes later, by the factored weight's name, the worker's number, and how many
@@ -169,7 +171,9 @@ class Oracle:
         groups: Mapping[int, Iterable[str]] | None = None,
         grow: Mapping[int, int] | None = None,
         fresh_A: Callable[[str, int, int], Tensor] | None = None,
+        rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.rounded = rounded
         self.scale, self.optimizer = scale, optimizer
         self.grow, self.fresh_A, self.freeze_a = dict(grow or {}), fresh_A, freeze_a
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
@@ -222,6 +226,9 @@ class Oracle:
             worker.optimizer.step()
             worker.optimizer.zero_grad()
         self.steps += 1
+        if self.steps == 2:
+            for name in self.workers[0].layers:
+                self._show(name)
         for flight in [f for f in self._flights if f[0] <= self.steps]:
             self._land(flight)
         if self.steps - self._last_merge >= self.period:
@@ -256,6 +263,8 @@ class Oracle:
                         new.optimizer.state[own] = state
                 workers.append(new)
         self.workers = workers
+        for name in workers[0].layers:
+            self._show(name)
 
     def merge(self) -> None:
         """Merge everything now; what is on its way lands before."""
@@ -300,9 +309,9 @@ class Oracle:
                 self._outer[name].step()
                 weight.grad = None
             else:
-                weight.copy_(layers[0].W + delta)
+                weight.add_(delta)
+            self._show(name)
             for layer, product in zip(layers, taken, strict=True):
-                layer.W = weight.detach().clone()
                 if self.after_merge == "keep":
                     layer.V = product
                 else:
@@ -313,6 +322,15 @@ class Oracle:
             for other in own:
                 other.copy_(buffer)
         self.merges += 1
+
+    def _show(self, name: str) -> None:
+        """Let the workers read W, or W rounded."""
+        layer, key = place(self.merged, name)
+        weight = getattr(layer, key).detach()
+        for worker in self.workers:
+            own = worker.layers[name]
+            rounds = self.rounded is not None and self.steps >= 2 and isinstance(own, LoRALinear)
+            own.W = self.rounded(weight) if rounds else weight.clone()
 
     def finish(self) -> nn.Module:
         """Merge what was learned since the last merge; returns the plain model."""

@@ -73,9 +73,12 @@ class HeadedLayer(nn.Module):
 
     Attributes:
         of_vectors: whether what it factors are vectors, which have factors only where the user asks for them.
+        multiplies: whether it does nothing with `weight` but multiply its input by it, which a weight in low precision
+            allows.
     """
 
     of_vectors: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
 
     @classmethod
     def knows(cls, layer: nn.Module) -> bool:
@@ -102,8 +105,24 @@ class HeadedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = object.__new__(original_class(self))
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != STATE})
+        for key, weight in self._released().items():
+            shown = nn.Parameter(weight, self._parameters[key].requires_grad)  # type: ignore[union-attr]
+            plain.__dict__["_parameters"] = {**plain.__dict__["_parameters"], key: shown}
         # Protocol 2 and above insist on the class of `self`; the older form names the class it makes.
         return plain.__reduce_ex__(1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, weight in self._released().items():
+            destination[prefix + key] = weight
+
+    def _released(self) -> dict[str, Tensor]:
+        """The weights that the layer's own parameters don't show while forwards read them in low precision."""
+        state: LayerState | None = self.__dict__.get(STATE)
+        factors = {} if state is None else state.factors
+        rounded = {key: f.rounded for key, f in factors.items() if f.rounded is not None and f.rounded.released}
+        # On the CPU, as on the device there is no room for all of them.
+        return {key: r.merged().cpu() for key, r in rounded.items() if self._parameters.get(key) is r.weight}
 
 
 def check_not_split(layer: nn.Module, parts: int, why: str) -> None:

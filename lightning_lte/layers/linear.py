@@ -8,17 +8,28 @@ y_h = W_h x_h + b_h.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Factors, Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, computes_as, in_shape, slices, state_of
+from lightning_lte.layers.base import (
+    STATE,
+    HeadedLayer,
+    LayerState,
+    acting_state,
+    computes_as,
+    in_shape,
+    slices,
+    state_of,
+)
 
 
 class HeadedLinear(HeadedLayer):
     """A linear layer with heads."""
+
+    multiplies: ClassVar[bool] = True
 
     @classmethod
     def knows(cls, layer: nn.Module) -> bool:
@@ -31,11 +42,22 @@ class HeadedLinear(HeadedLayer):
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:
-            return super().forward(input)
+            return self._merged(input)
         own: Any = self
         factors = state.factors.get("weight")
-        weight = own.weight if factors is None else factors.base()
+        weight = own.weight if factors is None or factors.rounded is not None else factors.base()
         return project(self, input, weight, own.bias, factors, state.stack("weight"), state.stack("bias"))
+
+    def _merged(self, input: Tensor) -> Tensor:
+        """What the layer computes without heads: from the user's own weight, wherever it is."""
+        own: Any = self
+        state: LayerState | None = self.__dict__.get(STATE)
+        factors = None if state is None else state.factors.get("weight")
+        rounded = None if factors is None else factors.rounded
+        if rounded is None or own._parameters.get("weight") is not rounded.weight:
+            return super().forward(input)
+        weight = rounded.merged() if rounded.released else own.weight.to(input.device)
+        return functional.linear(input, weight, own.bias)
 
 
 def project(
@@ -65,7 +87,9 @@ def project(
     if own_bias is not None:
         bias = None
     if factors is not None:
-        y = factors.apply(functional.linear(rows, weight, bias), rows, state.head, part)
+        rounded = factors.rounded
+        y = functional.linear(rows, weight, bias) if rounded is None else rounded.product(rows, bias)
+        y = factors.apply(y, rows, state.head, part)
     elif own_weight is not None:
         y = rows @ own_weight.mT
         y = y if bias is None else y + bias.to(y.dtype)
