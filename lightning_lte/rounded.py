@@ -228,9 +228,14 @@ class Rounded:
         return torch.stack([checksum(t).to(self.device) for t in (*self._parts, *self._error, *shown)]).sum()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(t.nbytes for t in (*self._parts, *self._error, self._rows))
+    def read_bytes(self) -> int:
+        """Bytes of W~."""
+        return sum(t.nbytes for t in self._parts)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the device holds of W beside it."""
+        return sum(t.nbytes for t in (*self._error, self._rows))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What can't be made from W again, on the CPU; empty where all can."""

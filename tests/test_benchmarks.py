@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 
-from benchmarks import links, network, training
+from benchmarks import base, links, network, training
 from benchmarks.namespaces import bits_per_second
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.transport import Transport
@@ -82,3 +82,40 @@ def test_the_table_of_the_network_comes_from_readings(tmp_path: Path, capsys: py
     assert (ddp[1], ddp[4], ddp[5]) == ("8.00", "800", "800")
     assert (lte[1], lte[3], lte[7]) == ("32.00", "4.00", "1/40.0")
     assert ddp[8] == "–" and "%" in lte[8]
+
+
+def test_the_table_of_memory_counts_what_is_there() -> None:
+    explorer = Explorer(
+        model := timm.create_model(MODEL),
+        torch.optim.AdamW(model.parameters()),
+        LTEConfig(1, rank=4, base="int8"),
+    )
+    factors = explorer.injection.factors.values()
+    numbers = sum(f.weight.numel() for f in factors if explorer.injection.roles[f.weight].rounds)
+    rows = sum(f.weight.shape[0] for f in factors if explorer.injection.roles[f.weight].rounds)
+    others = sum(f.weight.nbytes for f in factors) - 4 * numbers
+    assert numbers and others  # the patches' convolution
+    plain = base.held_bytes(explorer, "float32", "cpu", 8)
+    assert plain["read"] == others + 4 * numbers and plain["kept"] == plain["cpu"] == 0
+    whole = base.held_bytes(explorer, "int8", "cpu", 8)
+    assert (whole["read"], whole["kept"], whole["cpu"]) == (others + numbers + 4 * rows, 0, 4 * numbers)
+    sharded = base.held_bytes(explorer, "int8", "sharded", 8)
+    assert (sharded["read"], sharded["kept"], sharded["cpu"]) == (whole["read"], numbers // 2, 0)
+    fed_back = base.held_bytes(explorer, "bfloat16", "error-feedback", 8)
+    assert (fed_back["read"], fed_back["kept"]) == (others + 2 * numbers, numbers + 4 * rows)
+    for held in (plain, whole, sharded, fed_back):
+        assert held["factors"] == plain["factors"] > 0 and held["replicas"] == plain["replicas"] > 0
+
+
+def test_the_table_of_accuracy_compares_runs_of_the_same_seed() -> None:
+    setup = {"epochs": 2, "dim": 8, "depth": 1, "limit": None}
+    accuracies = {("float32", "cpu"): [80.0, 84.0], ("int8", "cpu"): [80.5, 83.0]}
+    lines = [
+        {"base": b, "base_copy": c, "seed": seed, "accuracy": a, "rounded_accuracy": a - 1}
+        for (b, c), own in accuracies.items()
+        for seed, a in enumerate(own)
+    ]
+    text = base.quality_table(lines, setup)
+    assert "2 epochs of all batches, seeds 0, 1;" in text
+    assert "| float32 |  | 2 | 82.00 (80.00 to 84.00) |  |  |" in text
+    assert "| int8 | cpu | 2 | 81.75 (80.50 to 83.00) | -0.25 (-1.00 to +0.50) | 80.75 (79.50 to 82.00) |" in text

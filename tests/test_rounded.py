@@ -290,6 +290,8 @@ def test_the_module_is_an_ordinary_one(copy: Any) -> None:
     for name, weight in exact.items():
         parameter = shown[f"{name}.weight"]
         assert torch.equal(parameter, weight) if copy == "cpu" else parameter.isnan().all()
+        # One number, whatever the shape.
+        assert copy == "cpu" or parameter.untyped_storage().nbytes() == parameter.itemsize
     loop.explorer.finish()
     for name, parameter in loop.net.named_parameters():
         assert parameter is shown[name] and parameter.isfinite().all() and parameter.is_contiguous()
