@@ -41,7 +41,7 @@ QUALITY: list[tuple[Base, BaseCopy]] = [
 ]
 MEMORY: list[tuple[Base, BaseCopy]] = [
     ("float32", "cpu"),
-    *((base, copy) for base in ("bfloat16", "int8", "nf4") for copy in ("cpu", "sharded", "error-feedback")),  # type: ignore[misc]
+    *((base, copy) for base in ("bfloat16", "int8", "nf4") for copy in ("cpu", "sharded", "error-feedback")),
 ]
 
 

@@ -197,22 +197,24 @@ class Rounded:
     @torch.no_grad()
     def write(self, exact: Tensor) -> None:
         """W <- exact, which is equal on all devices."""
+        # All is made first, and W written in the end: a merge that is interrupted before that runs again.
+        self._keep(exact)
         if self.copy == "cpu":
             self.weight.copy_(exact)
         else:
             # For those who look whether W was written.
             torch.autograd.graph.increment_version(self.weight)
-        self._keep(exact)
 
     def _keep(self, exact: Tensor) -> None:
-        self._parts = rounded(exact, self.kind)
+        parts, error, rows = rounded(exact, self.kind), self._error, self._rows
         if self.copy == "sharded":
             share = -(-self.shape[0] // self._transport.world_size)
             own = exact[share * self._transport.rank :][:share]
             # All shares are of one size, for the exchange.
-            self._rows = functional.pad(own, (0, 0, 0, share - len(own))).clone()
+            rows = functional.pad(own, (0, 0, 0, share - len(own))).clone()
         elif self.copy == "error-feedback":
-            self._error = stochastically_rounded(exact.float() - self.read(torch.float32))
+            error = stochastically_rounded(exact.float() - unrounded(parts, self.kind, self.shape, torch.float32))
+        self._parts, self._error, self._rows = parts, error, rows
 
     def restore(self, exact: Tensor | None = None) -> None:
         """Give the user's parameter its values back, on its device.

@@ -166,6 +166,9 @@ def test_a_layer_compiles_into_one_graph(kind: Any) -> None:
     compiled = torch.compile(loop.net, backend="aot_eager", fullgraph=True)
     with loop.explorer.heads():
         torch.testing.assert_close(compiled(x), loop.net(x))
+    loop.explorer.merge()
+    with loop.explorer.heads(), torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(x), loop.net(x))
 
 
 # ---- training
