@@ -386,7 +386,7 @@ class Explorer(Merging):
         """Names of the factored weights in the module, those that are tied included, that all devices have alike."""
         named = self.module.named_parameters(remove_duplicate=False)
         # `module_state` has those whose rows are sharded on rank 0 alone.
-        alike = {weight for weight, f in self.injection.factors.items() if all(f is not other for other in self.sharded)}
+        alike = self.injection.factors.keys() - {f.weight for f in self.sharded}
         return {name for name, param in named if param in alike}
 
     def module_state(self) -> dict[str, Any]:

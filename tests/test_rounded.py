@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -231,24 +231,23 @@ def test_error_feedback_loses_nothing_in_the_mean(kind: Any) -> None:
     assert float((unrounded(lost, kind, start.shape, start.dtype) - start).mean()) < 100e-5
 
 
-def _sharded(copy: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
+def _sharded(copy: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     transport = Transport(dist.get_world_size(), dist.get_rank())
     loop = Loop("int8", copy, transport, verify_every=1, heads=3)
     loop.steps(8)
     sizes = sum(f.rounded._rows.numel() for f in loop.explorer.injection.factors.values() if f.rounded)
     state = clone(loop.explorer.module_state())
     loop.explorer.finish()
-    return state, clone(loop.net.state_dict()), loop.explorer.closed_state()["factors"], sizes
+    return state, clone(loop.net.state_dict()), sizes
 
 
 def test_sharded_rows_are_the_weight() -> None:
     """As with the whole on the CPU, on 3 devices, which don't divide the rows."""
     whole, sharded = run(_sharded, 3, "cpu"), run(_sharded, 3, "sharded")
-    for (expected, expected_end, _, _), (state, end, _, rows) in zip(whole, sharded, strict=True):
+    for (expected, expected_end, _), (_, end, rows) in zip(whole, sharded, strict=True):
         for name, value in expected_end.items():
             assert torch.equal(end[name], value)
         assert rows == sum(-(-len(w) // 3) * w.shape[1] for n, w in expected.items() if n in FACTORED_WEIGHTS)
-        del state
     for name, value in whole[0][0].items():
         assert torch.equal(sharded[0][0][name], value)
 
@@ -374,6 +373,28 @@ def _resume_on_two(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_run_with_sharded_rows_resumes_exactly(tmp_path: Path) -> None:
     for whole, resumed in run(_resume_on_two, 2, str(tmp_path), group=False, timeout_s=120):
         assert_equal(whole, resumed)
+
+
+def _resume_from_both(folder: str, copy: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    def fit(form: Any, resume: str | None = None) -> dict[str, Tensor]:
+        strategy = LTEStrategy(2, 3, rank=RANK, base="int8", base_copy=copy, checkpoint=form)  # type: ignore[arg-type]
+        keep = ModelCheckpoint(folder, filename=form, every_n_train_steps=4, save_top_k=-1)
+        callbacks = [] if resume else [keep]
+        t = trainer(strategy, devices=2, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+        module = Module()
+        t.fit(module, loader(8 * 16), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    return [(fit(form), fit(form, f"{folder}/{form}.ckpt")) for form in ("gathered", "sharded")]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_both_forms_of_checkpoints_keep_what_is_needed(copy: str, tmp_path: Path) -> None:
+    """After 4 steps, which are an epoch, with a merge every 3."""
+    for ends in run(_resume_from_both, 2, str(tmp_path), copy, group=False, timeout_s=120):
+        for whole, resumed in ends:
+            assert_equal(whole, resumed)
+    assert (tmp_path / "sharded.ckpt").is_dir()
 
 
 def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
