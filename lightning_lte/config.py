@@ -256,6 +256,7 @@ class LTEConfig:
         plain = {
             "payload": ("auto", "dense"),
             "wire": ("float32", "bfloat16"),
+            "base": ("float32",),
             "reset_moments": (0,),
             "outer_optimizer": (None,),
             "full_rank_steps": (0,),

@@ -415,6 +415,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
         ({"base": "int8", "base_copy": "gpu"}, "base_copy must be one of"),
         ({"base_copy": "sharded"}, "received base_copy='sharded'. Give base='nf4'"),
         ({"base": "int8", "base_copy": "sharded", "overlap": 2}, "received overlap=2"),
+        ({"base": "int8", "shard": 2}, "received shard=2 with base='int8'"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(choices: dict[str, Any], message: str) -> None:
