@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lte import product
 from lightning_lte.config import Init
 from lightning_lte.growth import spread
+from lightning_lte.span import span
 from lightning_lte.trial import Trial
 
 Pair = tuple[Tensor, Tensor]
@@ -196,12 +197,13 @@ class Factors:
             head: the local head that acts alone, with n = 1, its number or a tensor (1,) of it; None for all of them.
             part: which of several matrices alone is meant; None for all of them.
         """
-        A, B = self.acting(head, part)
-        if A.dim() == 3:
-            return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
-        inner = torch.bmm(x, A.flatten(1, 2).mT).unflatten(-1, A.shape[1:3])  # (n, rows, lead, rank)
-        y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
-        return torch.add(base, y.flatten(-2), alpha=self.scale)
+        with span("heads"):
+            A, B = self.acting(head, part)
+            if A.dim() == 3:
+                return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
+            inner = torch.bmm(x, A.flatten(1, 2).mT).unflatten(-1, A.shape[1:3])  # (n, rows, lead, rank)
+            y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
+            return torch.add(base, y.flatten(-2), alpha=self.scale)
 
     def applies(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: int | None = None) -> bool:
         """Whether `multiply` may be used here; see `product.applies`."""
@@ -226,7 +228,8 @@ class Factors:
             head: see `apply`.
             part: see `apply`.
         """
-        return product.product(x, weight, bias, *self._acting(head, part), self.scale)
+        with span("heads"):
+            return product.product(x, weight, bias, *self._acting(head, part), self.scale)
 
     def acting(self, head: int | Tensor | None = None, part: int | None = None) -> Pair:
         """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
@@ -253,10 +256,6 @@ class Factors:
         Args:
             heads: index of a local head, or of several, with that of one of the matrices or without.
         """
-        return product.side_by_side(*self._chosen(heads))
-
-    def _chosen(self, heads: int | slice | tuple[slice, int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """A, B and their anchors, of some of the local heads."""
         return product.side_by_side(*self._chosen(heads))
 
     def _chosen(
