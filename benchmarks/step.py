@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -203,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         for heads in options.heads:
             for rank in options.ranks:
                 for after_merge in options.after_merge:
-                    rows += measure(name, batch, heads, rank, after_merge, options, device)
+                    found = measure(name, batch, heads, rank, after_merge, options, device)
+                    # Long runs get stopped.
+                    print(*(" | ".join(row.cells) for row in found), sep="\n", file=sys.stderr, flush=True)
+                    rows += found
                     gc.collect()
     print(table(rows))
     clock = "processor" if counts_processor_time(device) else "wall"

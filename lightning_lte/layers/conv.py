@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -67,7 +68,8 @@ class HeadedConv(HeadedLayer):
             parts = factors.matrices.count
             B = B.reshape(-1, B.shape[-1], *[1] * len(kernel))
             y = _CONVOLUTIONS[len(kernel)](inner, B, groups=n * parts)
-            y = own._conv_forward(input, factors.base(), bias) + below_each_other(y, n) * factors.scale
+            base = own._conv_forward(input, factors.base(), bias)
+            y = torch.add(base, below_each_other(y, n), alpha=factors.scale)
         elif own_weight is not None:
             y = below_each_other(_convolve(own, side_by_side(input, n), own_weight.flatten(0, 1), n), n)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
