@@ -118,14 +118,18 @@ class _Product(torch.autograd.Function):
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         scale: float = ctx.scale
         of_x = of_weight = of_bias = of_A = of_B = None
-        learning = torch.bmm(gradient, B) * scale if for_A or (for_x and not ctx.folds) else None
+        learning: Tensor | None = None
         if for_x and ctx.folds:
             of_x = torch.bmm(gradient, _effective(weight, A, B, anchor_A, anchor_B, scale))
         elif for_x:
-            assert learning is not None
-            of_x = torch.matmul(gradient, weight).baddbmm_(learning, A)
-            if anchor_A is not None:
-                of_x = of_x.baddbmm_(torch.bmm(gradient, anchor_B), anchor_A, alpha=-scale)
+            # Stacked again, and not kept: of many heads that is more than all else a backward needs.
+            stack = side_by_side if torch.is_grad_enabled() else _written
+            first, second = stack(A, B, anchor_A, anchor_B)
+            both = torch.bmm(gradient, second) * scale
+            of_x = torch.matmul(gradient, weight).baddbmm_(both, first)
+            learning = both[..., : A.shape[1]]  # s * gradient B
+        if for_A and learning is None:
+            learning = torch.bmm(gradient, B) * scale
         if for_weight:
             of_weight = gradient.flatten(0, 1).mT @ x.flatten(0, 1)
         if for_bias:
