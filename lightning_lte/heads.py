@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_lte import product
 from lightning_lte.config import Init
 from lightning_lte.growth import spread
 from lightning_lte.rounded import Rounded
+from lightning_lte.span import span
 from lightning_lte.trial import Trial, checksum
 
 Pair = tuple[Tensor, Tensor]
@@ -200,15 +202,53 @@ class Factors:
             head: the local head that acts alone, with n = 1, its number or a tensor (1,) of it; None for all of them.
             part: which of several matrices alone is meant; None for all of them.
         """
-        A, B = self.acting(head, part)
-        if A.dim() == 3:
-            return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
-        inner = torch.bmm(x, A.flatten(1, 2).mT).unflatten(-1, A.shape[1:3])  # (n, rows, lead, rank)
-        y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
-        return torch.add(base, y.flatten(-2), alpha=self.scale)
+        with span("heads"):
+            A, B = self.acting(head, part)
+            if A.dim() == 3:
+                return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=self.scale)
+            inner = torch.bmm(x, A.flatten(1, 2).mT).unflatten(-1, A.shape[1:3])  # (n, rows, lead, rank)
+            y = (inner.transpose(1, 2) @ B.mT).transpose(1, 2)  # (n, rows, lead, out)
+            return torch.add(base, y.flatten(-2), alpha=self.scale)
 
-    def acting(self, head: int | Tensor | None = None, part: int | None = None) -> tuple[Tensor, Tensor]:
+    def applies(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: int | None = None) -> bool:
+        """Whether `multiply` may be used here; see `product.applies`."""
+        # With a frozen A plain operations do better: they keep no input for a backward.
+        learns = self.A.requires_grad and (self.anchor_A is None) == (self.anchor_B is None)
+        # A W in low precision has a product of its own, which does not keep what it reads.
+        return (
+            learns
+            and self.rounded is None
+            and self.A.dim() == (3 if part is None else 4)
+            and product.applies(x, weight, bias, self.A)
+        )
+
+    def multiply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: int | Tensor | None = None,
+        part: int | None = None,
+    ) -> Tensor:
+        """The base product and every head's own, slice by slice, in one operation: (n, rows, out).
+
+        Args:
+            x: (n, rows, in).
+            weight: the base, (out, in).
+            bias: (out,), or (n, out) with one for each head, or None.
+            head: see `apply`.
+            part: see `apply`.
+        """
+        with span("heads"):
+            return product.product(x, weight, bias, *self._acting(head, part), self.scale)
+
+    def acting(self, head: int | Tensor | None = None, part: int | None = None) -> Pair:
         """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
+        return product.side_by_side(*self._acting(head, part))
+
+    def _acting(
+        self, head: int | Tensor | None, part: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         # torch.compile refuses such writes inside of activation checkpointing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.took_part = True
@@ -217,26 +257,28 @@ class Factors:
             heads = head.to(self.A.device)
         else:
             heads = slice(None) if head is None else slice(head, head + 1)
-        return self.current(heads if part is None else (heads, part))
+        return self._chosen(heads if part is None else (heads, part))
 
-    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> tuple[Tensor, Tensor]:
+    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> Pair:
         """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of several.
 
-        Differences are taken before products: straight after a merge the product is exactly zero, and small deltas
-        don't drown in the rounding of B A. With a frozen A the product is (B - B') A, and half as wide.
+        With a frozen A the product is (B - B') A, and half as wide.
 
         Args:
             heads: index of a local head, or of several, with that of one of the matrices or without.
         """
+        return product.side_by_side(*self._chosen(heads))
+
+    def _chosen(
+        self, heads: int | Tensor | slice | tuple[Tensor | slice, int]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A, B and their anchors, of some of the local heads."""
         A, B = self.A[heads], self.B[heads]
         if not self.weight.requires_grad:
             # What users freeze for a while (toggled optimizers do) must not learn meanwhile.
             A, B = A.detach(), B.detach()
-        if self.anchor_B is None:
-            return A, B
-        if self.anchor_A is None:
-            return A, B - self.anchor_B[heads]
-        return difference(A, B, self.anchor_A[heads], self.anchor_B[heads])
+        anchor_A, anchor_B = self.anchor_A, self.anchor_B
+        return A, B, None if anchor_A is None else anchor_A[heads], None if anchor_B is None else anchor_B[heads]
 
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:
@@ -373,11 +415,6 @@ class Factors:
         self.A, self.B = nn.Parameter(A, requires_grad=not self.freeze_a), nn.Parameter(B)
         self.trained = {key: {"A": self.A, "B": self.B}[key] for key in before}
         return {old: self.trained[key] for key, old in before.items()}
-
-
-def difference(A: Tensor, B: Tensor, anchor_A: Tensor, anchor_B: Tensor) -> Pair:
-    """The pair whose product is B A - B' A'; see `Factors.current`."""
-    return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
 
 
 def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:

@@ -19,6 +19,7 @@ from lightning_lte.replicas import Replicas
 from lightning_lte.report import listed
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.shards import local
+from lightning_lte.span import span
 from lightning_lte.transport import Transport
 
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -119,34 +120,44 @@ class Merge:
                 it, and W stays as it was.
         """
         start = time.perf_counter()
-        self._find_good(states)
-        self._exchange_good()
+        with span("merge start"):
+            self._find_good(states)
+        with span("merge exchange"):
+            self._exchange_good()
         self._check_good()
         for group in grouped(self.factors, self._transport):
-            self._measure_heads(group)
-            payload = self._payload(group)
-            payload.take(self._good)
-            self._waiting(payload.exchange)
-            self._land_weights(payload, states, outer)
-        self._take_others(apart=False)
-        self._waiting(self._exchange_others)
-        return self._finish(states, start)
+            with span("merge start"):
+                self._measure_heads(group)
+                payload = self._payload(group)
+                payload.take(self._good)
+            with span("merge exchange"):
+                self._waiting(payload.exchange)
+            with span("merge land"):
+                self._land_weights(payload, states, outer)
+        with span("merge start"):
+            self._take_others(apart=False)
+        with span("merge exchange"):
+            self._waiting(self._exchange_others)
+        with span("merge land"):
+            return self._finish(states, start)
 
     def start(self, states: States) -> None:
         """Take what the heads have learned until now."""
         start = time.perf_counter()
-        self._find_good(states)
-        self._measure_heads(self.factors)
-        self._together = self._payload(self.factors, apart=True)
-        self._together.take(self._good)
-        self._take_others(apart=True)
+        with span("merge start"):
+            self._find_good(states)
+            self._measure_heads(self.factors)
+            self._together = self._payload(self.factors, apart=True)
+            self._together.take(self._good)
+            self._take_others(apart=True)
         self._time_s += time.perf_counter() - start
 
     def exchange(self) -> None:
         """Communicate. A collective: every device has to call it."""
-        self._exchange_good()
-        self._together.exchange()
-        self._exchange_others()
+        with span("merge exchange"):
+            self._exchange_good()
+            self._together.exchange()
+            self._exchange_others()
 
     def land(self, states: States, outer: OuterOptimizer | None = None, wait_s: float = 0.0) -> MergeRecord:
         """Write what was merged; see `run`.
@@ -158,10 +169,11 @@ class Merge:
         """
         start = time.perf_counter()
         self._time_s, self._wait_s = self._time_s + wait_s, self._wait_s + wait_s
-        self._settle_interrupted(states)
-        self._check_good()
-        self._land_weights(self._together, states, outer)
-        return self._finish(states, start)
+        with span("merge land"):
+            self._settle_interrupted(states)
+            self._check_good()
+            self._land_weights(self._together, states, outer)
+            return self._finish(states, start)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it between `exchange` and `land`: what is equal on all devices, and under "rows" what is of the local

@@ -21,7 +21,7 @@ try:
 except ImportError:  # torch 2.4
     from torch.distributed._tensor import DTensor, Shard
 
-from lightning_lte.heads import Factors, Pair, difference
+from lightning_lte.heads import Factors
 
 # Their names since torch 2.14, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -110,11 +110,13 @@ class SharedFactors(Factors):
             )
         return weight.detach()
 
-    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> Pair:
+    def _chosen(
+        self, heads: int | Tensor | slice | tuple[Tensor | slice, int]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         A, B, *anchors = (tensor[heads] for tensor in self.gather())
         if not self.weight.requires_grad:
             A, B = A.detach(), B.detach()
-        return difference(A, B, *anchors) if anchors else (A, B)
+        return (A, B, *anchors) if anchors else (A, B, None, None)  # type: ignore[return-value]
 
     def gather(self) -> list[Tensor]:
         """Whole A, B and, with `keep`, both anchors, in one exchange. A collective of the group."""

@@ -10,8 +10,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import base, links, network, training
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.bound import Arithmetic, Use, multiply_adds, uses
 from benchmarks.namespaces import bits_per_second
+from benchmarks.released import ReleasedLinear
+from benchmarks.table import HEADER, Row, table
+from examples.demo import hardware
 from lightning_lte import Explorer, LTEConfig
+from lightning_lte.product import product
 from lightning_lte.transport import Transport
 from tests.processes import run
 
@@ -119,3 +125,74 @@ def test_the_table_of_accuracy_compares_runs_of_the_same_seed() -> None:
     assert "2 epochs of all batches, seeds 0, 1;" in text
     assert "| float32 |  | 2 | 82.00 (80.00 to 84.00) |  |  |" in text
     assert "| int8 | cpu | 2 | 81.75 (80.50 to 83.00) | -0.25 (-1.00 to +0.50) | 80.75 (79.50 to 82.00) |" in text
+
+
+def test_the_bound_is_the_sum_of_the_issue_s_formula_over_layers_and_of_the_rest() -> None:
+    inner = Use(out_features=8, in_features=4, rank=2, tokens=10)
+    assert inner.full_rank == 10 * 3 * 32
+    assert inner.heads(anchors=False) == 10 * (2 * 32 + 3 * 2 * 12)
+    assert inner.heads(anchors=True) == 10 * (2 * 32 + 5 * 2 * 12)
+    # The first layer's input wants no gradient: neither W nor A has a product for it.
+    first = Use(out_features=8, in_features=4, rank=2, tokens=10, inner=False)
+    assert first.full_rank == 10 * 2 * 32
+    assert first.heads(anchors=False) == 10 * (32 + 2 * (3 * 8 + 2 * 4))
+    assert first.heads(anchors=True) == 10 * (32 + 2 * (3 * 8 + 2 * 4) + 2 * 12)
+    whole = 1000 + first.full_rank + inner.full_rank
+    bound = Arithmetic((first, inner), whole).bound(anchors=True)
+    assert bound == (1000 + first.heads(True) + inner.heads(True)) / whole
+
+
+def test_the_bound_knows_what_a_model_computes() -> None:
+    model = timm.create_model(MODEL)
+    x = torch.randn(2, 3, 160, 160)
+    explorer = Explorer(model, torch.optim.AdamW(model.parameters()), LTEConfig(1, rank=4))
+    found = uses(explorer.injection, model, lambda: model(x).sum())
+    assert len(found) == len(explorer.injection.factors)
+    patch, *others = found
+    # 100 patches, and a class token in all layers but the first and the last.
+    assert (patch.tokens, patch.inner) == (200, False)
+    assert {use.tokens for use in others} == {202, 2} and all(use.inner for use in others)
+    plain = timm.create_model(MODEL)
+    whole = multiply_adds(lambda: plain(x).sum().backward())
+    factored = sum(use.full_rank for use in found)
+    attention = 3 * 2 * 202 * 101 * plain.embed_dim * len(plain.blocks)
+    assert whole == factored + attention
+
+
+def test_all_that_the_released_formulation_computes_is_what_lte_does() -> None:
+    layer = torch.nn.Linear(6, 5).double()
+    released = ReleasedLinear(layer, heads=2, rank=3, scale=0.5)
+    for tensor in (released.A, released.B, released.old_A, released.old_B):
+        torch.nn.init.normal_(tensor)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    y = product(x.view(2, 2, 6), layer.weight, layer.bias, released.A, released.B, released.old_A, released.old_B, 0.5)
+    torch.testing.assert_close(released(x), y.view(4, 5))
+
+
+def test_a_row_says_whether_its_goals_are_met() -> None:
+    row = Row("c", "f", [1.0, 3.0, 1.2], "1.0 s", bound=1.0, goal=1.5, within=1.1)
+    assert (row.median, row.met) == (1.2, False)
+    assert Row("c", "f", [1.0], bound=1.0, within=1.1).met and Row("c", "f", [1.0]).met is None
+    assert table([row]).endswith("| c | f | 1.0 s | 1.200 | 1.000 to 3.000 | 1.000 | 1.20 | 1.5, 1.1 × bound | no |")
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        main([name, "--quick", "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    assert text.count(f"| {' | '.join(HEADER)} |") == 1
+    assert f"torch {torch.__version__}" in text and "Seed 0" in text and hardware().split(",")[0] in text
+    if name == "memory":
+        # Counted, not timed.
+        for line in text.splitlines():
+            assert "factored weights" not in line or line.endswith("| yes |")
+
+
+def test_an_unknown_benchmark_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["speed"])
+    assert "step, memory, merge, startup" in capsys.readouterr().out

@@ -559,3 +559,47 @@ def test_an_instance_norm_without_batch_is_normalised_by_channel(kind: Any) -> N
     with injection.switch.at(0):
         torch.testing.assert_close(layer(x), expected)
     injection.eject()
+
+
+@pytest.mark.parametrize("per_head_bias", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv1d(2, 6, 3, stride=3), (10,)),  # one place is left over
+        (nn.Conv2d(3, 8, (2, 4), stride=(2, 4)), (6, 8)),
+        (nn.Conv2d(3, 8, 2, stride=2, padding="valid", bias=False), (5, 6)),
+        (nn.Conv3d(1, 7, 2, stride=2), (4, 2, 4)),
+    ],
+)
+def test_patches_that_do_not_overlap_are_convolved_as_any_others(
+    layer: Any, size: tuple[int, ...], keep: bool, per_head_bias: bool
+) -> None:
+    layer = copy.deepcopy(layer).double()
+    f = factors_of(layer, keep=keep)
+    biases = random(COUNT, layer.out_channels, seed=3)
+    own_bias = per_head_bias and layer.bias is not None
+    state = LayerState(Switch(COUNT), {"weight": f}, {"bias": nn.Parameter(biases)} if own_bias else {})
+    x = random(2 * COUNT, layer.in_channels, *size).requires_grad_()
+    plain = copy.deepcopy(layer)
+    enter(layer, headed_class(layer), state)  # type: ignore[arg-type]
+    with state.switch.at("all"):
+        y = layer(x)
+    expected = torch.cat(
+        [
+            plain._conv_forward(part, f.effective(head), biases[head] if own_bias else plain.bias)
+            for head, part in enumerate(x.chunk(COUNT))
+        ]
+    )
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous()
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)))
+
+
+def test_patches_stay_channels_last() -> None:
+    layer = nn.Conv2d(3, 8, 2, stride=2).double().to(memory_format=torch.channels_last)
+    state = LayerState(Switch(COUNT), {"weight": factors_of(layer)})
+    enter(layer, headed_class(layer), state)  # type: ignore[arg-type]
+    with state.switch.at("all"):
+        y = layer(random(COUNT, 3, 4, 4).to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)

@@ -172,6 +172,7 @@ AS_THE_DEFAULTS = {
     "freeze_a": False,
     "outer_optimizer": None,
     "wire": "float32",
+    "base": "float32",
     "full_rank_steps": 0,
     "grow_heads": {},
     "overlap": 0,
@@ -179,7 +180,7 @@ AS_THE_DEFAULTS = {
 }
 # Who, where and which; what the user's loss is; and what does not change what is learned.
 NOT_OF_THE_PAPER = {"heads", "seed", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
-NOT_OF_THE_PAPER |= {"loss_reduction", "execution", "payload", "verify_every", "bad_heads"}
+NOT_OF_THE_PAPER |= {"loss_reduction", "execution", "payload", "verify_every", "bad_heads", "shard", "base_copy"}
 
 
 def test_the_preset_has_a_word_on_every_option() -> None:

@@ -5,13 +5,15 @@ the same kernel, stride, padding and dilation into g * r channels, and B_h one o
 
     y_h = conv(x_h; W) + s * conv1(conv(x_h; A_h); B_h) - s * conv1(conv(x_h; A'_h); B'_h) + b_h
 
-All local heads run in one convolution with n * g groups, in which head h has the channels from h * in on.
+All local heads run in one convolution with n * g groups, in which head h has the channels from h * in on. Where the
+kernel's patches don't overlap, they are the rows of a linear layer.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,6 +62,13 @@ class HeadedConv(HeadedLayer):
         if own_bias is not None:
             bias = None
         factors = state.factors.get("weight")
+        if factors is not None and _takes_patches(own, input):
+            rows, weight = _patches(own, input, n), factors.base().flatten(1)
+            added = bias if own_bias is None else own_bias
+            if factors.applies(rows, weight, added):
+                y = factors.multiply(rows, weight, added, state.head)
+                y = y.view(len(input), *_counts(own, input), -1).movedim(-1, 1)
+                return y if _channels_last(input) or _channels_last(own.weight) else y.contiguous()
         if factors is not None:
             A, B = factors.acting(state.head)
             inner = _convolve(own, side_by_side(input, n), A.reshape(-1, own.in_channels // own.groups, *kernel), n)
@@ -67,7 +76,8 @@ class HeadedConv(HeadedLayer):
             parts = factors.matrices.count
             B = B.reshape(-1, B.shape[-1], *[1] * len(kernel))
             y = _CONVOLUTIONS[len(kernel)](inner, B, groups=n * parts)
-            y = own._conv_forward(input, factors.base(), bias) + below_each_other(y, n) * factors.scale
+            base = own._conv_forward(input, factors.base(), bias)
+            y = torch.add(base, below_each_other(y, n), alpha=factors.scale)
         elif own_weight is not None:
             y = below_each_other(_convolve(own, side_by_side(input, n), own_weight.flatten(0, 1), n), n)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
@@ -85,6 +95,40 @@ def _convolve(layer: Any, x: Tensor, weight: Tensor, count: int) -> Tensor:
     convolution = _CONVOLUTIONS[len(layer.kernel_size)]
     y: Tensor = convolution(x, weight, None, layer.stride, padding, layer.dilation, count * layer.groups)
     return y
+
+
+def _takes_patches(layer: Any, x: Tensor) -> bool:
+    """Whether a convolution is a linear layer of patches that don't overlap, as those that embed images are.
+
+    As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not.
+    """
+    return (
+        x.dim() == len(layer.kernel_size) + 2
+        and layer.kernel_size == layer.stride
+        and layer.groups == 1
+        and layer.padding in ("valid", (0,) * len(layer.kernel_size))
+        and set(layer.dilation) == {1}
+    )
+
+
+def _counts(layer: Any, x: Tensor) -> list[int]:
+    """How many patches there are in each direction."""
+    return [size // kernel for size, kernel in zip(x.shape[2:], layer.kernel_size, strict=True)]
+
+
+def _patches(layer: Any, x: Tensor, count: int) -> Tensor:
+    """The patches of all samples, flat: (n, rows, in * k)."""
+    dims = len(layer.kernel_size)
+    for dim, (number, kernel) in enumerate(zip(_counts(layer, x), layer.kernel_size, strict=True)):
+        x = x.narrow(2 + 2 * dim, 0, number * kernel).unflatten(2 + 2 * dim, (number, kernel))
+    places, inside = [2 + 2 * d for d in range(dims)], [3 + 2 * d for d in range(dims)]
+    x = x.permute(0, *places, 1, *inside).flatten(1 + dims)
+    return x.reshape(count, -1, x.shape[-1])
+
+
+def _channels_last(x: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
 
 
 def side_by_side(x: Tensor, count: int) -> Tensor:

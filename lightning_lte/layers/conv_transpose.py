@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,7 +82,7 @@ class HeadedConvTranspose(HeadedLayer):
             inner = _CONVOLUTIONS[len(kernel)](side_by_side(input, n), A, groups=n * own.groups)
             B = B.mT.reshape(-1, own.out_channels // own.groups, *kernel)
             y = below_each_other(transposed(inner, B, None, n), n)
-            y = transposed(input, factors.base(), bias, 1) + y * factors.scale
+            y = torch.add(transposed(input, factors.base(), bias, 1), y, alpha=factors.scale)
         elif own_weight is not None:
             y = below_each_other(transposed(side_by_side(input, n), own_weight.flatten(0, 1), None, n), n)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))

@@ -1,0 +1,195 @@
+"""The memory of a training step with one head on each device: `python -m benchmarks memory`.
+
+Each way to train runs in a process of its own: what it holds is counted, and the peak is measured, on a CPU as the
+resident set beyond what the process had before. Full rank under DDP holds its gradients a second time, in buckets;
+under FSDP2 a device holds its share of everything, and one block whole. These two are computed from what was counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks.bound import uses
+from benchmarks.execution import loss_of, make_batch
+from benchmarks.step import Heads, Plain, make_model
+from benchmarks.table import Row, setting, table
+
+# One head of rank 64 on each device, a ViT-L: weights, gradients and moments, over full rank's.
+GOAL = 0.40
+# For FSDP2.
+DEVICES = 8
+# Two in which weights are watched, and one as all that follow.
+STEPS = 3
+
+Counts = dict[str, float]
+
+
+def count(way: str, options: Any) -> Counts:
+    """Train in one way, and count bytes.
+
+    Args:
+        way: "full rank", "keep" or "reset".
+        options: of the command.
+
+    Returns:
+        Bytes by what they are for.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = make_batch(options.model, options.batch, device, options.seed)
+    before = _peak(device)
+    model = make_model(options.model, None, options.seed, device)
+    trained: Plain | Heads
+    if way == "full rank":
+        trained = Plain(model, device)
+    else:
+        trained = Heads(model, device, 1, options.rank, way, options.seed)  # type: ignore[arg-type]
+    for _ in range(STEPS):
+        trained.step(batch)
+    counts: Counts = {"weights": _bytes(model.parameters())}
+    factors: list[Any] = []
+    if isinstance(trained, Heads):
+        trained.explorer.merge()
+        trained.step(batch)
+        factors = list(trained.explorer.injection.factors.values())
+    counts["peak"] = _peak(device) - before
+
+    counts["factors"] = _bytes(t for f in factors for t in (f.A, f.B))
+    counts["anchors"] = _bytes(t for f in factors for t in (f.anchor_A, f.anchor_B) if t is not None)
+    states = trained.optimizer.state
+    counts["moments"] = _bytes(t for state in states.values() for t in state.values() if isinstance(t, Tensor))
+    counts["moments of factored weights"] = _bytes(t for f in factors for t in states.get(f.weight, {}).values())
+    own = [t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None]
+    counts |= _of_a_step(trained, batch, [*model.parameters(), *model.buffers(), *own])
+    counts["gradients of factored weights"] = _bytes(f.weight.grad for f in factors if f.weight.grad is not None)
+    counts["largest of a head over its weight"] = max(
+        (t.numel() / f.weight.numel() for f in factors for t in (f.A, f.B)), default=0.0
+    )
+    if factors:
+        found = uses(trained.explorer.injection, model, lambda: loss_of(model, batch))  # type: ignore[union-attr]
+        counts["rank-sized activations"] = sum(use.tokens * use.rank * 4 for use in found)
+    blocks = [_bytes(block.parameters()) for block in getattr(model, "blocks", [model])]
+    counts["largest block"] = max(blocks)
+    return counts
+
+
+def _of_a_step(trained: Plain | Heads, batch: Any, held: Iterable[Tensor]) -> Counts:
+    """Bytes of gradients, and of what a forward keeps for its backward and nobody else holds."""
+    known = {t.untyped_storage().data_ptr() for t in held}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = t
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        if isinstance(trained, Heads):
+            with trained.explorer.heads():
+                loss = loss_of(trained.model, batch)
+        else:
+            loss = loss_of(trained.model, batch)
+    activations = sum(t.untyped_storage().nbytes() for t in kept.values())
+    kept.clear()
+    loss.backward()
+    params = {p for group in trained.optimizer.param_groups for p in group["params"]} | set(trained.model.parameters())
+    return {"activations": float(activations), "gradients": _bytes(p.grad for p in params if p.grad is not None)}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(t.nbytes for t in tensors))
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux a process inherits the maximum that getrusage tells from the one that started it.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def _in_a_process(way: str, options: Any) -> Counts:
+    command = [sys.executable, "-m", "benchmarks", "memory", "--one", way, "--model", options.model]
+    command += ["--batch", str(options.batch), "--rank", str(options.rank), "--seed", str(options.seed)]
+    done = subprocess.run([*command, "--threads", str(options.threads)], stdout=subprocess.PIPE, check=True, text=True)
+    counts: Counts = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
+    """What a head on each device holds, over what full rank does."""
+    what = f"{options.model}, batch {options.batch}, rank {options.rank}, {way}"
+    whole = full["weights"] + full["gradients"] + full["moments"]
+    held = sum(own[key] for key in ("weights", "gradients", "moments", "factors", "anchors"))
+    sharded = whole / DEVICES + 2 * full["largest block"]
+
+    def row(figure: str, above: float, below: float, **more: Any) -> Row:
+        return Row(what, figure, [above / below], f"{above / 2**20:.0f} MiB", **more)
+
+    large = options.model.startswith("vit_large") and options.rank == 64
+    of_weights = {"weights": own["weights"], **{k: own[k] for k in ("factors", "anchors", "gradients", "moments")}}
+    return [
+        row("all but activations / full rank's", held, whole, goal=GOAL if large else None),
+        *(row(f"{name} / all of full rank's", value, whole) for name, value in of_weights.items()),
+        row("all but activations / full rank's under DDP, computed", held, whole + full["gradients"]),
+        row(f"all but activations / full rank's under FSDP2 on {DEVICES} devices, computed", held, sharded),
+        *(
+            Row(what, f"{key} / all of full rank's", [own[key] / whole], "0 MiB" if not own[key] else "", goal=0.0)
+            for key in ("gradients of factored weights", "moments of factored weights")
+        ),
+        Row(what, "largest tensor of a head / its weight", [own["largest of a head over its weight"]], goal=0.999),
+        row(
+            "activations / full rank's",
+            own["activations"],
+            full["activations"],
+            bound=1 + own["rank-sized activations"] / full["activations"],
+            within=1.0,
+        ),
+        row("peak, measured / full rank's", own["peak"], full["peak"]),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Count, and print the table."""
+    parser = argparse.ArgumentParser("python -m benchmarks memory", description=__doc__)
+    parser.add_argument("--model", default="vit_large_patch16_224", help="in timm (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="samples on a device (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--after-merge", nargs="+", default=["keep", "reset"], choices=["keep", "reset"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    parser.add_argument("--one", choices=["full rank", "keep", "reset"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.batch, options.rank, options.after_merge = "test_vit", 2, 4, ["keep"]
+    torch.set_num_threads(options.threads)
+    if options.one:
+        print(json.dumps(count(options.one, options)))
+        return []
+    start = time.perf_counter()
+    full = _in_a_process("full rank", options)
+    rows = [row for way in options.after_merge for row in rows_of(way, _in_a_process(way, options), full, options)]
+    print(table(rows))
+    whole = full["weights"] + full["gradients"] + full["moments"]
+    print(
+        f"\nFull rank, AdamW: {whole / 2**20:.0f} MiB of weights, gradients and moments,"
+        f" {full['activations'] / 2**20:.0f} MiB of activations, peak {full['peak'] / 2**20:.0f} MiB."
+        f" {setting(options.seed, start)}"
+    )
+    return rows

@@ -1,0 +1,95 @@
+"""What merges of many local heads cost: `python -m benchmarks merge`.
+
+A period is ten steps, a merge with the norms that loggers ask for, and its line in a logger's file. Measured are its
+parts, each in every round: a step, what LTE does in it besides the model's own arithmetic, the merge, and the logging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from benchmarks.execution import counts_processor_time, loss_of, make_batch, timed
+from benchmarks.step import WARM_UP, Heads, make_model
+from benchmarks.table import Row, setting, table
+from lightning_lte.execution import run
+from lightning_lte.metrics import merge_metrics
+
+PERIOD = 10
+# The largest share of the time that merging, logging and the callback may take.
+SHARE = 0.03
+
+
+def measure(options: Any, device: torch.device) -> list[Row]:
+    """The rows of one configuration."""
+    batch = make_batch(options.model, options.batch, device, options.seed)
+    model = make_model(options.model, options.depth, options.seed, device)
+    lte = Heads(model, device, options.heads, options.rank, "keep", options.seed)
+    explorer = lte.explorer
+    steps, merges, shares = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        logger = CSVLogger(folder, flush_logs_every_n_steps=1)
+        for number in range(WARM_UP + options.rounds):
+            with timed(device) as acting:
+                explorer.act()
+            with timed(device) as step:
+                loss = run(explorer, lambda own: loss_of(model, own), batch)
+                with explorer.backward():
+                    loss.backward()
+            with timed(device) as after:
+                explorer.after_backward()
+            with timed(device) as optimizer:
+                lte.optimizer.step()
+                lte.optimizer.zero_grad()
+            with timed(device) as looking:
+                explorer.step()
+                explorer.rest()
+            with timed(device) as merge:
+                record = explorer.merge()
+            with timed(device) as logging:
+                logger.log_metrics({**merge_metrics(record)}, step=number)
+            if number >= WARM_UP:
+                now_and_then = (merge[0] + logging[0]) / PERIOD
+                always = acting[0] + after[0] + looking[0]
+                steps.append(step[0] + optimizer[0] + always)
+                merges.append(merge[0])
+                shares.append((always + now_and_then) / (steps[-1] + now_and_then))
+    depth = "" if options.depth is None else f" of depth {options.depth}"
+    what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
+    ratios = [merge / step for merge, step in zip(merges, steps, strict=True)]
+    return [
+        Row(what, "a merge / a step", ratios, f"{statistics.median(merges):.3f} s", goal=1.0),
+        Row(what, f"merging, logging and all else of LTE / period of {PERIOD}", shares, "", goal=SHARE),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser("python -m benchmarks merge", description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="in timm (default: %(default)s)")
+    parser.add_argument("--depth", type=int, help="blocks of the model, for a quicker run (default: its own)")
+    parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of the heads (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.depth, options.batch, options.heads, options.rounds = "test_vit", None, 4, 2, 2
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    rows = measure(options, device)
+    print(table(rows))
+    clock = "processor" if counts_processor_time(device) else "wall"
+    print(f"\nAdamW, {options.rounds} rounds, {clock} time. {setting(options.seed, start)}")
+    return rows

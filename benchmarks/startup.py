@@ -1,0 +1,109 @@
+"""What it takes until the first step, and to go on from a checkpoint: `python -m benchmarks startup`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from benchmarks.execution import NEVER, counts_processor_time, first_layer, loss_of, make_batch, timed
+from benchmarks.step import make_model
+from benchmarks.table import Row, setting, table
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.execution import run
+
+# Seconds that injecting heads and resuming may take.
+INJECTING_S, RESUMING_S = 5.0, 10.0
+# Forward passes over the batch that the proof may take.
+PASSES = 2.0
+
+
+def measure(options: Any, device: torch.device) -> list[Row]:
+    """The rows of one configuration."""
+    batch = make_batch(options.model, options.batch, device, options.seed)
+    config = LTEConfig(options.heads, NEVER, rank=options.rank, seed=options.seed)
+    injecting, resuming, passes, firsts = [], [], [], []
+
+    def explorer_over(model: nn.Module) -> tuple[Explorer, AdamW]:
+        optimizer = AdamW(model.parameters(), lr=1e-4)
+        return Explorer(model, optimizer, config), optimizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pt"
+        for number in range(options.rounds):
+            model = make_model(options.model, options.depth, options.seed, device).train()
+            with timed(device) as seconds:
+                explorer, optimizer = explorer_over(model)
+            injecting.append(seconds[0])
+            if number == 0:
+                samples: list[int] = []
+                handle = first_layer(model).register_forward_pre_hook(lambda _, args: samples.append(len(args[0])))  # noqa: B023
+                loss_of(model, batch)
+                with timed(device) as first:
+                    loss = run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
+                handle.remove()
+                with timed(device) as second:
+                    run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
+                # All but the pass before, and the step's own.
+                passes.append((sum(samples) - 2 * options.batch) / options.batch)
+                firsts.append(first[0] / second[0] - 1)
+                with explorer.backward():
+                    loss.backward()
+                explorer.after_backward()
+                optimizer.step()
+                explorer.step()
+                torch.save({"state_dict": model.state_dict(), "lte": explorer.state_dict()}, path)
+            del explorer, optimizer
+            fresh = make_model(options.model, options.depth, options.seed, device).train()
+            with timed(device) as seconds:
+                saved = torch.load(path, weights_only=True)
+                fresh.load_state_dict(saved["state_dict"])
+                explorer, optimizer = explorer_over(fresh)
+                explorer.load_state_dict(saved["lte"])
+            resuming.append(seconds[0])
+            del saved, explorer, optimizer, fresh
+    depth = "" if options.depth is None else f" of depth {options.depth}"
+    what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
+
+    def row(figure: str, seconds: list[float], allowed: float) -> Row:
+        return Row(what, figure, [s / allowed for s in seconds], f"{statistics.median(seconds):.2f} s", goal=1.0)
+
+    return [
+        row(f"injecting heads / {INJECTING_S:g} s", injecting, INJECTING_S),
+        row(f"loading a checkpoint and going on / {RESUMING_S:g} s", resuming, RESUMING_S),
+        Row(what, "samples through the first layer in the proof / batch", passes, goal=PASSES),
+        Row(what, "the proof / a forward through heads", firsts),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser("python -m benchmarks startup", description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="in timm (default: %(default)s)")
+    parser.add_argument("--depth", type=int, help="blocks of the model, for a quicker run (default: its own)")
+    parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of the heads (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.depth, options.batch, options.heads, options.rounds = "test_vit", None, 4, 2, 2
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    rows = measure(options, device)
+    print(table(rows))
+    clock = "processor" if counts_processor_time(device) else "wall"
+    print(f"\nAdamW, {options.rounds} rounds, {clock} time. {setting(options.seed, start)}")
+    return rows

@@ -1,0 +1,215 @@
+"""The time of a training step through heads that share one device: `python -m benchmarks step`.
+
+All figures are ratios of times within one run, in which full rank, LTE and the released formulation take turns, so that
+what else the machine does falls on all of them alike. No merge falls into a step: `python -m benchmarks merge` has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.profiler import profile
+
+from benchmarks.bound import Arithmetic, multiply_adds, uses
+from benchmarks.execution import NEVER, Batch, Seconds, counts_processor_time, loss_of, make_batch, timed
+from benchmarks.released import as_released
+from benchmarks.table import Row, setting, table
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.execution import run
+
+AfterMerge = Literal["keep", "reset"]
+
+# In the first two steps weights are watched, and moments are made.
+WARM_UP = 3
+# The most that a step may be of what the arithmetic allows, on a CPU and on a GPU.
+WITHIN = {"cpu": 1.3, "cuda": 1.15}
+# One head on a device, over full rank.
+ALONE = 0.95
+# Over the released formulation, with 32 heads of rank 64.
+OF_RELEASED = 0.8
+
+
+class Plain:
+    """A model that trains as torch does.
+
+    Args:
+        model: on its device.
+        device: that it trains on.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device = model.train(), device
+        self.optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
+
+    def step(self, batch: Batch) -> Seconds:
+        """A training step."""
+        with timed(self.device) as forward:
+            loss = loss_of(self.model, batch)
+        with timed(self.device) as backward:
+            loss.backward()
+        with timed(self.device) as step:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return Seconds(forward[0], backward[0], step[0])
+
+
+class Heads:
+    """A model that trains through local heads.
+
+    Args:
+        model: on its device.
+        device: that it trains on.
+        heads: n.
+        rank: of the factors.
+        after_merge: "keep" or "reset".
+        seed: of the heads.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, heads: int, rank: int, after_merge: AfterMerge, seed: int
+    ) -> None:
+        self.model, self.device = model.train(), device
+        self.optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+        config = LTEConfig(heads, NEVER, rank=rank, after_merge=after_merge, execution="batched", seed=seed)
+        self.explorer = Explorer(model, self.optimizer, config)
+
+    def step(self, batch: Batch) -> Seconds:
+        """A training step, as examples/plain_loop.py has it."""
+        explorer = self.explorer
+        with timed(self.device) as forward:
+            loss = run(explorer, lambda own: loss_of(self.model, own), batch)
+        with timed(self.device) as backward:
+            with explorer.backward():
+                loss.backward()
+            explorer.after_backward()
+        with timed(self.device) as step:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            explorer.step()
+        return Seconds(forward[0], backward[0], step[0])
+
+
+def measure(
+    name: str, batch: Batch, heads: int, rank: int, after_merge: AfterMerge, options: Any, device: torch.device
+) -> list[Row]:
+    """The rows of one configuration.
+
+    Args:
+        name: of the model, in timm.
+        batch: which `heads` divides.
+        heads: n.
+        rank: of the factors.
+        after_merge: "keep" or "reset".
+        options: of the command.
+        device: that all train on.
+    """
+
+    make = partial(make_model, name, options.depth, options.seed, device)
+    lte = Heads(make(), device, heads, rank, after_merge, options.seed)
+    full = Plain(make(), device)
+    found = uses(lte.explorer.injection, lte.model, lambda: loss_of(lte.model, batch))
+    arithmetic = Arithmetic(found, multiply_adds(lambda: loss_of(full.model, batch).backward()))
+    full.optimizer.zero_grad()
+    bound = arithmetic.bound(after_merge == "keep")
+    variants: dict[str, Callable[[], Seconds]] = {"full": lambda: full.step(batch), "lte": lambda: lte.step(batch)}
+    if after_merge == "keep" and not options.no_released:
+        released = Plain(as_released(make, lte.explorer, rank, 2.0), device)
+        variants["released"] = lambda: released.step(batch)
+    for variant in variants.values():
+        for _ in range(WARM_UP):
+            variant()
+    rounds: list[dict[str, Seconds]] = []
+    for number in range(options.rounds):
+        # Each finds the machine as the one before has left it, so the order turns.
+        order = list(variants)[:: 1 if number % 2 == 0 else -1]
+        rounds.append({key: variants[key]() for key in order})
+
+    depth = "" if options.depth is None else f" of depth {options.depth}"
+    what = f"{name}{depth}, batch {len(batch[0])}, heads {heads}, rank {rank}, {after_merge}"
+
+    def row(figure: str, above: str, below: str, part: str = "whole", **more: Any) -> Row:
+        ratios = [getattr(r[above], part) / r[below].whole for r in rounds]
+        seconds = statistics.median(getattr(r[above], part) for r in rounds)
+        return Row(what, figure, ratios, f"{seconds:.3f} s", **more)
+
+    # Where the bound is below 1, heads may not be slower than full rank.
+    most = ALONE if heads == 1 else 1.0 if bound < 1 else None
+    rows = [
+        row("LTE's step / full rank's", "lte", "full", bound=bound, goal=most, within=WITHIN[device.type]),
+        row("LTE's optimizer / LTE's step", "lte", "lte", "step"),
+        row("full rank's optimizer / full rank's step", "full", "full", "step"),
+    ]
+    if "released" in variants:
+        goal = OF_RELEASED if (heads, rank) == (32, 64) else None
+        rows.append(row("LTE's step / the released formulation's", "lte", "released", goal=goal))
+    if options.profile and rows[0].met is False:
+        print(f"{what}:\n\n{profiled(lambda: lte.step(batch))}\n")
+    return rows
+
+
+def make_model(name: str, depth: int | None, seed: int, device: torch.device) -> nn.Module:
+    """A model of timm's, with the same weights for the same seed."""
+    torch.manual_seed(seed)
+    chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
+    return timm.create_model(name, **chosen).to(device)
+
+
+def profiled(step: Callable[[], object], lines: int = 12) -> str:
+    """What takes the time of a step, by torch's profiler."""
+    with profile() as profiler:
+        step()
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return str(profiler.key_averages().table(sort_by=order, row_limit=lines, max_name_column_width=40))
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser("python -m benchmarks step", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["vit_small_patch32_224", "vit_base_patch16_224"])
+    parser.add_argument("--depth", type=int, help="blocks of the models, for a quicker run (default: their own)")
+    parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of all heads (default: %(default)s)")
+    parser.add_argument("--heads", type=int, nargs="+", default=[1, 4, 8, 32])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--after-merge", nargs="+", default=["keep", "reset"], choices=["keep", "reset"])
+    parser.add_argument("--no-released", action="store_true", help="leave the released formulation out")
+    parser.add_argument("--profile", action="store_true", help="print a profile of what misses its goal")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.models, options.depth, options.batch, options.rounds = ["test_vit"], None, 4, 2
+        options.heads, options.ranks = [1, 2], [4]
+    if any(options.batch % heads for heads in options.heads):
+        parser.error(f"--batch must be a multiple of all --heads; received {options.batch} and {options.heads}")
+
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    rows: list[Row] = []
+    for name in options.models:
+        batch = make_batch(name, options.batch, device, options.seed)
+        for heads in options.heads:
+            for rank in options.ranks:
+                for after_merge in options.after_merge:
+                    found = measure(name, batch, heads, rank, after_merge, options, device)
+                    # Long runs get stopped.
+                    print(*(" | ".join(row.cells) for row in found), sep="\n", file=sys.stderr, flush=True)
+                    rows += found
+                    gc.collect()
+    print(table(rows))
+    clock = "processor" if counts_processor_time(device) else "wall"
+    print(f"\nAdamW, {options.rounds} rounds, {clock} time. {setting(options.seed, start)}")
+    return rows

@@ -1,0 +1,108 @@
+"""What a step does between merges: it waits for no device, and profilers see it by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lte import Explorer, LTEConfig, LTEStrategy
+from lightning_lte.execution import run
+from tests.modules import RANK, Module, Net, adamw, loader, make_data, sgd, trainer
+
+# Two steps in which weights are watched, and a third one.
+SETTLED = 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a value, and copying to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+@pytest.mark.parametrize(("heads", "after_merge"), [(1, "keep"), (4, "keep"), (4, "reset")])
+def test_no_step_between_merges_waits_for_a_device(execution: Any, heads: int, after_merge: Any) -> None:
+    net = Net().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    config = LTEConfig(heads, SETTLED + 4, rank=RANK, execution=execution, after_merge=after_merge)
+    explorer = Explorer(net, optimizer, config)
+    x, y = make_data(16)
+
+    def step() -> None:
+        loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), (x, y))
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        explorer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        explorer.step()
+
+    for _ in range(SETTLED):
+        step()
+    with Waits() as waits:
+        for _ in range(3):
+            step()
+        assert waits.seen == [] and explorer.merges == 0
+        step()  # a merge decides by what it finds, so it shows that waits are seen
+    assert waits.seen and explorer.merges == 1
+
+
+class Watching(Callback):
+    """Looks at whole batches, all but the first ones and those with merges."""
+
+    def __init__(self, period: int) -> None:
+        self.period, self.waits, self.watched = period, Waits(), 0
+
+    def _looks_at(self, batch: int) -> bool:
+        return batch >= SETTLED and (batch + 1) % self.period != 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._looks_at(batch_idx):
+            self.watched += 1
+            self.waits.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._looks_at(batch_idx):
+            self.waits.__exit__(None, None, None)
+
+
+def test_no_batch_under_lightning_waits_for_a_device() -> None:
+    # SGD: torch's Adam keeps a counter on the CPU, and reads it, which is no wait for a device.
+    watching = Watching(period=5)
+    strategy = LTEStrategy(heads=2, merge_every=5, rank=RANK, execution="batched")
+    trainer(strategy, max_epochs=1, callbacks=[watching], gradient_clip_val=1.0).fit(
+        Module(optimizer=sgd), loader(samples=12 * 16)
+    )
+    assert watching.watched == 7 and watching.waits.seen == []
+
+
+def test_a_profiler_sees_heads_and_merges_by_name() -> None:
+    net = Net()
+    optimizer = adamw(net.parameters())
+    explorer = Explorer(net, optimizer, LTEConfig(2, 1, rank=RANK, execution="batched"))
+    x, y = (t.float() if t.is_floating_point() else t for t in make_data(16))
+    with profile() as profiler:
+        with explorer.heads():
+            loss: Tensor = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        optimizer.step()
+        explorer.step()
+    names = {event.name for event in profiler.events() or []}
+    assert {"lte::heads", "lte::merge start", "lte::merge exchange", "lte::merge land"} <= names
