@@ -212,15 +212,11 @@ class Factors:
 
     def applies(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: int | None = None) -> bool:
         """Whether `multiply` may be used here; see `product.applies`."""
+        if self.rounded is not None:
+            return False  # it has a product of its own
         # With a frozen A plain operations do better: they keep no input for a backward.
         learns = self.A.requires_grad and (self.anchor_A is None) == (self.anchor_B is None)
-        # A W in low precision has a product of its own, which does not keep what it reads.
-        return (
-            learns
-            and self.rounded is None
-            and self.A.dim() == (3 if part is None else 4)
-            and product.applies(x, weight, bias, self.A)
-        )
+        return learns and self.A.dim() == (3 if part is None else 4) and product.applies(x, weight, bias, self.A)
 
     def multiply(
         self,

@@ -62,13 +62,12 @@ class HeadedConv(HeadedLayer):
         if own_bias is not None:
             bias = None
         factors = state.factors.get("weight")
-        if factors is not None and _takes_patches(own, input):
-            rows, weight = _patches(own, input, n), factors.base().flatten(1)
-            added = bias if own_bias is None else own_bias
-            if factors.applies(rows, weight, added):
-                y = factors.multiply(rows, weight, added, state.head)
-                y = y.view(len(input), *_counts(own, input), -1).movedim(-1, 1)
-                return y if _channels_last(input) or _channels_last(own.weight) else y.contiguous()
+        added = bias if own_bias is None else own_bias
+        if factors is not None and _takes_patches(own, input) and factors.applies(input, own.weight, added):
+            rows = _patches(own, input, n)
+            y = factors.multiply(rows, factors.base().flatten(1), added, state.head)
+            y = y.view(len(input), *_counts(own, input), -1).movedim(-1, 1)
+            return y if _channels_last(input) or _channels_last(own.weight) else y.contiguous()
         if factors is not None:
             A, B = factors.acting(state.head)
             inner = _convolve(own, side_by_side(input, n), A.reshape(-1, own.in_channels // own.groups, *kernel), n)
