@@ -69,7 +69,8 @@ def unrounded(parts: Sequence[Tensor], kind: Base, shape: torch.Size, dtype: tor
     own = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     # As one row: bitsandbytes 0.50.2 gets rows wrong on CPUs that are no multiple of a block.
     state = QuantState(scales, shape=torch.Size([shape.numel()]), dtype=own, blocksize=BLOCK, quant_type=kind)
-    return cast(Tensor, dequantize_4bit(code, state)).view(shape).to(dtype)
+    row: Tensor = dequantize_4bit(code, state)
+    return row.view(shape).to(dtype)
 
 
 def stochastically_rounded(x: Tensor) -> list[Tensor]:
