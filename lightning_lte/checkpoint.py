@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+# What of a state is equal on all devices, but for flights, of which all but the rows are.
+EQUAL = ("outer", "remainders", "bases")
+
 # What torch's optimizers count for a parameter as a whole. For one without dimensions, shapes don't tell these apart.
 _COUNTS_OF_A_DEVICE = ("step", "mu_product", "eta", "mu")
 
@@ -41,7 +44,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
         transport: to the other devices.
     """
     # What is equal on all devices need not travel.
-    equal: State = {} if transport.rank == 0 else {"outer": {}, "remainders": {}, "bases": {}}
+    equal: State = {} if transport.rank == 0 else {key: {} for key in EQUAL}
     within = transport.within
     if within is not None:
         equal["generators"] = within.gather(local["generators"])

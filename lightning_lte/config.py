@@ -275,9 +275,17 @@ class LTEConfig:
     def local_heads(self, world_size: int) -> int:
         """Heads per device, n = N / world_size.
 
+        Args:
+            world_size: devices, or with `shard` groups of them.
+
         Raises:
-            ValueError: the devices don't divide the heads.
+            ValueError: the devices don't divide the heads, or devices that share out a head have several.
         """
+        if self.shard > 1 and self.heads != world_size:
+            raise ValueError(
+                f"With shard=k a group of k devices has one head; received heads={self.heads} for {world_size} groups"
+                f" of {self.shard} devices. Give heads={world_size}, or heads=None."
+            )
         if self.heads % world_size:
             above = -(-self.heads // world_size) * world_size
             raise ValueError(

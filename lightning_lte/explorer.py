@@ -326,8 +326,7 @@ class Explorer(Merging):
             if keep_state:
                 self._closed = checkpoint.local_state(self, closing=True)
         finally:
-            rounded = {f.name: f.rounded for f in self.injection.factors.values() if f.rounded is not None}
-            lost = [name for name, r in rounded.items() if r.copy == "sharded" and self.transport.world_size > 1]
+            lost = [f.name for f in self.sharded] if self.transport.world_size > 1 else []
             restore_bases(self.injection.factors.values(), exactly=False)
             self.give_back()
             if lost:

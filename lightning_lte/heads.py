@@ -147,7 +147,11 @@ class Factors:
     @property
     def shard(self) -> Tensor:
         """What this device holds of W, and writes at merges: all of it, unless devices share it out."""
-        return self.weight
+        return self._own(self.weight)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """What this device holds of a weight, a factor or an anchor, to be written to: all of it."""
+        return tensor
 
     def _shared(self, value: Tensor) -> Tensor:
         """What this device keeps of a factor, in W's dtype and on its device: all of it."""
@@ -240,7 +244,7 @@ class Factors:
 
     def acting(self, head: int | Tensor | None = None, part: int | None = None) -> Pair:
         """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
-        return product.side_by_side(*self._acting(head, part))
+        return product.stacked(*self._acting(head, part))
 
     def _acting(
         self, head: int | Tensor | None, part: int | None
@@ -263,7 +267,7 @@ class Factors:
         Args:
             heads: index of a local head, or of several, with that of one of the matrices or without.
         """
-        return product.side_by_side(*self._chosen(heads))
+        return product.stacked(*self._chosen(heads))
 
     def _chosen(
         self, heads: int | Tensor | slice | tuple[Tensor | slice, int]
@@ -372,14 +376,15 @@ class Factors:
     @torch.no_grad()
     def restart(self, heads: Tensor, *, redraw: bool, merges: int = 0) -> None:
         """Let the heads chosen by `heads`, (n,) bool, start from W again: B <- 0, and A drawn anew if `redraw`."""
-        self.B[heads] = 0
+        A, B = self._own(self.A), self._own(self.B)
+        B[heads] = 0
         if redraw:
-            self.A[heads] = self.draw(merges).to(self.A)[heads]
+            A[heads] = self._own(self._shared(self.draw(merges))).to(A)[heads]
             self.all_A = None
         if self.anchor_A is not None:
-            self.anchor_A[heads] = self.A[heads]
+            self._own(self.anchor_A)[heads] = A[heads]
         if self.anchor_B is not None:
-            self.anchor_B[heads] = self.B[heads]
+            self._own(self.anchor_B)[heads] = B[heads]
 
     @torch.no_grad()
     def grow(self, factor: int, heads: int) -> dict[nn.Parameter, nn.Parameter]:

@@ -54,8 +54,8 @@ class Merging(Trainees):
         self, module: nn.Module, optimizers: Sequence[Optimizer], config: LTEConfig, transport: Transport
     ) -> None:
         self.transport = transport
+        _check_sharing(optimizers, config, transport)
         count = config.local_heads(transport.world_size)
-        _check_sharing(optimizers, config, transport, count)
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(optimizers, config.most_heads // transport.world_size)
         super().__init__(module, optimizers, config, count, transport.rank * count)
@@ -346,7 +346,7 @@ class Merging(Trainees):
             before += p.numel()
 
 
-def _check_sharing(optimizers: Sequence[Optimizer], config: LTEConfig, transport: Transport, count: int) -> None:
+def _check_sharing(optimizers: Sequence[Optimizer], config: LTEConfig, transport: Transport) -> None:
     """Raise if the parameters, the configuration and the transport don't agree on who shares out what.
 
     Raises:
@@ -361,11 +361,6 @@ def _check_sharing(optimizers: Sequence[Optimizer], config: LTEConfig, transport
             f" `Sharding`; received shard={config.shard}, groups of {size}, and {shared} of {len(params)} parameters"
             " of the optimizers shared out. Give Transport.sharing(k, ...), use `Sharding` before optimizers are made,"
             " and train only what the module has."
-        )
-    if size > 1 and count > 1:
-        raise ValueError(
-            f"With shard=k a group of devices has one head; received heads={config.heads} for {transport.world_size}"
-            f" groups of {size} devices. Give heads={transport.world_size}, or heads=None."
         )
 
 

@@ -58,7 +58,7 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
     )
 
 
-def side_by_side(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """[A - A'; A'] and [B, B - B'], whose product is B A - B' A'; A and B where there are no anchors, and A and B - B'
     where B alone has one.
 
@@ -123,7 +123,7 @@ class _Product(torch.autograd.Function):
             of_x = torch.bmm(gradient, _effective(weight, A, B, anchor_A, anchor_B, scale))
         elif for_x:
             # Stacked again, and not kept: of many heads that is more than all else a backward needs.
-            stack = side_by_side if torch.is_grad_enabled() else _written
+            stack = stacked if torch.is_grad_enabled() else _written
             first, second = stack(A, B, anchor_A, anchor_B)
             both = torch.bmm(gradient, second) * scale
             of_x = torch.matmul(gradient, weight).baddbmm_(both, first)
@@ -159,12 +159,12 @@ def _effective(
     weight: Tensor, A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None, scale: float
 ) -> Tensor:
     """W + s * (B A - B' A') of every head: (n, out, in)."""
-    first, second = side_by_side(A, B, anchor_A, anchor_B)
+    first, second = stacked(A, B, anchor_A, anchor_B)
     return torch.baddbmm(weight.expand(A.shape[0], *weight.shape), second, first, alpha=scale)
 
 
 def _written(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `side_by_side` returns, written in place once: it is done in every forward, for all heads' factors."""
+    """What `stacked` returns, written in place once: it is done in every forward, for all heads' factors."""
     if anchor_A is None or anchor_B is None:
         return A, B
     count, rank, in_features = A.shape

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_lte import files
+from lightning_lte.checkpoint import EQUAL
 from lightning_lte.rows import Part, Rows
 from lightning_lte.transport import Transport
 
@@ -230,7 +231,7 @@ def _dealt(own: State, device: str) -> State:
     """The tensors of a device's state, those that all devices have alike and those of its own."""
     dealt: State = {}
     for path, tensor in _tensors(own):
-        equal = path[0] in ("outer", "remainders", "bases") or (path[0] == "flights" and path[3] != "rows")
+        equal = path[0] in EQUAL or (path[0] == "flights" and path[3] != "rows")
         _put(dealt, (_EQUAL if equal else device, *path), tensor)
     return dealt
 

@@ -95,9 +95,8 @@ class SharedFactors(Factors):
         self._place = place
         super().__init__(*args, **kwargs)
 
-    @property
-    def shard(self) -> Tensor:
-        return local(self.weight)
+    def _own(self, tensor: Tensor) -> Tensor:
+        return local(tensor)
 
     def base(self) -> Tensor:
         module, key = self._place
@@ -146,15 +145,6 @@ class SharedFactors(Factors):
     def finite(self) -> Tensor:
         A, B = self.gather()[:2]
         return self._finite(A, B)
-
-    @torch.no_grad()
-    def restart(self, heads: Tensor, *, redraw: bool, merges: int = 0) -> None:
-        A, B = local(self.A), local(self.B)
-        B[heads] = 0
-        if redraw:
-            A[heads] = local(self._shared(self.draw(merges)))[heads]
-        if self.anchor_A is not None and self.anchor_B is not None:
-            local(self.anchor_A)[heads], local(self.anchor_B)[heads] = A[heads], B[heads]
 
     def _shared(self, value: Tensor) -> Tensor:
         assert isinstance(self.weight, DTensor)

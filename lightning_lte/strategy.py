@@ -344,11 +344,6 @@ class HeadsStrategy(Resumable):
                 f"shard must divide the number of devices; received shard={shard} on {self._world_size} devices. Give"
                 " a divisor of it, or 1 for the whole model on each device."
             )
-        if shard > 1 and self._heads not in (None, self._groups):
-            raise ValueError(
-                f"With shard=k a group of k devices has one head; received heads={self._heads} for"
-                f" {self._groups} groups of {shard} devices. Give heads={self._groups}, or heads=None."
-            )
         if shard > 1 and self._checkpoint != "gathered":
             raise ValueError(
                 f"With shard=k checkpoints are gathered; received shard={shard} with checkpoint={self._checkpoint!r}."
@@ -361,22 +356,18 @@ class HeadsStrategy(Resumable):
             )
 
     def setup(self, trainer: Trainer) -> None:
-        if self._config.shard > 1 and trainer.state.fn != "fit":
-            # What DDPStrategy does where it does not fit, with the module shared out in place of copied.
-            assert self.accelerator is not None and self.model is not None
-            self.accelerator.setup(trainer)
-            self.precision_plugin.convert_module(self.model)
-            self._share_out()
-            self.setup_precision_plugin()
-            return
-        if self._world_size > 1 or trainer.state.fn == "fit":
+        shares = self._config.shard > 1
+        if trainer.state.fn == "fit" or (self._world_size > 1 and not shares):
             super().setup(trainer)
             return
-        # What DDPStrategy does where it does not fit, less the process group.
+        # What DDPStrategy does where it does not fit, less the process group, or with the module shared out.
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
         self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
+        if shares:
+            self._share_out()
+        else:
+            self.model_to_device()
         self.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
@@ -491,8 +482,8 @@ class HeadsStrategy(Resumable):
             self._restore_generators()
         assert self._explorer is not None
         self._depth.clear()  # one that raised has not come back
-        if self._explorer.growth_due:
-            self.final_merge()
+        if self._explorer.growth_due and self._explorer.unmerged:
+            self.merge()
         self._explorer.act()
         if not self._samples_known and not self._explorer.full_rank:
             self._samples_known = True

@@ -460,3 +460,16 @@ def test_callbacks_that_average_weights_are_refused_where_these_are_nowhere_whol
                 run_.fit(Module(), loader())
         else:
             run_.fit(Module(), loader())
+
+
+def test_sharded_rows_are_gathered_when_training_ends_and_not_when_heads_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered, gather = [], Explorer.gather_bases
+
+    def watched(explorer: Explorer) -> None:
+        gathered.append(explorer.clock.step)
+        gather(explorer)
+
+    monkeypatch.setattr(Explorer, "gather_bases", watched)
+    strategy = LTEStrategy(2, 3, rank=RANK, grow_heads={4: 4}, base="int8", base_copy="sharded")
+    trainer(strategy, max_steps=7).fit(Module(make_net()), loader(7 * 16))
+    assert set(gathered) == {7}
