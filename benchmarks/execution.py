@@ -143,6 +143,21 @@ class FullRank:
         return total
 
 
+def step_of(explorer: Explorer, optimizer: Optimizer, batch: Batch, device: torch.device) -> Seconds:
+    """A training step of a model that trains through local heads, as examples/plain_loop.py has it."""
+    with timed(device) as forward:
+        loss = run(explorer, lambda own: loss_of(explorer.module, own), batch)
+    with timed(device) as backward:
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+    with timed(device) as step:
+        optimizer.step()
+        optimizer.zero_grad()
+        explorer.step()
+    return Seconds(forward[0], backward[0], step[0])
+
+
 class WithHeads:
     """A model that trains through local heads.
 
@@ -172,24 +187,15 @@ class WithHeads:
         self.passed = 0
 
     def step(self, batch: Batch) -> Seconds:
-        """A training step on a batch, as examples/plain_loop.py has it, and a merge of what was learned in it.
+        """A training step on a batch, and a merge of what was learned in it.
 
         The merge leaves out the norms that only loggers ask for.
         """
-        explorer = self.explorer
-        with timed(self.device) as forward:
-            loss = run(explorer, lambda own: loss_of(self.model, own), batch)
-        with timed(self.device) as backward:
-            with explorer.backward():
-                loss.backward()
-            explorer.after_backward()
-        with timed(self.device) as step:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            explorer.step()
+        seconds = step_of(self.explorer, self.optimizer, batch, self.device)
         with timed(self.device) as merge:
-            explorer.merge(measure=False)
-        return Seconds(forward[0], backward[0], step[0], merge[0])
+            self.explorer.merge(measure=False)
+        seconds.merge = merge[0]
+        return seconds
 
     def proof(self, batch: Batch) -> Seconds:
         """The proof on a batch, as if it were the first one."""

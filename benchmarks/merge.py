@@ -6,19 +6,18 @@ parts, each in every round: a step, what LTE does in it besides the model's own 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from benchmarks.execution import counts_processor_time, loss_of, make_batch, timed
+from benchmarks.command import of_one_model
+from benchmarks.execution import loss_of, make_batch, timed
 from benchmarks.step import WARM_UP, Heads, make_model
-from benchmarks.table import Row, setting, table
+from benchmarks.table import Row
 from lightning_lte.execution import run
 from lightning_lte.metrics import merge_metrics
 
@@ -72,24 +71,4 @@ def measure(options: Any, device: torch.device) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser("python -m benchmarks merge", description=__doc__)
-    parser.add_argument("--model", default="vit_base_patch16_224", help="in timm (default: %(default)s)")
-    parser.add_argument("--depth", type=int, help="blocks of the model, for a quicker run (default: its own)")
-    parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of the heads (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.model, options.depth, options.batch, options.heads, options.rounds = "test_vit", None, 4, 2, 2
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start = time.perf_counter()
-    rows = measure(options, device)
-    print(table(rows))
-    clock = "processor" if counts_processor_time(device) else "wall"
-    print(f"\nAdamW, {options.rounds} rounds, {clock} time. {setting(options.seed, start)}")
-    return rows
+    return of_one_model("merge", __doc__, measure, 5, arguments)

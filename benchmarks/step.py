@@ -22,11 +22,11 @@ from torch.optim import AdamW
 from torch.profiler import profile
 
 from benchmarks.bound import Arithmetic, multiply_adds, uses
-from benchmarks.execution import NEVER, Batch, Seconds, counts_processor_time, loss_of, make_batch, timed
+from benchmarks.command import show
+from benchmarks.execution import NEVER, Batch, Seconds, loss_of, make_batch, step_of, timed
 from benchmarks.released import as_released
-from benchmarks.table import Row, setting, table
+from benchmarks.table import Row
 from lightning_lte import Explorer, LTEConfig
-from lightning_lte.execution import run
 
 AfterMerge = Literal["keep", "reset"]
 
@@ -85,19 +85,8 @@ class Heads:
         self.explorer = Explorer(model, self.optimizer, config)
 
     def step(self, batch: Batch) -> Seconds:
-        """A training step, as examples/plain_loop.py has it."""
-        explorer = self.explorer
-        with timed(self.device) as forward:
-            loss = run(explorer, lambda own: loss_of(self.model, own), batch)
-        with timed(self.device) as backward:
-            with explorer.backward():
-                loss.backward()
-            explorer.after_backward()
-        with timed(self.device) as step:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            explorer.step()
-        return Seconds(forward[0], backward[0], step[0])
+        """A training step."""
+        return step_of(self.explorer, self.optimizer, batch, self.device)
 
 
 def measure(
@@ -209,7 +198,5 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
                     print(*(" | ".join(row.cells) for row in found), sep="\n", file=sys.stderr, flush=True)
                     rows += found
                     gc.collect()
-    print(table(rows))
-    clock = "processor" if counts_processor_time(device) else "wall"
-    print(f"\nAdamW, {options.rounds} rounds, {clock} time. {setting(options.seed, start)}")
+    show(rows, options, device, start)
     return rows

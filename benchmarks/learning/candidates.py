@@ -54,8 +54,7 @@ class OrthogonalHeads(Candidate):
                 drawn = rows.unflatten(-2, (-1, rank)).movedim(-3, 0).to(f.A)
                 with torch.no_grad():
                     f.A[own] = drawn
-                    if f.anchor_A is not None:
-                        f.anchor_A[own] = drawn
+            f.settle()
 
 
 class SameStart(Candidate):
@@ -67,8 +66,7 @@ class SameStart(Candidate):
         with torch.no_grad():
             for f in explorer.injection.factors.values():
                 f.A.copy_(f.A[:1].expand_as(f.A).clone())
-                if f.anchor_A is not None:
-                    f.anchor_A.copy_(f.A)
+                f.settle()
 
 
 class Periods(Candidate):
@@ -86,8 +84,7 @@ class SizeOfA(Candidate):
             f.scale /= self.value
             with torch.no_grad():
                 f.A.mul_(self.value)
-                if f.anchor_A is not None:
-                    f.anchor_A.mul_(self.value)
+            f.settle()
 
 
 class NarrowFrames(Candidate):
@@ -109,9 +106,7 @@ class NarrowFrames(Candidate):
                 drawn = torch.randn(f.B.shape, generator=generator, dtype=torch.float64)
                 f.B.copy_(torch.linalg.qr(drawn).Q * math.sqrt(rows / f.rank))
                 f.A.zero_()
-                if f.anchor_A is not None and f.anchor_B is not None:
-                    f.anchor_A.copy_(f.A)
-                    f.anchor_B.copy_(f.B)
+            f.settle()
 
 
 CANDIDATES: dict[str, type[Candidate]] = {

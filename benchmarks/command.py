@@ -1,0 +1,57 @@
+"""What the commands of `python -m benchmarks` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.execution import counts_processor_time
+from benchmarks.table import Row, setting, table
+
+
+def of_one_model(
+    name: str,
+    description: str | None,
+    measure: Callable[[Any, torch.device], list[Row]],
+    rounds: int,
+    arguments: Sequence[str] | None,
+) -> list[Row]:
+    """Measure one model through heads, and print the table.
+
+    Args:
+        name: of the command.
+        description: for its help.
+        measure: makes the rows from the choices and the device.
+        rounds: the default.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(f"python -m benchmarks {name}", description=description)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="in timm (default: %(default)s)")
+    parser.add_argument("--depth", type=int, help="blocks of the model, for a quicker run (default: its own)")
+    parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of the heads (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.depth, options.batch, options.heads, options.rounds = "test_vit", None, 4, 2, 2
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    rows = measure(options, device)
+    show(rows, options, device, start)
+    return rows
+
+
+def show(rows: Sequence[Row], options: Any, device: torch.device, start: float) -> None:
+    """Print the table, and what it was made with since `time.perf_counter()` was `start`."""
+    print(table(rows))
+    clock = "processor" if counts_processor_time(device) else "wall"
+    print(f"\nAdamW, {options.rounds} rounds, {clock} time. {setting(options.seed, start)}")
