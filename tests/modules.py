@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,6 +90,34 @@ def make_data(samples: int, seed: int = 1, width: int = IN) -> tuple[Tensor, Ten
 def loader(samples: int = 48, batch_size: int = 16, **kwargs: Any) -> DataLoader:
     """Batches of `make_data`, in order unless told otherwise."""
     return DataLoader(TensorDataset(*make_data(samples)), batch_size=batch_size, **kwargs)
+
+
+class Slices:
+    """The same samples for each head at each step wherever the heads sit, and resumable.
+
+    Args:
+        world_size: devices.
+        rank: of this one.
+        samples: of all heads in a step.
+    """
+
+    def __init__(self, world_size: int, rank: int, samples: int = 16) -> None:
+        self.world_size, self.rank, self.samples, self.step = world_size, rank, samples, 0
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        while self.step < len(self):
+            batch = make_data(self.samples, seed=self.step)
+            self.step += 1
+            yield tuple(part.tensor_split(self.world_size)[self.rank] for part in batch)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
 
 
 def sgd(params: Iterable[nn.Parameter], lr: float = 0.1) -> Optimizer:

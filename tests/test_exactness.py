@@ -64,6 +64,66 @@ def assert_same(explorer: Explorer, oracle: Oracle) -> None:
             torch.testing.assert_close(value, merged[name], **TOLERANCE)
 
 
+def oracle_beside(
+    explorer: Explorer, plain: nn.Module, optimizer: Any, clip: float | None = None, **choices: Any
+) -> Oracle:
+    """Workers that do literally what the heads of an explorer are to do.
+
+    Args:
+        explorer: that nothing was trained through.
+        plain: its module as it was.
+        optimizer: makes one from parameters.
+        clip: see `Oracle`.
+        **choices: what else `Oracle` takes.
+    """
+    config, groups = explorer.config, {}
+    for group in range(config.stagger):
+        factors, replicas = explorer._grouped(0, group)
+        delay = group * config.merge_every // config.stagger  # type: ignore[operator]
+        groups[delay] = [f.name for f in factors] + [replica.name for replica in replicas]
+        assert groups[delay]
+    return Oracle(
+        plain,
+        first_A(explorer),
+        scale=2.0,
+        period=config.merge_every,  # type: ignore[arg-type]
+        after_merge=config.after_merge,
+        replicas=config.replicas,
+        optimizer=optimizer,
+        clip=clip,
+        outer=config.outer_optimizer,
+        overlap=config.overlap,
+        freeze_a=config.freeze_a,
+        groups=groups,
+        **choices,
+    )
+
+
+def step_both(
+    explorer: Explorer, opt: torch.optim.Optimizer, oracle: Oracle, x: Tensor, y: Tensor, clip: float | None
+) -> None:
+    """A training step through heads, by hand, and one of the oracle, on the same slices."""
+    model, count = explorer.module, explorer.count
+    slices = list(zip(x.chunk(count), y.chunk(count), strict=True))
+    if explorer.execution == "sequential":
+        losses = []
+        for head, (own_x, own_y) in enumerate(slices):
+            with explorer.head(head):
+                losses.append(cross_entropy(model(own_x), own_y))
+        loss = torch.stack(losses).mean()
+    else:
+        with explorer.heads():
+            loss = cross_entropy(model(x), y)
+    loss.backward()
+    explorer.after_backward()
+    if clip is not None:
+        explorer.clip_grad_norm_(clip)
+    opt.step()
+    opt.zero_grad()
+    explorer.step()
+    oracle.step(slices, cross_entropy)
+
+
 def train_both(
     config: LTEConfig,
     optimizer: Any,
@@ -81,54 +141,19 @@ def train_both(
     opt = optimizer(model.parameters())
     explorer = Explorer(model, opt, config)
     assert set(first_A(explorer)) == set(factored)
-    groups = {}
-    for group in range(config.stagger):
-        factors, replicas = explorer._grouped(0, group)
-        delay = group * config.merge_every // config.stagger  # type: ignore[operator]
-        groups[delay] = [f.name for f in factors] + [replica.name for replica in replicas]
-        assert groups[delay]
-    oracle = Oracle(
-        plain,
-        first_A(explorer),
-        scale=2.0,
-        period=config.merge_every,  # type: ignore[arg-type]
-        after_merge=config.after_merge,
-        replicas=config.replicas,
-        optimizer=optimizer,
-        clip=clip,
-        outer=config.outer_optimizer,
-        overlap=config.overlap,
-        freeze_a=config.freeze_a,
-        groups=groups,
-    )
+    oracle = oracle_beside(explorer, plain, optimizer, clip)
     x_eval, _ = make_data(5, seed=99, width=width)
     for step in range(steps):
         x, y = make_data(8 * HEADS, seed=step, width=width)
-        slices = list(zip(x.chunk(HEADS), y.chunk(HEADS), strict=True))
-        if config.execution == "sequential":
-            losses = []
-            for head, (own_x, own_y) in enumerate(slices):
-                with explorer.head(head):
-                    losses.append(cross_entropy(model(own_x), own_y))
-            loss = torch.stack(losses).mean()
-        else:
-            with explorer.heads():
-                loss = cross_entropy(model(x), y)
-        loss.backward()
-        explorer.after_backward()
-        if clip is not None:
-            explorer.clip_grad_norm_(clip)
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
-        oracle.step(slices, cross_entropy)
+        step_both(explorer, opt, oracle, x, y, clip)
         assert_same(explorer, oracle)
         if config.replicas != "step":
             with torch.no_grad():
                 torch.testing.assert_close(model.eval()(x_eval), oracle.merged.eval()(x_eval), **TOLERANCE)
             model.train()
     started = oracle.merges + len(explorer.flights)
-    assert explorer.clock.merges == started == sum((steps - d) // config.merge_every for d in groups)  # type: ignore[operator]
+    delays = [group * config.merge_every // config.stagger for group in range(config.stagger)]  # type: ignore[operator]
+    assert explorer.clock.merges == started == sum((steps - d) // config.merge_every for d in delays)  # type: ignore[operator]
     explorer.finish()
     for name, value in oracle.finish().state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, **TOLERANCE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_lte import At, Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.heads import Factors, spread
@@ -31,6 +29,7 @@ from tests.modules import (
     Net,
     Recorder,
     ScaledNet,
+    Slices,
     adamw,
     clone,
     kept,
@@ -41,10 +40,9 @@ from tests.modules import (
     train_step,
     trainer,
 )
-from tests.oracle import Oracle
 from tests.processes import run
 from tests.test_checkpoint import assert_equal
-from tests.test_exactness import OUTER, TOLERANCE, BatchNormed, assert_same, first_A
+from tests.test_exactness import OUTER, TOLERANCE, BatchNormed, assert_same, first_A, oracle_beside, step_both
 from tests.test_manual import Game, Manual
 
 PLAN = {4: 4, 9: 8}  # step 4 is in the middle of a period of 3, and after step 9 all is merged
@@ -71,50 +69,13 @@ def train_both(
     plain = copy.deepcopy(model)
     opt = optimizer(model.parameters())
     explorer = Explorer(model, opt, config)
-    groups = {}
-    for group in range(config.stagger):
-        factors, replicas = explorer._grouped(0, group)
-        delay = group * config.merge_every // config.stagger  # type: ignore[operator]
-        groups[delay] = [f.name for f in factors] + [replica.name for replica in replicas]
-    oracle = Oracle(
-        plain,
-        first_A(explorer),
-        scale=2.0,
-        period=config.merge_every,  # type: ignore[arg-type]
-        after_merge=config.after_merge,
-        replicas=config.replicas,
-        optimizer=optimizer,
-        clip=clip,
-        outer=config.outer_optimizer,
-        overlap=config.overlap,
-        freeze_a=config.freeze_a,
-        groups=groups,
-        grow=config.grow_heads,
-        fresh_A=fresh_A(explorer),
-    )
+    oracle = oracle_beside(explorer, plain, optimizer, clip, grow=config.grow_heads, fresh_A=fresh_A(explorer))
     for step in range(steps):
         x, y = make_data(batch, seed=step, width=width)
         explorer.act()
         count = explorer.count
         assert count == config.heads_at(step)
-        slices = list(zip(x.chunk(count), y.chunk(count), strict=True))
-        if explorer.execution == "sequential":
-            losses = []
-            for head, (own_x, own_y) in enumerate(slices):
-                with explorer.head(head):
-                    losses.append(cross_entropy(model(own_x), own_y))
-            loss = torch.stack(losses).mean()
-        else:
-            with explorer.heads():
-                loss = cross_entropy(model(x), y)
-        loss.backward()
-        explorer.after_backward()
-        if clip is not None:
-            explorer.clip_grad_norm_(clip)
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
-        oracle.step(slices, cross_entropy)
+        step_both(explorer, opt, oracle, x, y, clip)
         if count > 1 or not list(model.buffers()):  # one head alone shows its running statistics as they are now
             assert_same(explorer, oracle)
     explorer.finish()
@@ -463,28 +424,6 @@ def test_a_run_that_grows_is_the_same_wherever_heads_sit(choices: dict[str, Any]
 
 
 # ---- through Lightning
-
-
-class Slices:
-    """The same samples at each step wherever the heads sit, and resumable."""
-
-    def __init__(self, world_size: int, rank: int) -> None:
-        self.world_size, self.rank, self.step = world_size, rank, 0
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        while self.step < len(self):
-            batch = make_data(BATCH, seed=self.step)
-            self.step += 1
-            yield tuple(part.tensor_split(self.world_size)[self.rank] for part in batch)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 SAVED = (3, 4, 5, 6, 9, 10)  # of heads that grow after steps 4 and 9: before, at, and after

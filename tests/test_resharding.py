@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte import LTEStrategy
-from tests.modules import RANK, Module, Net, Recorder, ScaledNet, adamw, clone, make_data, make_net, trainer
+from tests.modules import RANK, Module, Net, Recorder, ScaledNet, Slices, adamw, clone, make_net, trainer
 from tests.processes import run
 
 HEADS = 4
-BATCH = 16  # samples of all heads
 PERIOD = 3
 SAVED = 5  # steps: in the middle of the second period
 LAST = 10
@@ -48,28 +46,6 @@ class Normed(ScaledNet):
 
 KINDS: dict[str, type[Net]] = {"stacked": Net, "shared": Shared, "in turn": Normed, "on its way": Net}
 SHARED = ("net.gain", "net.scale")
-
-
-class Slices:
-    """The same samples for each head at each step wherever the heads sit, and resumable."""
-
-    def __init__(self, world_size: int, rank: int) -> None:
-        self.world_size, self.rank, self.step = world_size, rank, 0
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        while self.step < len(self):
-            batch = make_data(BATCH, seed=self.step)
-            self.step += 1
-            yield tuple(part.tensor_split(self.world_size)[self.rank] for part in batch)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 def fit(folder: str, kind: str, devices: int, resume: str | None = None, steps: int = LAST) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, files, sharded
 from lightning_lte.transport import Transport
-from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_net, train_step, trainer
+from tests.modules import RANK, Module, Net, Recorder, Slices, adamw, clone, loader, make_net, train_step, trainer
 from tests.processes import _context, run
 from tests.test_checkpoint import EPOCH, Loadable, Noisy, assert_equal
-from tests.test_resharding import DEVICES, HEADS, PAIRS, PERIOD, Normed, Shared, Slices
+from tests.test_resharding import DEVICES, HEADS, PAIRS, PERIOD, Normed, Shared
 
 OUTER = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 ON_ITS_WAY = {"overlap": 2, "wire": "int8", "payload": "dense", "outer_optimizer": OUTER}
