@@ -263,12 +263,41 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert factors[9] < 1 and factors[-1] < 0.001 and sorted(factors[10:], reverse=True) == factors[10:]
 
 
-def test_fashion_mnist_is_read_and_asked_for(tmp_path: Path) -> None:
+def write_images(folder: Path, classes: int) -> None:
+    """Files as Fashion-MNIST's, with images that are the brighter the higher their class."""
     for split, count in (("train", 64), ("t10k", 32)):
-        images = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + bytes(count * 784)
-        labels = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(count)
-        (tmp_path / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-        (tmp_path / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+        of = [i % classes for i in range(count)]
+        images = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        images += b"".join(bytes([25 * c]) * 784 for c in of)
+        labels = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(of)
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+
+
+def test_fine_tuning_starts_from_a_model_that_knows_other_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, classes=10)
+    task = TASKS["fine-tuning"]
+    options = {**task.options, "epochs_before": 4}
+    data = task.data(options, tmp_path)
+    assert data.train[1].unique().tolist() == data.test[1].unique().tolist() == [5, 6, 7, 8, 9]
+    torch.manual_seed(0)
+    model = task.model(options)
+    images, labels = TASKS["vit"].data(options, tmp_path).train
+    known = labels < 5
+
+    def loss() -> float:
+        return float(task.loss(model, (images[known], labels[known])))
+
+    before = loss()
+    assert task.start is not None
+    task.start(model, options, tmp_path)
+    assert loss() < 0.8 * before
+    result = trained(resolved({**TINY, "task": {"name": "fine-tuning"}, "batch": 16}), 0, tmp_path)
+    assert result["samples"] == 16  # of 30 with such classes
+
+
+def test_fashion_mnist_is_read_and_asked_for(tmp_path: Path) -> None:
+    write_images(tmp_path, classes=1)
     settings = resolved({**TINY, "task": {"name": "resnet", "dim": 64}, "method": {"name": "lte", "heads": 2}})
     result = trained(settings, 0, tmp_path)
     assert result["metric"] in (0, 100) and result["samples"] == 64 and "2 heads, sequential" in result["notes"]

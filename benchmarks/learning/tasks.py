@@ -44,6 +44,7 @@ class Task:
         metric: its name.
         measure: the metric on the test data.
         higher_is_better: what a good metric is.
+        start: trains a new model beforehand; None where it is trained from scratch.
     """
 
     options: Options
@@ -53,6 +54,7 @@ class Task:
     metric: str
     measure: Callable[[nn.Module, Batch], float]
     higher_is_better: bool
+    start: Callable[[nn.Module, Options, Path], None] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +75,34 @@ def _fashion_mnist(root: Path) -> Data:
 
 def _images(options: Options, root: Path) -> Data:
     return _fashion_mnist(root)
+
+
+def _of_classes(data: Data, classes: range) -> Data:
+    def part(batch: Batch) -> Batch:
+        chosen = (batch[1] >= classes.start) & (batch[1] < classes.stop)
+        return tuple(t[chosen] for t in batch)
+
+    return Data(part(data.train), part(data.test))
+
+
+@lru_cache(maxsize=1)
+def _second_half(root: Path) -> Data:
+    return _of_classes(_fashion_mnist(root), range(5, 10))
+
+
+def _other_images(options: Options, root: Path) -> Data:
+    return _second_half(root)
+
+
+def _know_the_first_half(model: nn.Module, options: Options, root: Path) -> None:
+    """Train at full rank on classes 0 to 4."""
+    images, labels = _of_classes(_fashion_mnist(root), range(5)).train
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(options["epochs_before"]):
+        for chosen in torch.randperm(len(images)).split(256):
+            optimizer.zero_grad()
+            _cross_entropy(model, (images[chosen], labels[chosen])).backward()
+            optimizer.step()
 
 
 def _vit(options: Options) -> nn.Module:
@@ -234,6 +264,17 @@ def _classifier(model: Callable[[Options], nn.Module], **options: Any) -> Task:
 
 TASKS: dict[str, Task] = {
     "vit": _classifier(_vit, dim=64, depth=4, attention_heads=4, patch=7),
+    # A model that knows half of the classes learns the others.
+    "fine-tuning": Task(
+        {"dim": 64, "depth": 2, "attention_heads": 4, "patch": 14, "epochs_before": 3},
+        _other_images,
+        _vit,
+        _cross_entropy,
+        "accuracy (%)",
+        _accuracy,
+        higher_is_better=True,
+        start=_know_the_first_half,
+    ),
     "mixer": _classifier(_mixer, dim=64, depth=4, patch=7),
     "resnet": _classifier(_resnet, dim=128),
     "gpt": Task(

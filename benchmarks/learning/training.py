@@ -45,6 +45,8 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
     data = task.data(settings["task"], data_root)
     torch.manual_seed(seed)
     model = task.model(settings["task"])
+    if task.start is not None:
+        task.start(model, settings["task"], data_root)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     method: Method = METHODS[settings["method"]["name"]](model, settings, task.loss, seed)
