@@ -247,6 +247,22 @@ def test_orthogonal_heads_share_the_space() -> None:
     torch.testing.assert_close(A @ A.T, torch.eye(32) * 4, atol=1e-5, rtol=0)
 
 
+def test_adam_starts_anew_after_each_merge() -> None:
+    settings = {
+        **TINY,
+        "method": {"name": "lte", "heads": 4, "rank": 8, "merge_every": 2},
+        "extra": {"fresh_adam": True},
+    }
+    full = resolved(settings)
+    method: Any = METHODS["lte"](TASKS["least-squares"].model(full["task"]), full, TASKS["least-squares"].loss, 0)
+    (f,) = method.explorer.injection.factors.values()
+    counts = []
+    for batch in batches(4):
+        method.step(batch)
+        counts.append([float(method.optimizer.state[p]["step"]) for p in (f.A, f.B)])
+    assert counts == [[1, 1], [0, 0], [1, 1], [0, 0]]
+
+
 def test_relora_warms_up_again_after_each_merge() -> None:
     method = made("relora", rank=4, merge_every=3, restart_warmup=2)
     lrs = []

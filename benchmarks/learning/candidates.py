@@ -87,6 +87,18 @@ class SizeOfA(Candidate):
             f.settle()
 
 
+class FreshAdam(Candidate):
+    """Adam starts anew at every merge, with its count of steps, so that no step is larger than its learning rate."""
+
+    def after_step(self, explorer: Explorer, optimizer: torch.optim.Optimizer, record: MergeRecord | None) -> None:
+        if record is None or not self.value:
+            return
+        for f in explorer.injection.factors.values():
+            for param in f.trained.values():
+                for value in optimizer.state[param].values():
+                    value.zero_()
+
+
 class NarrowFrames(Candidate):
     """Where a weight has fewer outputs than inputs, B starts semi-orthogonal, and A at zero.
 
@@ -114,6 +126,7 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "same_start": SameStart,
     "periods": Periods,
     "size_of_a": SizeOfA,
+    "fresh_adam": FreshAdam,
     "narrow_frames": NarrowFrames,
 }
 
