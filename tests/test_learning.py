@@ -158,6 +158,13 @@ def test_what_is_not_known_is_refused(settings: dict[str, Any], message: str) ->
         resolved(settings)
 
 
+def test_pictures_show_the_metric_over_a_setting(cache: Cache, tmp_path: Path) -> None:
+    rows = table.parsed({**CONTENT, "over": "lr"})
+    work(rows, cache)
+    (path,) = report.plot(rows, report.lines(rows, cache, 1), tmp_path, "tiny")
+    assert path.name == "tiny-least-squares.png" and path.stat().st_size > 1000
+
+
 def test_the_difference_is_to_the_best_control_within_seeds(rows: table.Table, cache: Cache) -> None:
     metrics = {0: [0.5, 0.7], 1: [0.3, 0.5], 2: [0.4, 0.8], 3: [0.9, None]}
     kept = {"loss": 1.0, "bytes": 10, "cpu_seconds": 1, "notes": [], "hardware": "h", "versions": {}}

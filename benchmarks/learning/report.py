@@ -123,7 +123,7 @@ def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) 
 
 
 def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int = 10) -> list[Path]:
-    """Pictures: loss and metric, over samples and over bytes; one file for each task.
+    """Pictures, one file for each task: loss and metric, over samples and over bytes; or the metric over a setting.
 
     Args:
         most: rows in a picture; the best of each label come first.
@@ -139,6 +139,11 @@ def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int
         task = TASKS[task_name]
         own = [line for line in found if line.row.settings["task"]["name"] == task_name and line.metrics]
         if not own:
+            continue
+        paths.append(folder / f"{name}-{task_name}.png")
+        if table.over is not None:
+            _plot_over(table, own, table.over).savefig(paths[-1], dpi=110)
+            pyplot.close()
             continue
         own = sorted(own, key=lambda o: statistics.mean(o.metrics.values()), reverse=task.higher_is_better)
         first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
@@ -164,10 +169,34 @@ def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int
         axes[1, 0].set_ylabel(f"test {task.metric}")
         axes[1, 0].legend(fontsize="x-small")
         figure.suptitle(f"{table.title} ({task_name})")
-        paths.append(folder / f"{name}-{task_name}.png")
         figure.savefig(paths[-1], dpi=110)
         pyplot.close(figure)
     return paths
+
+
+def _plot_over(table: Table, found: Sequence[Line], setting: str) -> Any:
+    """The metric over a setting, a line for each combination of the others; its best point is marked."""
+    from matplotlib import pyplot
+
+    task = TASKS[found[0].row.settings["task"]["name"]]
+    flats = [flattened(line.row.settings) for line in found]
+    others = [n for n in _differing(flats) if n not in (setting, "method.name")]
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for line, flat in zip(found, flats, strict=True):
+        label = ", ".join([line.row.label, *(f"{n.split('.')[-1]} {_cell(flat[n])}" for n in others if n in flat)])
+        groups.setdefault(label, []).append((flat[setting], statistics.mean(line.metrics.values())))
+    figure, axes = pyplot.subplots(figsize=(7, 5), constrained_layout=True)
+    for label, points in groups.items():
+        best = (max if task.higher_is_better else min)(points, key=lambda point: point[1])
+        (drawn,) = axes.plot(*zip(*sorted(points), strict=True), marker=".", label=label)
+        axes.plot(*best, marker="*", markersize=14, color=drawn.get_color())
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(setting)
+    axes.set_ylabel(f"test {task.metric}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(table.title)
+    return figure
 
 
 def _mean_curve(curves: Sequence[list[dict[str, float]]], value: str) -> list[dict[str, float]]:

@@ -11,6 +11,8 @@
       - name: by hand
         rows: [{method.heads: 4}, {method.heads: 4, lr: 0.001}]
 
+`over: lr` beside the title has pictures show the metric over the learning rate, and not curves of training.
+
 `task: vit` is short for `task.name: vit` without other options, and so is `method: lte`.
 """
 
@@ -46,10 +48,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A list of rows, no two of them alike."""
+    """A list of rows, no two of them alike.
+
+    Attributes:
+        title: for people.
+        rows: in order.
+        over: the setting that pictures show the metric over; None for curves of training.
+    """
 
     title: str
     rows: list[Row]
+    over: str | None = None
 
 
 def names() -> list[str]:
@@ -84,7 +93,7 @@ def parsed(content: Mapping[str, Any], name: str = "") -> Table:
                 settings = with_changes(with_changes(start, changes), row)
                 row_digest = digest(settings)
                 rows.setdefault(row_digest, Row(grid.get("name", ""), resolved(settings), row_digest))
-    return Table(content.get("title", name), list(rows.values()))
+    return Table(content.get("title", name), list(rows.values()), content.get("over"))
 
 
 def _combinations(axes: Mapping[str, list[Any]]) -> list[Settings]:
