@@ -1,19 +1,26 @@
 """The memory of a training step with one head on each device: `python -m benchmarks memory`.
 
-Each way to train runs in a process of its own: what it holds is counted, and the peak is measured, on a CPU as the
+Each way to train runs in a process of its own: what it holds is counted, and peaks are measured, on a CPU as the
 resident set beyond what the process had before. Full rank under DDP holds its gradients a second time, in buckets;
 under FSDP2 a device holds its share of everything, and one block whole. These two are computed from what was counted.
+
+There is a peak of starting up, with the first steps, in which weights are watched, and one of steps and merges after
+them. On a CPU each is measured twice: as the C library's allocator has it, which keeps much of what was freed, and with
+glibc "in use", where its threshold for mappings (`MALLOC_MMAP_THRESHOLD_`) is so low that it gives back what was freed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +37,10 @@ from benchmarks.table import Row, setting, table
 GOAL = 0.40
 # For FSDP2.
 DEVICES = 8
-# Two in which weights are watched, and one as all that follow.
-STEPS = 3
+# Two in which weights are watched, and moments are made; then as many as come before a merge, and after it.
+SETTLING, STEPS = 2, 2
+# glibc: bytes from which on a block is mapped by itself, and given back when it is freed.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 Counts = dict[str, float]
 
@@ -48,22 +57,26 @@ def count(way: str, options: Any) -> Counts:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = make_batch(options.model, options.batch, device, options.seed)
-    before = _peak(device)
+    before = _begin_peak(device)
     model = make_model(options.model, None, options.seed, device)
     trained: Plain | Heads
     if way == "full rank":
         trained = Plain(model, device)
     else:
         trained = Heads(model, device, 1, options.rank, way, options.seed)  # type: ignore[arg-type]
+    for _ in range(SETTLING):
+        trained.step(batch)
+    counts: Counts = {"weights": _bytes(model.parameters()), "peak of starting up": _peak(device) - before}
+    _begin_peak(device)
     for _ in range(STEPS):
         trained.step(batch)
-    counts: Counts = {"weights": _bytes(model.parameters())}
     factors: list[Any] = []
     if isinstance(trained, Heads):
         trained.explorer.merge()
-        trained.step(batch)
         factors = list(trained.explorer.injection.factors.values())
-    counts["peak"] = _peak(device) - before
+    for _ in range(STEPS):
+        trained.step(batch)
+    counts["peak of steps and merges"] = _peak(device) - before
 
     counts["factors"] = _bytes(t for f in factors for t in (f.A, f.B))
     counts["anchors"] = _bytes(t for f in factors for t in (f.anchor_A, f.anchor_B) if t is not None)
@@ -112,13 +125,23 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(t.nbytes for t in tensors))
 
 
+def _begin_peak(device: torch.device) -> float:
+    """Let `_peak` count from now on, where the system can; bytes now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with suppress(OSError):  # it takes a kernel that has it
+            Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
+
+
 def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux a process inherits the maximum that getrusage tells from the one that started it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    if sys.platform == "linux":
+        # A process inherits the maximum that getrusage tells from the one that started it.
+        status = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in status if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
@@ -126,8 +149,18 @@ def _peak(device: torch.device) -> float:
 def _in_a_process(way: str, options: Any) -> Counts:
     command = [sys.executable, "-m", "benchmarks", "memory", "--one", way, "--model", options.model]
     command += ["--batch", str(options.batch), "--rank", str(options.rank), "--seed", str(options.seed)]
-    done = subprocess.run([*command, "--threads", str(options.threads)], stdout=subprocess.PIPE, check=True, text=True)
-    counts: Counts = json.loads(done.stdout.splitlines()[-1])
+    command += ["--threads", str(options.threads)]
+
+    def counted(**more: str) -> Counts:
+        environment = os.environ | more
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
+        found: Counts = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    counts = counted()
+    if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
+        mapped = counted(**MAPPED)
+        counts |= {f"{name}, in use": mapped[name] for name in _peaks(mapped)}
     return counts
 
 
@@ -160,8 +193,12 @@ def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
             bound=1 + own["rank-sized activations"] / full["activations"],
             within=1.0,
         ),
-        row("peak, measured / full rank's", own["peak"], full["peak"]),
+        *(row(f"{name} / full rank's", own[name], full[name]) for name in _peaks(own)),
     ]
+
+
+def _peaks(counts: Counts) -> list[str]:
+    return [name for name in counts if name.startswith("peak")]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -187,9 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows = [row for way in options.after_merge for row in rows_of(way, _in_a_process(way, options), full, options)]
     print(table(rows))
     whole = full["weights"] + full["gradients"] + full["moments"]
+    peaks = "; ".join(f"{name} {full[name] / 2**20:.0f} MiB" for name in _peaks(full))
     print(
         f"\nFull rank, AdamW: {whole / 2**20:.0f} MiB of weights, gradients and moments,"
-        f" {full['activations'] / 2**20:.0f} MiB of activations, peak {full['peak'] / 2**20:.0f} MiB."
+        f" {full['activations'] / 2**20:.0f} MiB of activations; {peaks}."
         f" {setting(options.seed, start)}"
     )
     return rows

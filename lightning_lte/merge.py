@@ -267,7 +267,7 @@ class Merge:
                 continue
             delta = payload.total(f, self._good_all) / self._good_total
             if self._measure:
-                self._squared_mean = self._squared_mean.to(delta) + delta.square().sum()
+                self._squared_mean = self._squared_mean.to(delta) + delta.norm().square()
             f.merging_from, f.merging = f.shard._version, payload.merged(f)
             if outer is None:
                 f.add(delta)
