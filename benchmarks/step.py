@@ -46,11 +46,12 @@ class Plain:
     Args:
         model: on its device.
         device: that it trains on.
+        fused: whether its optimizer has a kernel of its own.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, fused: bool = False) -> None:
         self.model, self.device = model.train(), device
-        self.optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
+        self.optimizer = make_optimizer(model, fused)
 
     def step(self, batch: Batch) -> Seconds:
         """A training step."""
@@ -74,13 +75,21 @@ class Heads:
         rank: of the factors.
         after_merge: "keep" or "reset".
         seed: of the heads.
+        fused: see `Plain`.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, heads: int, rank: int, after_merge: AfterMerge, seed: int
+        self,
+        model: nn.Module,
+        device: torch.device,
+        heads: int,
+        rank: int,
+        after_merge: AfterMerge,
+        seed: int,
+        fused: bool = False,
     ) -> None:
         self.model, self.device = model.train(), device
-        self.optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+        self.optimizer = make_optimizer(model, fused)
         config = LTEConfig(heads, NEVER, rank=rank, after_merge=after_merge, execution="batched", seed=seed)
         self.explorer = Explorer(model, self.optimizer, config)
 
@@ -105,16 +114,25 @@ def measure(
     """
 
     make = partial(make_model, name, options.depth, options.seed, device)
-    lte = Heads(make(), device, heads, rank, after_merge, options.seed)
-    full = Plain(make(), device)
+    heads_in = partial(
+        Heads, device=device, heads=heads, rank=rank, after_merge=after_merge, seed=options.seed, fused=options.fused
+    )
+    plain = partial(Plain, device=device, fused=options.fused)
+    lte, full = heads_in(make()), plain(make())
     found = uses(lte.explorer.injection, lte.model, lambda: loss_of(lte.model, batch))
     arithmetic = Arithmetic(found, multiply_adds(lambda: loss_of(full.model, batch).backward()))
     full.optimizer.zero_grad()
     bound = arithmetic.bound(after_merge == "keep")
     variants: dict[str, Callable[[], Seconds]] = {"full": lambda: full.step(batch), "lte": lambda: lte.step(batch)}
     if after_merge == "keep" and not options.no_released:
-        released = Plain(as_released(make, lte.explorer, rank, 2.0), device)
+        released = plain(as_released(make, lte.explorer, rank, 2.0))
         variants["released"] = lambda: released.step(batch)
+    if options.compile:
+        # Each configuration has graphs of its own, with nothing left of those before.
+        torch._dynamo.reset()
+        full_compiled, lte_compiled = (kind(compiled(make(), options.compile)) for kind in (plain, heads_in))
+        variants["full compiled"] = lambda: full_compiled.step(batch)
+        variants["lte compiled"] = lambda: lte_compiled.step(batch)
     for variant in variants.values():
         for _ in range(WARM_UP):
             variant()
@@ -126,6 +144,7 @@ def measure(
 
     depth = "" if options.depth is None else f" of depth {options.depth}"
     what = f"{name}{depth}, batch {len(batch[0])}, heads {heads}, rank {rank}, {after_merge}"
+    what += ", AdamW(fused=True)" if options.fused else ""
 
     def row(figure: str, above: str, below: str, part: str = "whole", **more: Any) -> Row:
         ratios = [getattr(r[above], part) / r[below].whole for r in rounds]
@@ -142,6 +161,12 @@ def measure(
     if "released" in variants:
         goal = OF_RELEASED if (heads, rank) == (32, 64) else None
         rows.append(row("LTE's step / the released formulation's", "lte", "released", goal=goal))
+    if options.compile:
+        rows += [
+            row("LTE's step / the same compiled, the speed-up", "lte", "lte compiled"),
+            row("full rank's step / the same compiled, the speed-up", "full", "full compiled"),
+            row("LTE's step / full rank's, both compiled", "lte compiled", "full compiled", bound=bound),
+        ]
     if options.profile and rows[0].met is False:
         print(f"{what}:\n\n{profiled(lambda: lte.step(batch))}\n")
     return rows
@@ -152,6 +177,17 @@ def make_model(name: str, depth: int | None, seed: int, device: torch.device) ->
     torch.manual_seed(seed)
     chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
     return timm.create_model(name, **chosen).to(device)
+
+
+def make_optimizer(model: nn.Module, fused: bool) -> AdamW:
+    """For what a model trains."""
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05, fused=fused or None)
+
+
+def compiled(model: nn.Module, backend: str) -> nn.Module:
+    """The model, which torch.compile makes one graph of at its first call."""
+    model.compile(backend=backend, fullgraph=True)
+    return model
 
 
 def profiled(step: Callable[[], object], lines: int = 12) -> str:
@@ -171,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 4, 8, 32])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--after-merge", nargs="+", default=["keep", "reset"], choices=["keep", "reset"])
+    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for all")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="time torch.compile, too")
     parser.add_argument("--no-released", action="store_true", help="leave the released formulation out")
     parser.add_argument("--profile", action="store_true", help="print a profile of what misses its goal")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")

@@ -101,6 +101,7 @@ class Factors:
         merged_step: optimizer steps done when its last merge started; -1 before the first.
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients, and is not compiled, has used the factors.
+        gradient_scale: what gradients of A and B are multiplied by; see `product.scaled_gradient`.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Factors:
         self.merged_step = -1
         self.trial: Trial | None = None
         self.took_part = False
+        self.gradient_scale = 1
 
     @property
     def count(self) -> int:
@@ -220,7 +222,7 @@ class Factors:
             return False  # it has a product of its own
         # With a frozen A plain operations do better: they keep no input for a backward.
         learns = self.A.requires_grad and (self.anchor_A is None) == (self.anchor_B is None)
-        return learns and self.A.dim() == (3 if part is None else 4) and product.applies(x, weight, bias, self.A)
+        return learns and product.applies(x, weight, bias, self._own(self.A))
 
     def multiply(
         self,
@@ -240,11 +242,13 @@ class Factors:
             part: see `apply`.
         """
         with span("heads"):
-            return product.product(x, weight, bias, *self._acting(head, part), self.scale)
+            return product.product(x, weight, bias, *self._acting(head, part), self.scale, self.gradient_scale)
 
     def acting(self, head: int | Tensor | None = None, part: int | None = None) -> Pair:
         """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
-        return product.stacked(*self._acting(head, part))
+        A, B, *anchors = self._acting(head, part)
+        A, B = (product.scaled_gradient(t, self.gradient_scale) if t.requires_grad else t for t in (A, B))
+        return product.stacked(A, B, *anchors)
 
     def _acting(
         self, head: int | Tensor | None, part: int | None
@@ -252,33 +256,36 @@ class Factors:
         # torch.compile refuses such writes inside of activation checkpointing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.took_part = True
-        heads: slice | Tensor
-        if isinstance(head, Tensor):
-            heads = head.to(self.A.device)
-        else:
-            heads = slice(None) if head is None else slice(head, head + 1)
+        # With all heads, as with the only one, what is there is taken as it is: the gradient of a slice is copied.
+        if head is None or self.count == 1:
+            return self._chosen(None if part is None else (slice(None), part))
+        heads = head.to(self.A.device) if isinstance(head, Tensor) else slice(head, head + 1)
         return self._chosen(heads if part is None else (heads, part))
 
-    def current(self, heads: int | Tensor | slice | tuple[Tensor | slice, int] = slice(None)) -> Pair:
+    def current(self, heads: int | Tensor | None = None) -> Pair:
         """The pair whose product is B A - B' A': stacked [A - A'; A'] and [B, B - B'], of one local head or of several.
 
         With a frozen A the product is (B - B') A, and half as wide.
 
         Args:
-            heads: index of a local head, or of several, with that of one of the matrices or without.
+            heads: index of a local head, or of several; None for all of them.
         """
         return product.stacked(*self._chosen(heads))
 
     def _chosen(
-        self, heads: int | Tensor | slice | tuple[Tensor | slice, int]
+        self, heads: int | slice | Tensor | tuple[slice | Tensor, int] | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """A, B and their anchors, of some of the local heads."""
-        A, B = self.A[heads], self.B[heads]
+        """A, B and their anchors, of some of the local heads or of all, and of one of the matrices or of all."""
+        A: Tensor = self.A
+        B: Tensor = self.B
+        anchor_A, anchor_B = self.anchor_A, self.anchor_B
+        if heads is not None:
+            A, B = A[heads], B[heads]
+            anchor_A, anchor_B = (None if t is None else t[heads] for t in (anchor_A, anchor_B))
         if not self.weight.requires_grad:
             # What users freeze for a while (toggled optimizers do) must not learn meanwhile.
             A, B = A.detach(), B.detach()
-        anchor_A, anchor_B = self.anchor_A, self.anchor_B
-        return A, B, None if anchor_A is None else anchor_A[heads], None if anchor_B is None else anchor_B[heads]
+        return A, B, anchor_A, anchor_B
 
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:

@@ -5,15 +5,26 @@ anchors, too, which nobody asks for, and adds up copies of factors. Per weight (
 forward and backward, the product below takes 2 m n + 5 r (m + n), or 3 r (m + n) without anchors; plain operations take
 r (m + n) more with anchors. With many tokens per head it is cheaper to make each head's effective weight first, and
 throw it away again: 2 m n + 2 r (m + n) and, for all tokens of a head together, 4 r m n, or half of it without anchors.
+
+With few tokens per head, reading and writing factors takes as long as multiplying by them. So their differences from
+anchors are written once, next to nothing else, and gradients come out in the size that optimizers are to see.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# A, B and their anchors.
+PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# On a CPU, what is made of the factors is made for a few heads at a time, so that it is still in a core's cache when it
+# is read. Most cores have 1 MiB or more to themselves.
+_CACHE = 2**20
 
 
 def product(
@@ -25,6 +36,7 @@ def product(
     anchor_A: Tensor | None,
     anchor_B: Tensor | None,
     scale: float,
+    gradient_scale: int = 1,
 ) -> Tensor:
     """y_h = W x_h + s * (B_h A_h - B'_h A'_h) x_h + b_h: (n, rows, out). Straight after a merge exactly W x_h + b_h.
 
@@ -32,12 +44,14 @@ def product(
         x: (n, rows, in).
         weight: W, (out, in). It gets a gradient if it wants one.
         bias: (out,), or (n, out) with one for each head, or None.
-        A: (n, rank, in).
-        B: (n, out, rank).
+        A: (n, rank, in), or (n, p, rank, in) for p equal parts of W's rows with factors of their own.
+        B: (n, out, rank), or (n, p, out / p, rank).
         anchor_A, anchor_B: as A and B; None for none. They get no gradient.
         scale: s.
+        gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
     """
-    y: Tensor = _Product.apply(x, weight, bias, A, B, anchor_A, anchor_B, scale)
+    A, B, anchor_A, anchor_B = (t if t is None or t.dim() == 4 else t.unsqueeze(1) for t in (A, B, anchor_A, anchor_B))  # type: ignore[assignment]
+    y: Tensor = _Product.apply(x, weight, bias, A, B, anchor_A, anchor_B, scale, gradient_scale)
     return y
 
 
@@ -72,6 +86,44 @@ def stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | No
     return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
 
 
+def scaled_gradient(tensor: Tensor, factor: int) -> Tensor:
+    """A tensor as it is, whose gradient is multiplied by `factor`.
+
+    n local heads share the mean of their losses, so each head's gradient comes out n times smaller than that of its own
+    loss. It is put right here, before optimizers, clipping or gradient scalers see it.
+    """
+    if factor == 1:
+        return tensor
+    kind = _ScaledGradient if torch.compiler.is_compiling() else _ScaledGradientWithTangent
+    scaled: Tensor = kind.apply(tensor, factor)
+    return scaled
+
+
+class _ScaledGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, factor: int) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradient is None else gradient * ctx.factor, None  # None from functions that stop gradients
+
+
+class _ScaledGradientWithTangent(_ScaledGradient):
+    """For forward-mode derivatives, of which torch.compile knows nothing."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -84,13 +136,20 @@ class _Product(torch.autograd.Function):
         anchor_A: Tensor | None,
         anchor_B: Tensor | None,
         scale: float,
+        gradient_scale: int,
     ) -> Tensor:
-        ctx.scale, ctx.folds = scale, _folds(x, weight)
-        per_head = bias is not None and bias.dim() == 2
+        ctx.scale, ctx.gradient_scale, ctx.folds = scale, gradient_scale, _folds(x, weight, anchor_B is not None)
+        ctx.per_head = per_head = bias is not None and bias.dim() == 2
+        factors = (A, B, anchor_A, anchor_B)
         inner: Tensor | None = None
         if ctx.folds:
-            effective = _effective(weight, A, B, anchor_A, anchor_B, scale).mT
-            y = torch.bmm(x, effective) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, effective)
+            y = x.new_empty(*x.shape[:2], weight.shape[0])
+            for heads, _, out, effective in _effective(weight, factors, scale):
+                if bias is None:
+                    torch.bmm(x[heads], effective.mT, out=y[heads, :, out])
+                else:
+                    own = bias[heads, out].unsqueeze(1) if per_head else bias[out]
+                    torch.baddbmm(own, x[heads], effective.mT, out=y[heads, :, out])
         else:
             if per_head:
                 assert bias is not None
@@ -98,80 +157,103 @@ class _Product(torch.autograd.Function):
                 y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.mT)
             else:
                 y = functional.linear(x, weight, bias)
-            first, second = _written(A, B, anchor_A, anchor_B)
-            inner = torch.bmm(x, first.mT)
-            y.baddbmm_(inner, second.mT, alpha=scale)
-            if anchor_A is not None:
-                inner = inner[..., : A.shape[1]] + inner[..., A.shape[1] :]  # x A^T
-        ctx.per_head = per_head
+            inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
+            for heads, part, out, pairs in _pairs(factors):
+                by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
+                for own, (_, second) in zip(by_A, pairs, strict=True):
+                    y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
+                inner[heads, part] = by_A[0]
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
         kept = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, kept, A, B, anchor_A, anchor_B, inner)
+        ctx.save_for_backward(x, kept, *factors, inner)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
-            return (None,) * 8
+            return (None,) * 9
         x, weight, A, B, anchor_A, anchor_B, inner = ctx.saved_tensors
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
-        scale: float = ctx.scale
+        factors, size = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale
+        gradient = gradient.contiguous()  # once, and not in every product
+        own = gradient.unflatten(-1, (A.shape[1], -1)).transpose(1, 2)  # (n, p, rows, out / p)
         of_x = of_weight = of_bias = of_A = of_B = None
-        learning: Tensor | None = None
-        if for_x and ctx.folds:
-            of_x = torch.bmm(gradient, _effective(weight, A, B, anchor_A, anchor_B, scale))
-        elif for_x:
-            # Stacked again, and not kept: of many heads that is more than all else a backward needs.
-            stack = stacked if torch.is_grad_enabled() else _written
-            first, second = stack(A, B, anchor_A, anchor_B)
-            both = torch.bmm(gradient, second) * scale
-            of_x = torch.matmul(gradient, weight).baddbmm_(both, first)
-            learning = both[..., : A.shape[1]]  # s * gradient B
-        if for_A and learning is None:
-            learning = torch.bmm(gradient, B) * scale
         if for_weight:
             of_weight = gradient.flatten(0, 1).mT @ x.flatten(0, 1)
         if for_bias:
             of_bias = gradient.sum(1 if ctx.per_head else (0, 1))
+        learning: Tensor | None = None  # gradient B, (n, p, rows, rank)
+        if torch.is_grad_enabled():
+            # A derivative of this one has to see where all comes from, and is scaled once more.
+            A, B = (scaled_gradient(t, ctx.gradient_scale) for t in (A, B))
+            inner = None
+            if for_x:
+                first, second = stacked(A, B, anchor_A, anchor_B)
+                of_x = torch.matmul(gradient, weight) + ctx.scale * (own @ second @ first).sum(1)
+        elif for_x and ctx.folds:
+            of_x = x.new_empty(x.shape)
+            for heads, part, out, effective in _effective(weight, factors, ctx.scale):
+                of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
+        elif for_x:
+            of_x = torch.matmul(gradient, weight)
+            learning = x.new_zeros(*A.shape[:2], x.shape[1], A.shape[2])
+            for heads, part, _, pairs in _pairs(factors):
+                for first, second in pairs:
+                    by_B = torch.bmm(own[heads, part], second)
+                    of_x[heads].baddbmm_(by_B, first, alpha=ctx.scale)
+                    learning[heads, part] += by_B
         if for_A:
-            assert learning is not None
-            of_A = torch.bmm(learning.mT, x)
+            learning = own @ B if learning is None else learning
+            of_A = (learning * size).mT @ x.unsqueeze(1)
         if for_B:
-            # A derivative of this one has to see where it comes from.
-            if inner is None or torch.is_grad_enabled():
-                inner = torch.bmm(x, A.mT)
-            of_B = torch.bmm(gradient.mT, inner * scale)
-        return of_x, of_weight, of_bias, of_A, of_B, None, None, None
+            inner = x.unsqueeze(1) @ A.mT if inner is None else inner
+            of_B = own.mT @ (inner * size)
+        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
 
 
-def _folds(x: Tensor, weight: Tensor) -> bool:
-    """Whether a head has so many rows that its effective weight pays.
-
-    By the count of multiply-adds it does from 4/3 m n / (m + n) rows on, or 2 m n / (m + n) without anchors. On a CPU
-    both took the same time at about m n / (m + n) rows with one head, and at nearly twice as many with several.
-    """
+def _folds(x: Tensor, weight: Tensor, anchored: bool) -> bool:
+    """Whether a head has so many rows that its effective weight pays: 4/3 m n / (m + n) with anchors, 2 m n / (m + n)
+    without, by the count of multiply-adds. On a CPU both took the same time there, too."""
     out_features, in_features = weight.shape
-    return x.shape[1] * (out_features + in_features) >= 2 * out_features * in_features
+    rows = x.shape[1] * (out_features + in_features)
+    return (3 if anchored else 2) * rows >= 4 * out_features * in_features
 
 
-def _effective(
-    weight: Tensor, A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None, scale: float
-) -> Tensor:
-    """W + s * (B A - B' A') of every head: (n, out, in)."""
-    first, second = stacked(A, B, anchor_A, anchor_B)
-    return torch.baddbmm(weight.expand(A.shape[0], *weight.shape), second, first, alpha=scale)
+def _pairs(factors: PairAndAnchors) -> Iterator[tuple[slice, int, slice, list[tuple[Tensor, Tensor]]]]:
+    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and matrices whose
+    products add up to B A - B' A': (A, B - B') and (A - A', B'), or (A, B) where there are no anchors."""
+    A, B, *_ = factors
+    for heads, part, out in _pieces(A, B, A.shape[2] * (B.shape[2] + A.shape[3])):
+        own_A, own_B, old_A, old_B = (None if t is None else t[heads, part] for t in factors)
+        assert own_A is not None and own_B is not None
+        if old_A is None or old_B is None:
+            yield heads, part, out, [(own_A, own_B)]
+        else:
+            yield heads, part, out, [(own_A, own_B - old_B), (own_A - old_A, old_B)]
 
 
-def _written(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `stacked` returns, written in place once: it is done in every forward, for all heads' factors."""
-    if anchor_A is None or anchor_B is None:
-        return A, B
-    count, rank, in_features = A.shape
-    first = A.new_empty(count, 2 * rank, in_features)
-    torch.sub(A, anchor_A, out=first[:, :rank])
-    first[:, rank:] = anchor_A
-    second = B.new_empty(count, B.shape[1], 2 * rank)
-    second[:, :, :rank] = B
-    torch.sub(B, anchor_B, out=second[:, :, rank:])
-    return first, second
+def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[slice, int, slice, Tensor]]:
+    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and these rows of
+    W + s * (B A - B' A') for each of the heads."""
+    A, B, *_ = factors
+    for heads, part, out in _pieces(A, B, B.shape[2] * A.shape[3]):
+        first, second = stacked(*(None if t is None else t[heads, part] for t in factors))  # type: ignore[arg-type]
+        own = weight[out].expand(len(first), -1, -1)
+        yield heads, part, out, torch.baddbmm(own, second, first, alpha=scale)
+
+
+def _pieces(A: Tensor, B: Tensor, numbers: int) -> Iterator[tuple[slice, int, slice]]:
+    """Which heads are worked on at a time, which part, and where its rows of W are.
+
+    Args:
+        A, B: (n, p, rank, in) and (n, p, out / p, rank).
+        numbers: how many are made for one part of a head.
+    """
+    count, parts, size = A.shape[0], A.shape[1], B.shape[2]
+    together = count
+    if A.device.type == "cpu":
+        together = max(1, _CACHE // (numbers * A.element_size())) * torch.get_num_threads()
+    for first in range(0, count, together):
+        for part in range(parts):
+            yield slice(first, first + together), part, slice(part * size, (part + 1) * size)

@@ -110,9 +110,9 @@ class SharedFactors(Factors):
         return weight.detach()
 
     def _chosen(
-        self, heads: int | Tensor | slice | tuple[Tensor | slice, int]
+        self, heads: int | slice | Tensor | tuple[slice | Tensor, int] | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        A, B, *anchors = (tensor[heads] for tensor in self.gather())
+        A, B, *anchors = (tensor if heads is None else tensor[heads] for tensor in self.gather())
         if not self.weight.requires_grad:
             A, B = A.detach(), B.detach()
         return (A, B, *anchors) if anchors else (A, B, None, None)  # type: ignore[return-value]

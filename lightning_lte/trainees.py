@@ -54,7 +54,7 @@ class Trainees:
             for param in _params(optimizer):
                 self.trained_by.setdefault(param, number)
         self.made_replicas: dict[str, str] = {}
-        self.gradient_scale = count
+        self._gradient_scale = count
         self.full_rank = config.full_rank_steps > 0
         self._begun = False
         self._scaled: set[nn.Parameter] = set()
@@ -151,6 +151,16 @@ class Trainees:
         params = list(params)
         trained = self.trained_for(params)
         return len(trained) != len(params) or any(a is not b for a, b in zip(trained, params, strict=True))
+
+    @property
+    def gradient_scale(self) -> int:
+        return self._gradient_scale
+
+    @gradient_scale.setter
+    def gradient_scale(self, scale: int) -> None:
+        self._gradient_scale = scale
+        for f in self.injection.factors.values():
+            f.gradient_scale = scale
 
     def split_replicas(self) -> None:
         """Give each local head replicas and running statistics of its own, as heads that take turns may have."""
@@ -271,11 +281,11 @@ class Trainees:
                 )
 
     def _scale_gradients(self) -> None:
-        if self.count > 1:
-            per_head = self.per_head
-            for param in per_head - self._scaled:
-                scale_gradient(param, lambda: self.gradient_scale)
-            self._scaled = per_head
+        self.gradient_scale = self._gradient_scale
+        stacks = {r.stack for r in self.injection.replicas if r.stack is not None}
+        for stack in stacks - self._scaled:
+            scale_gradient(stack, lambda: self.gradient_scale)
+        self._scaled = stacks
 
     def _watched(self) -> list[Watched]:
         """What heads train in place of the user's own."""

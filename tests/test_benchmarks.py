@@ -192,6 +192,21 @@ def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureF
             assert "factored weights" not in line or line.endswith("| yes |")
 
 
+def test_the_benchmark_of_a_step_prints_the_speed_up_of_torch_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        # A backend that takes no time to compile.
+        main(["step", "--quick", "--fused", "--threads", "1", "--compile", "eager", "--after-merge", "reset"])
+    finally:
+        torch.set_num_threads(threads)
+        torch._dynamo.reset()
+    text = capsys.readouterr().out
+    for heads in (1, 2):
+        what = f"heads {heads}, rank 4, reset, AdamW(fused=True)"
+        for figure in ("LTE's step / the same", "full rank's step / the same", "LTE's step / full rank's, both"):
+            assert text.count(f"{what} | {figure} compiled") == 1
+
+
 def test_an_unknown_benchmark_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,6 +62,57 @@ def test_no_step_between_merges_waits_for_a_device(execution: Any, heads: int, a
         assert waits.seen == [] and explorer.merges == 0
         step()  # a merge decides by what it finds, so it shows that waits are seen
     assert waits.seen and explorer.merges == 1
+
+
+class Made(TorchDispatchMode):
+    """Notes which operations make a tensor of one of some sizes, other than a view."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if isinstance(y, Tensor) and y.numel() in self.sizes and not func.is_view and "view" not in str(func):
+            self.seen.append((str(func), y.numel()))
+        return y
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("split", [{}, {"second": 3}])
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+def test_a_step_makes_nothing_of_the_size_of_factors_but_differences_and_their_gradients(
+    heads: int, after_merge: Any, split: dict[str, int]
+) -> None:
+    net = nn.Sequential(OrderedDict(first=nn.Linear(46, 22), second=nn.Linear(22, 39)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    config = LTEConfig(heads, 100, rank=7, execution="batched", after_merge=after_merge, split=split)
+    explorer = Explorer(net, optimizer, config)
+    x = torch.randn(20, 46)
+
+    def forward_and_backward() -> None:
+        with explorer.heads():
+            loss = net(x).square().mean()
+        with explorer.backward():
+            loss.backward()
+
+    for _ in range(SETTLED):
+        forward_and_backward()
+        explorer.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        explorer.step()
+    factors = [p for f in explorer.injection.factors.values() for p in f.trained.values()]
+    assert len(factors) == 4
+    with Made({p.numel() for p in factors}) as made:
+        forward_and_backward()
+    assert all(p.grad is not None for p in factors)
+    names = [name for name, _ in made.seen]
+    products = [name for name in names if name.startswith("aten.bmm")]
+    differences = [name for name in names if name.startswith("aten.sub")]
+    assert len(products) == 4 and len(names) == len(products) + len(differences), names
+    assert bool(differences) == (after_merge == "keep")
 
 
 class Watching(Callback):

@@ -561,6 +561,7 @@ def test_an_instance_norm_without_batch_is_normalised_by_channel(kind: Any) -> N
     injection.eject()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("per_head_bias", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize(
@@ -573,8 +574,9 @@ def test_an_instance_norm_without_batch_is_normalised_by_channel(kind: Any) -> N
     ],
 )
 def test_patches_that_do_not_overlap_are_convolved_as_any_others(
-    layer: Any, size: tuple[int, ...], keep: bool, per_head_bias: bool
+    layer: Any, size: tuple[int, ...], keep: bool, per_head_bias: bool, compiled: bool
 ) -> None:
+    torch._dynamo.reset()
     layer = copy.deepcopy(layer).double()
     f = factors_of(layer, keep=keep)
     biases = random(COUNT, layer.out_channels, seed=3)
@@ -584,7 +586,7 @@ def test_patches_that_do_not_overlap_are_convolved_as_any_others(
     plain = copy.deepcopy(layer)
     enter(layer, headed_class(layer), state)  # type: ignore[arg-type]
     with state.switch.at("all"):
-        y = layer(x)
+        y = (torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer)(x)
     expected = torch.cat(
         [
             plain._conv_forward(part, f.effective(head), biases[head] if own_bias else plain.bias)

@@ -8,21 +8,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lte.product import applies, product
+from lightning_lte import product as module
+from lightning_lte.product import applies, product, scaled_gradient
 
 COUNT, OUT, IN, RANK, SCALE = 2, 6, 5, 2, 1.5
 # By the count of rows: beside the base product, or in each head's effective weight.
 FEW, MANY = 3, 9
 
 
-def tensors(rows: int, anchored: bool = True, bias: str = "shared", seed: int = 0) -> list[Tensor | None]:
+def tensors(
+    rows: int, anchored: bool = True, bias: str = "shared", parts: int | None = None, seed: int = 0
+) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
     biases = {"none": None, "shared": random(OUT), "per head": random(COUNT, OUT)}
-    A, B = random(COUNT, RANK, IN), random(COUNT, OUT, RANK)
+    lead = (COUNT,) if parts is None else (COUNT, parts)
+    A, B = random(*lead, RANK, IN), random(*lead, OUT // (parts or 1), RANK)
     anchors = [random(*A.shape).detach(), random(*B.shape).detach()] if anchored else [None, None]
     return [random(COUNT, rows, IN), random(OUT, IN), biases[bias], A, B, *anchors]
 
@@ -30,7 +34,7 @@ def tensors(rows: int, anchored: bool = True, bias: str = "shared", seed: int = 
 def literally(x: Any, weight: Any, bias: Any, A: Any, B: Any, anchor_A: Any, anchor_B: Any) -> Tensor:
     outputs = []
     for h in range(COUNT):
-        delta = B[h] @ A[h] - (0 if anchor_A is None else anchor_B[h] @ anchor_A[h])
+        delta = (B[h] @ A[h] - (0 if anchor_A is None else anchor_B[h] @ anchor_A[h])).reshape(OUT, IN)
         own = bias[h] if bias is not None and bias.dim() == 2 else bias
         outputs.append(functional.linear(x[h], weight + SCALE * delta, own))
     return torch.stack(outputs)
@@ -39,8 +43,14 @@ def literally(x: Any, weight: Any, bias: Any, A: Any, B: Any, anchor_A: Any, anc
 @pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("bias", ["none", "shared", "per head"])
-def test_value_and_gradients_are_those_of_the_literal_formula(rows: int, anchored: bool, bias: str) -> None:
-    inputs: Any = tensors(rows, anchored, bias)
+@pytest.mark.parametrize("parts", [None, 1, 3])
+# Of a byte, there is room for one head at a time.
+@pytest.mark.parametrize("cache", [1, module._CACHE])
+def test_value_and_gradients_are_those_of_the_literal_formula(
+    rows: int, anchored: bool, bias: str, parts: int | None, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CACHE", cache)
+    inputs: Any = tensors(rows, anchored, bias, parts)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     y, expected = product(*inputs, SCALE), literally(*inputs)
     torch.testing.assert_close(y, expected)
@@ -52,10 +62,35 @@ def test_value_and_gradients_are_those_of_the_literal_formula(rows: int, anchore
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("anchored", [True, False])
-def test_it_has_second_derivatives(rows: int, anchored: bool) -> None:
-    inputs: Any = tensors(rows, anchored, "per head")
+@pytest.mark.parametrize("parts", [None, 3])
+def test_it_has_second_derivatives(rows: int, anchored: bool, parts: int | None) -> None:
+    inputs: Any = tensors(rows, anchored, "per head", parts)
     assert torch.autograd.gradcheck(lambda *own: product(*own, SCALE), inputs)
     assert torch.autograd.gradgradcheck(lambda *own: product(*own, SCALE), inputs)
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("parts", [None, 3])
+def test_gradients_of_factors_are_scaled_and_so_are_those_that_come_through_a_derivative(
+    rows: int, anchored: bool, parts: int | None
+) -> None:
+    found = []
+    for scaled_by_it in (True, False):
+        x, weight, bias, A, B, *anchors = tensors(rows, anchored, "shared", parts)
+        assert x is not None and A is not None and B is not None
+        if scaled_by_it:
+            y = product(x, weight, bias, A, B, *anchors, SCALE, 4)  # type: ignore[arg-type]
+        else:
+            for factor in (A, B):
+                factor.register_hook(lambda gradient: 4 * gradient)
+            y = literally(x, weight, bias, A, B, *anchors)
+        # A penalty on the gradient, as discriminators have it.
+        (of_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (y.sin().sum() + of_x.square().sum()).backward()
+        found.append([t.grad for t in (x, A, B)])
+    for own, literal in zip(*found, strict=True):
+        torch.testing.assert_close(own, literal)
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
@@ -108,3 +143,22 @@ def test_it_is_left_to_plain_operations_where_it_would_round_or_hide_something()
     seen = []
     torch.func.grad(lambda t: (seen.append(applies(t, *own[1:])), t.sum())[1])(x)
     assert seen == [False]
+
+
+def test_a_scaled_gradient_is_one_in_all_ways_to_differentiate() -> None:
+    t = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def cube(own: Tensor) -> Tensor:
+        return scaled_gradient(own, 4).pow(3).sum()
+
+    expected = 12 * t.detach().square()
+    assert torch.equal(scaled_gradient(t, 4), t)
+    (found,) = torch.autograd.grad(cube(t), t, create_graph=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.grad(cube)(t.detach()), expected)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(cube))(t.detach().expand(2, 3)), expected.expand(2, 3))
+    compiled: Any = torch.compile(cube, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(t), t)[0], expected)
+    # A tangent is one of the value, which is as it was.
+    _, tangent = torch.func.jvp(cube, (t.detach(),), (torch.ones_like(t),))
+    torch.testing.assert_close(tangent, 3 * t.detach().square().sum())

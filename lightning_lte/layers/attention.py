@@ -82,6 +82,7 @@ class HeadedMultiheadAttention(HeadedLayer):
         own: Any = self
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True says that attn_mask is causal, and needs attn_mask to be given.")
+        alike = query is key and key is value
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -91,7 +92,8 @@ class HeadedMultiheadAttention(HeadedLayer):
         if state.head is None:
             check_slices(self, query, state.count, dims=3)
 
-        q, k, v = _projections(own, state, query, key, value)  # (batch, length, embed_dim)
+        inputs = (query,) if alike and own.in_proj_weight is not None else (query, key, value)
+        q, k, v = _projections(own, state, *inputs)  # (batch, length, embed_dim)
         # As torch does: what is said to be causal is not looked at, unless weights or padding need it.
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else _mask(own, q, k, attn_mask, key_padding_mask)
@@ -123,8 +125,13 @@ class HeadedMultiheadAttention(HeadedLayer):
         return (y if own.batch_first else y.transpose(0, 1)), weights
 
 
-def _projections(layer: Any, state: LayerState, *inputs: Tensor) -> list[Tensor]:
-    """Queries, keys and values, (batch, length, embed_dim) each."""
+def _projections(layer: Any, state: LayerState, *inputs: Tensor) -> Sequence[Tensor]:
+    """Queries, keys and values, (batch, length, embed_dim) each; of a packed projection also from one input for all."""
+    if len(inputs) == 1:
+        factors = state.factors.get("in_proj_weight")
+        weight = layer.in_proj_weight if factors is None else factors.base()
+        own = state.stack("in_proj_weight"), state.stack("in_proj_bias")
+        return project(layer, inputs[0], weight, layer.in_proj_bias, factors, *own).chunk(3, -1)
     biases, own_biases = _chunks(layer.in_proj_bias, 0), _chunks(state.stack("in_proj_bias"), 1)
     packed = layer.in_proj_weight is not None
     keys = ("in_proj_weight",) * 3 if packed else _PARTS

@@ -26,6 +26,7 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
+from lightning_lte.layers.linear import project
 
 _CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -63,10 +64,10 @@ class HeadedConv(HeadedLayer):
             bias = None
         factors = state.factors.get("weight")
         added = bias if own_bias is None else own_bias
-        if factors is not None and _takes_patches(own, input) and factors.applies(input, own.weight, added):
-            rows = _patches(own, input, n)
-            y = factors.multiply(rows, factors.base().flatten(1), added, state.head)
-            y = y.view(len(input), *_counts(own, input), -1).movedim(-1, 1)
+        # Several heads in one convolution with as many groups are slow, in plain operations as well.
+        if factors is not None and _takes_patches(own, input) and (n > 1 or factors.applies(input, own.weight, added)):
+            y = project(self, _patches(own, input), factors.base().flatten(1), bias, factors, None, own_bias)
+            y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
             return y if _channels_last(input) or _channels_last(own.weight) else y.contiguous()
         if factors is not None:
             A, B = factors.acting(state.head)
@@ -115,14 +116,13 @@ def _counts(layer: Any, x: Tensor) -> list[int]:
     return [size // kernel for size, kernel in zip(x.shape[2:], layer.kernel_size, strict=True)]
 
 
-def _patches(layer: Any, x: Tensor, count: int) -> Tensor:
-    """The patches of all samples, flat: (n, rows, in * k)."""
+def _patches(layer: Any, x: Tensor) -> Tensor:
+    """The patches of all samples, flat: (batch, patches, in * k)."""
     dims = len(layer.kernel_size)
     for dim, (number, kernel) in enumerate(zip(_counts(layer, x), layer.kernel_size, strict=True)):
         x = x.narrow(2 + 2 * dim, 0, number * kernel).unflatten(2 + 2 * dim, (number, kernel))
     places, inside = [2 + 2 * d for d in range(dims)], [3 + 2 * d for d in range(dims)]
-    x = x.permute(0, *places, 1, *inside).flatten(1 + dims)
-    return x.reshape(count, -1, x.shape[-1])
+    return x.permute(0, *places, 1, *inside).flatten(1 + dims).flatten(1, dims)
 
 
 def _channels_last(x: Tensor) -> bool:
