@@ -313,7 +313,7 @@ class Factors:
         # One matrix product whose inner dimension runs over heads and ranks: sum_h B_h A_h.
         A = A.to(dtype).movedim(0, -3).flatten(-3, -2)
         B = B.to(dtype).movedim(0, -2).flatten(-2)
-        return self.scale * (B @ A)
+        return (B @ A).mul_(self.scale)
 
     @torch.no_grad()
     def squared_norms(self, good: Tensor) -> Tensor:

@@ -179,8 +179,6 @@ class _Product(torch.autograd.Function):
         gradient = gradient.contiguous()  # once, and not in every product
         own = gradient.unflatten(-1, (A.shape[1], -1)).transpose(1, 2)  # (n, p, rows, out / p)
         of_x = of_weight = of_bias = of_A = of_B = None
-        if for_weight:
-            of_weight = gradient.flatten(0, 1).mT @ x.flatten(0, 1)
         if for_bias:
             of_bias = gradient.sum(1 if ctx.per_head else (0, 1))
         learning: Tensor | None = None  # gradient B, (n, p, rows, rank)
@@ -209,6 +207,9 @@ class _Product(torch.autograd.Function):
         if for_B:
             inner = x.unsqueeze(1) @ A.mT if inner is None else inner
             of_B = own.mT @ (inner * size)
+        if for_weight:
+            # The largest of them comes last: only the first steps want it, and let it go at once.
+            of_weight = gradient.flatten(0, 1).mT @ x.flatten(0, 1)
         return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
 
 

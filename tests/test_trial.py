@@ -80,5 +80,5 @@ def test_first_steps_and_merges_take_no_more_than_one_weight_at_a_time(tmp_path:
         assert peak(lambda loss=loss: backward(loss), tmp_path) < (1.5 if watched else 0.5) * WEIGHT
         assert peak(explorer.after_backward, tmp_path) < WEIGHT / 2
         assert peak(step, tmp_path) < WEIGHT / 2
-    # B A, and s B A.
+    # The sum of deltas, and their mean.
     assert WEIGHT < peak(explorer.merge, tmp_path) < 2.5 * WEIGHT
