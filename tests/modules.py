@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lte import Explorer
 from lightning_lte.checkpoint import gather_state
 from lightning_lte.execution import run
+from lightning_lte.merge import MergeRecord
 
 IN, WIDTH, CLASSES = 10, 16, 3
 
@@ -133,10 +134,17 @@ def train_step(explorer: Explorer, net: nn.Module, opt: Optimizer, batch: tuple[
     loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), batch)
     with explorer.backward():
         loss.backward()
+    after_backward(explorer, opt)
+
+
+def after_backward(explorer: Explorer, opt: Optimizer, clip: float | None = None) -> MergeRecord | None:
+    """The rest of a step of a plain loop; returns the merge that was due, if one was."""
     explorer.after_backward()
+    if clip is not None:
+        explorer.clip_grad_norm_(clip)
     opt.step()
     opt.zero_grad()
-    explorer.step()
+    return explorer.step()
 
 
 class Module(LightningModule):

@@ -26,6 +26,7 @@ from tests.modules import (
     Recorder,
     ScaledNet,
     adamw,
+    after_backward,
     clone,
     loader,
     make_data,
@@ -115,12 +116,7 @@ def step_both(
         with explorer.heads():
             loss = cross_entropy(model(x), y)
     loss.backward()
-    explorer.after_backward()
-    if clip is not None:
-        explorer.clip_grad_norm_(clip)
-    opt.step()
-    opt.zero_grad()
-    explorer.step()
+    after_backward(explorer, opt, clip)
     oracle.step(slices, cross_entropy)
 
 
@@ -477,12 +473,7 @@ def on_devices(
         with explorer.heads():
             loss = cross_entropy(model(x), y)
         loss.backward()
-        explorer.after_backward()
-        if clip:
-            explorer.clip_grad_norm_(clip)
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
+        after_backward(explorer, opt, clip)
     explorer.finish()
     return clone(model.state_dict())
 

@@ -34,6 +34,7 @@ from tests.modules import (
     Net,
     Recorder,
     adamw,
+    after_backward,
     clone,
     loader,
     make_data,
@@ -145,12 +146,7 @@ def trains_as_the_oracle(
             loss = cross_entropy(model(batches[rank][0]), batches[rank][1])
         with explorer.backward():
             loss.backward()
-        explorer.after_backward()
-        if clip is not None:
-            explorer.clip_grad_norm_(clip)
-        opt.step()
-        opt.zero_grad()
-        record = explorer.step()
+        record = after_backward(explorer, opt, clip)
         before = copy.deepcopy(oracle.merged)
         oracle.step(list(zip(x.chunk(groups), y.chunk(groups), strict=True)), cross_entropy)
         for f in explorer.injection.factors.values():

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.learning.cache import Cache
 from benchmarks.learning.settings import flattened
 from benchmarks.learning.table import Row, Table
-from benchmarks.learning.tasks import TASKS
+from benchmarks.learning.tasks import TASKS, Task
 
 Result = dict[str, Any]
 # What a run is compared in: these are equal for a row and its control.
@@ -126,7 +126,7 @@ def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int
     """Pictures, one file for each task: loss and metric, over samples and over bytes; or the metric over a setting.
 
     Args:
-        most: rows in a picture; the best of each label come first.
+        most: rows in a picture of curves; the best of each label come first.
     """
     import matplotlib
 
@@ -136,55 +136,53 @@ def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for task_name in sorted({line.row.settings["task"]["name"] for line in found}):
-        task = TASKS[task_name]
         own = [line for line in found if line.row.settings["task"]["name"] == task_name and line.metrics]
         if not own:
             continue
-        paths.append(folder / f"{name}-{task_name}.png")
-        if table.over is not None:
-            _plot_over(table, own, table.over).savefig(paths[-1], dpi=110)
-            pyplot.close()
-            continue
-        own = sorted(own, key=lambda o: statistics.mean(o.metrics.values()), reverse=task.higher_is_better)
-        first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
-        own = sorted(own, key=lambda o: id(o) not in first)[:most]
-        differing = _differing([flattened(line.row.settings) for line in own])
-        figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharey="row", constrained_layout=True)
-        for line in own:
-            flat = flattened(line.row.settings)
-            parts = [f"{n.split('.')[-1]} {_cell(flat[n])}" for n in differing if n in flat and n != "method.name"]
-            label = f"{line.row.label or flat['method.name']}: {', '.join(parts)}"
-            for row, (key, value) in enumerate((("curve", "loss"), ("evaluations", "metric"))):
-                points = _mean_curve([r[key] for r in line.results.values() if r["metric"] is not None], value)
-                for column, over in enumerate(("samples", "bytes")):
-                    x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
-                    axes[row, column].plot(x, [p[value] for p in points], label=label, marker="." if row else None)
-        for column, over in enumerate(("samples", "MB sent by each device")):
-            axes[1, column].set_xlabel(over)
-            axes[0, column].grid(alpha=0.3)
-            axes[1, column].grid(alpha=0.3)
-        axes[0, 1].set_xscale("log")
-        axes[1, 1].set_xscale("log")
-        axes[0, 0].set_ylabel("training loss")
-        axes[1, 0].set_ylabel(f"test {task.metric}")
-        axes[1, 0].legend(fontsize="x-small")
+        figure = (
+            _curves(own, TASKS[task_name], most) if table.over is None else _over(own, TASKS[task_name], table.over)
+        )
         figure.suptitle(f"{table.title} ({task_name})")
+        paths.append(folder / f"{name}-{task_name}.png")
         figure.savefig(paths[-1], dpi=110)
         pyplot.close(figure)
     return paths
 
 
-def _plot_over(table: Table, found: Sequence[Line], setting: str) -> Any:
+def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
+    """Loss and metric, over samples and over bytes."""
+    from matplotlib import pyplot
+
+    own = sorted(found, key=lambda o: statistics.mean(o.metrics.values()), reverse=task.higher_is_better)
+    first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
+    own = sorted(own, key=lambda o: id(o) not in first)[:most]
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharey="row", constrained_layout=True)
+    for line, label in zip(own, _labels(own, "method.name"), strict=True):
+        for row, (key, value) in enumerate((("curve", "loss"), ("evaluations", "metric"))):
+            points = _mean_curve([r[key] for r in line.results.values() if r["metric"] is not None], value)
+            for column, over in enumerate(("samples", "bytes")):
+                x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
+                axes[row, column].plot(x, [p[value] for p in points], label=label, marker="." if row else None)
+    for column, over in enumerate(("samples", "MB sent by each device")):
+        axes[1, column].set_xlabel(over)
+        axes[0, column].grid(alpha=0.3)
+        axes[1, column].grid(alpha=0.3)
+    axes[0, 1].set_xscale("log")
+    axes[1, 1].set_xscale("log")
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel(f"test {task.metric}")
+    axes[1, 0].legend(fontsize="x-small")
+    return figure
+
+
+def _over(found: Sequence[Line], task: Task, setting: str) -> Any:
     """The metric over a setting, a line for each combination of the others; its best point is marked."""
     from matplotlib import pyplot
 
-    task = TASKS[found[0].row.settings["task"]["name"]]
-    flats = [flattened(line.row.settings) for line in found]
-    others = [n for n in _differing(flats) if n not in (setting, "method.name")]
     groups: dict[str, list[tuple[float, float]]] = {}
-    for line, flat in zip(found, flats, strict=True):
-        label = ", ".join([line.row.label, *(f"{n.split('.')[-1]} {_cell(flat[n])}" for n in others if n in flat)])
-        groups.setdefault(label, []).append((flat[setting], statistics.mean(line.metrics.values())))
+    for line, label in zip(found, _labels(found, "method.name", setting), strict=True):
+        x = flattened(line.row.settings)[setting]
+        groups.setdefault(label, []).append((x, statistics.mean(line.metrics.values())))
     figure, axes = pyplot.subplots(figsize=(7, 5), constrained_layout=True)
     for label, points in groups.items():
         best = (max if task.higher_is_better else min)(points, key=lambda point: point[1])
@@ -195,8 +193,18 @@ def _plot_over(table: Table, found: Sequence[Line], setting: str) -> Any:
     axes.set_ylabel(f"test {task.metric}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    axes.set_title(table.title)
     return figure
+
+
+def _labels(found: Sequence[Line], *without: str) -> list[str]:
+    """What tells lines apart in a picture, less some settings."""
+    flats = [flattened(line.row.settings) for line in found]
+    differing = [n for n in _differing(flats) if n not in without]
+    return [
+        f"{line.row.label or flat['method.name']}: "
+        + ", ".join(f"{n.split('.')[-1]} {_cell(flat[n])}" for n in differing if n in flat)
+        for line, flat in zip(found, flats, strict=True)
+    ]
 
 
 def _mean_curve(curves: Sequence[list[dict[str, float]]], value: str) -> list[dict[str, float]]:
