@@ -103,6 +103,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 put_(tensor, layout.mine(saved[key], f.count))
             f.all_A = None
             f.merged_step = state["merged_steps"].get(f.name, -1)
+            f.left = state.get("left", {}).get(f.name, 1.0)  # checkpoints of before have none
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
             lost_on_wire = state["wire_errors"].get(f.name)
@@ -387,6 +388,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "stagger": explorer.config.stagger,
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
+        "left": {f.name: float(f.left) for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
         "base": [explorer.config.base, explorer.config.base_copy],
         "bases": {f.name: f.rounded.state_dict() for f in factors if f.rounded},

@@ -24,6 +24,7 @@ Execution = Literal["auto", "batched", "sequential"]
 LossReduction = Literal["mean", "sum"]
 Norms = Literal["replica", "vector-scalar"]
 Embeddings = Literal["factors", "replica"]
+WeightDecay = Literal["factors", "weights"]
 Split = Mapping[str, int] | Literal["qkv"]
 Preset = Literal["paper"]
 
@@ -59,6 +60,9 @@ class LTEConfig:
             `reset_a="redraw"`.
         reset_moments: with "reset", the fraction of the factors' optimizer moments that is set to zero at each merge,
             the smallest first: 0 keeps all, 1 zeroes all. The paper found that resetting hurts.
+        weight_decay: what the optimizers' weight decay pulls towards zero, of factored weights: the "factors" of their
+            heads, as in the paper's formulation, or the "weights" themselves, at merges, as users mean it; see
+            `Decay`. "weights" needs optimizers that decay apart from the gradient, as AdamW does.
         target_modules: patterns of module names; only these are factored. None means every layer that can be.
         exclude_modules: patterns of module names that are never factored.
         rank_pattern: pattern of module names -> rank.
@@ -126,6 +130,7 @@ class LTEConfig:
     reset_a: Literal["keep", "redraw"] = "keep"
     freeze_a: bool = False
     reset_moments: float = 0.0
+    weight_decay: WeightDecay = "factors"
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -171,6 +176,7 @@ class LTEConfig:
                 "reset_a and reset_moments say what a reset does, and after_merge='keep' never resets; received"
                 f" reset_a={self.reset_a!r}, reset_moments={self.reset_moments!r}. Give after_merge='reset' as well."
             )
+        _check_choice("weight_decay", self.weight_decay, get_args(WeightDecay))
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", _patterns("target_modules", self.target_modules))
             if not self.target_modules:

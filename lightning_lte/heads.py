@@ -102,6 +102,8 @@ class Factors:
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients, and is not compiled, has used the factors.
         gradient_scale: what gradients of A and B are multiplied by; see `product.scaled_gradient`.
+        left: what the next merge leaves of W, but for the delta: 1, unless `Decay` has taken some off. A number, or on
+            a GPU a tensor without dimensions.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Factors:
         self.trial: Trial | None = None
         self.took_part = False
         self.gradient_scale = 1
+        self.left: float | Tensor = 1.0
 
     @property
     def count(self) -> int:
@@ -325,11 +328,15 @@ class Factors:
 
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:
-        """Write W <- W + delta. In half precision, what W can't hold is carried to the next merge."""
-        if self.remainder is None and self.rounded is None:
+        """Write W <- left W + delta. In half precision, what W can't hold is carried to the next merge."""
+        left = float(self.left)
+        if self.remainder is not None or self.rounded is not None:
+            self.write(self.exact().mul_(left) + delta)
+        elif left == 1:
             self.shard.add_(delta.to(self.weight.dtype))
         else:
-            self.write(self.exact() + delta)
+            # In one write: see `merging_from`.
+            self.shard.copy_(torch.add(delta.to(self.weight.dtype), self.shard, alpha=left))
 
     @torch.no_grad()
     def exact(self) -> Tensor:

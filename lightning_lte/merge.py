@@ -414,7 +414,7 @@ def _settle(
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
         for p in f.trained.values():
             _prune_moments(p, states.get(p, {}), config.reset_moments)
-    f.merging_from, f.merging, f.merged_at = None, None, merges
+    f.merging_from, f.merging, f.merged_at, f.left = None, None, merges, 1.0
 
 
 def _restart(f: Factors, states: States, bad: Tensor, merges: int) -> None:

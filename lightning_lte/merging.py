@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
+from lightning_lte.decay import Decay, check_decay
 from lightning_lte.flight import Flight
 from lightning_lte.heads import Factors
 from lightning_lte.merge import Merge, MergeRecord, combined, verify
@@ -47,7 +48,7 @@ class Merging(Trainees):
         groups: parameter -> number of the group that it merges with.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers` and `inject` refuse.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_decay` and `inject` refuse.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Merging(Trainees):
         count = config.local_heads(transport.world_size)
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(optimizers, config.most_heads // transport.world_size)
+        if config.weight_decay == "weights":
+            check_decay(optimizers)
         super().__init__(module, optimizers, config, count, transport.rank * count)
         self.clocks = [Clock() for _ in self.optimizers]
         self.last_record: MergeRecord | None = None
@@ -71,6 +74,14 @@ class Merging(Trainees):
         self._counted_bytes = self._ddp_bytes = 0
         self._reduced: set[nn.Parameter] = set()
         self.merging = False
+        self._decay: Decay | None = None
+        if config.weight_decay == "weights":
+            self._decay = Decay(self.optimizers, lambda: self.injection.factors.values())
+
+    def give_back(self) -> None:
+        if self._decay is not None:
+            self._decay.close()
+        super().give_back()
 
     @property
     def clock(self) -> Clock:

@@ -115,6 +115,27 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
     return found
 
 
+def decays_apart(optimizer: Optimizer) -> bool:
+    """Whether weight decay takes lr * weight_decay of a parameter off at each step, whatever its gradient.
+
+    Twins with the settings of each group that decays take two steps without a gradient. What can't be copied does not
+    show it.
+    """
+    start = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+    for group in optimizer.param_groups:
+        if not group.get("weight_decay"):
+            continue
+        settings = {**group, **{key: False for key in ("fused", "capturable") if group.get(key)}}
+        settings.update(lr=0.1, weight_decay=0.1)
+        try:
+            after = _trained(optimizer, settings, start, [torch.zeros_like(start)] * 2)
+        except Exception:
+            return False
+        if not torch.allclose(after, 0.99**2 * start, rtol=1e-9, atol=1e-12):
+            return False
+    return True
+
+
 def _trained(like: Optimizer, group: Mapping[str, Any], start: torch.Tensor, gradients: list[Any]) -> torch.Tensor:
     param = nn.Parameter(start.clone())
     twin = _twin(like, group, param)

@@ -27,8 +27,9 @@ class OuterOptimizer:
         self._optimizers: dict[str, tuple[nn.Parameter, Optimizer]] = {}
 
     def step(self, f: Factors, delta: Tensor) -> None:
-        """W <- W + outer step, for the mean delta of all heads, in W's shape."""
+        """W <- left W + outer step, for the mean delta of all heads, in W's shape; see `Factors.left`."""
         param, optimizer = self._of(f)
+        param.data.mul_(float(f.left))
         param.grad = -delta.to(param.dtype)
         optimizer.step()
         f.write(param.detach())

@@ -38,6 +38,7 @@ from lightning_lte.config import (
     Preset,
     ReplicaPolicy,
     Split,
+    WeightDecay,
     preset_settings,
 )
 from lightning_lte.explorer import Explorer
@@ -88,6 +89,7 @@ class HeadsStrategy(Resumable):
         reset_a: with "reset", "keep" A or "redraw" it.
         freeze_a: train B alone, with A as it was drawn (LoRA-FA, not the paper's algorithm).
         reset_moments: with "reset", the fraction of moments set to zero, the smallest first.
+        weight_decay: what the optimizers' weight decay pulls towards zero: "factors", or the "weights" at merges.
         target_modules: patterns of module names; only these are factored. None means every layer that can be.
         exclude_modules: patterns of module names that are not factored.
         rank_pattern: pattern of module names -> rank.
@@ -141,6 +143,7 @@ class HeadsStrategy(Resumable):
         reset_a: Literal["keep", "redraw"] = "keep",
         freeze_a: bool = False,
         reset_moments: float = 0.0,
+        weight_decay: WeightDecay = "factors",
         target_modules: str | Sequence[str] | None = None,
         exclude_modules: str | Sequence[str] = (),
         rank_pattern: Mapping[str, int] | None = None,
@@ -180,6 +183,7 @@ class HeadsStrategy(Resumable):
             reset_a=reset_a,
             freeze_a=freeze_a,
             reset_moments=reset_moments,
+            weight_decay=weight_decay,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             rank_pattern={} if rank_pattern is None else rank_pattern,

@@ -142,6 +142,8 @@ class Oracle:
         freeze_a: workers train B alone (LoRA-FA).
         rounded: what the workers read of a linear layer's W, once two steps are done; None for W itself. Merges add to
             W.
+        decay: lr * weight_decay of the workers' optimizers, if it is to pull W towards zero, at merges, and not A and
+            B: what a step has taken off these is given back.
         groups: names of parameters that merge together, and how many steps after a merge is due; None for all at once.
         grow: optimizer step -> number of workers from that step on.
         fresh_A: first A of a worker that comes later, by the factored weight's name, the worker's number, and how many
@@ -168,12 +170,15 @@ class Oracle:
         outer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         overlap: int = 0,
         freeze_a: bool = False,
+        decay: float = 0.0,
         groups: Mapping[int, Iterable[str]] | None = None,
         grow: Mapping[int, int] | None = None,
         fresh_A: Callable[[str, int, int], Tensor] | None = None,
         rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.rounded = rounded
+        self.rounded, self.decay = rounded, decay
+        # Step at which a merge last wrote to a weight.
+        self._written = dict.fromkeys(factored, 0)
         self.scale, self.optimizer = scale, optimizer
         self.grow, self.fresh_A, self.freeze_a = dict(grow or {}), fresh_A, freeze_a
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
@@ -225,6 +230,8 @@ class Oracle:
         for worker in self.workers:
             worker.optimizer.step()
             worker.optimizer.zero_grad()
+            for p in (p for layer in worker.layers.values() for p in (layer.A, layer.B) if p.requires_grad):
+                p.data /= 1 - self.decay
         self.steps += 1
         if self.steps == 2:
             for name in self.workers[0].layers:
@@ -304,6 +311,9 @@ class Oracle:
             delta = sum(layer.scale * (product - layer.V) for layer, product in pairs) / len(layers)
             layer, key = place(self.merged, name)
             weight = getattr(layer, key)
+            for _ in range(self._written[name], self.steps):
+                weight.mul_(1 - self.decay)
+            self._written[name] = self.steps
             if name in self._outer:
                 weight.grad = -delta
                 self._outer[name].step()

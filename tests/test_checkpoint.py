@@ -97,6 +97,8 @@ OUTER = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
         (1, "auto", {"freeze_a": True, "after_merge": "reset", "reset_a": "redraw"}),
         (2, "batched", {"replicas": "step"}),
         (4, "batched", {"outer_optimizer": OUTER}),
+        (4, "batched", {"weight_decay": "weights"}),
+        (2, "sequential", {"weight_decay": "weights", "overlap": 3}),
         (4, "sequential", {"overlap": 3}),
         (1, "auto", {"overlap": 3}),
         (4, "batched", {"stagger": 2, "overlap": 3, "outer_optimizer": OUTER}),

@@ -78,6 +78,8 @@ def oracle_beside(
         **choices: what else `Oracle` takes.
     """
     config, groups = explorer.config, {}
+    [group_of_all] = optimizer([nn.Parameter(torch.zeros(1))]).param_groups
+    decay = group_of_all["lr"] * group_of_all.get("weight_decay", 0) if config.weight_decay == "weights" else 0.0
     for group in range(config.stagger):
         factors, replicas = explorer._grouped(0, group)
         delay = group * config.merge_every // config.stagger  # type: ignore[operator]
@@ -95,6 +97,7 @@ def oracle_beside(
         outer=config.outer_optimizer,
         overlap=config.overlap,
         freeze_a=config.freeze_a,
+        decay=decay,
         groups=groups,
         **choices,
     )

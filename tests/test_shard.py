@@ -136,6 +136,7 @@ def trains_as_the_oracle(
         replicas=config.replicas,
         optimizer=OPTIMIZERS[optimizer],
         clip=clip,
+        decay=0.01 * 0.1 if config.weight_decay == "weights" else 0.0,
     )
     model, merged_weights = explorer.module, []
     factored = [entry.name for entry in explorer.report.entries if entry.role == "factored"]
@@ -195,6 +196,7 @@ def test_groups_train_as_the_oracle(groups: int, k: int, kind: str, optimizer: s
         pytest.param("net", "adagrad", None, {"merge_every": 3}, id="adagrad"),
         pytest.param("net", "loop", None, {"merge_every": 3}, id="no-foreach"),
         pytest.param("kinds", "sgd", None, {"merge_every": 3, "split": {"linear1": 2}}, id="split"),
+        pytest.param("net", "loop", None, {"merge_every": 3, "weight_decay": "weights"}, id="weight-decay"),
     ],
 )
 def test_choices_equal_the_oracle(kind: str, optimizer: str, clip: float | None, choices: dict[str, Any]) -> None:

@@ -1,0 +1,259 @@
+"""weight_decay="weights": the optimizers' weight decay pulls W towards zero, at merges, and not the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from tests.modules import FACTORED, RANK, Module, clone, loader, make_data, make_net, train_step, trainer
+from tests.processes import run
+from tests.test_exactness import HEADS, OUTER, on_devices, train_both
+
+LR, DECAY = 0.01, 0.5
+
+
+def adamw(params: Iterable[nn.Parameter], **more: Any) -> Optimizer:
+    return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, **more)
+
+
+def decaying(**choices: Any) -> LTEConfig:
+    return LTEConfig(HEADS, **{"merge_every": 3, "rank": RANK, "weight_decay": "weights", **choices})
+
+
+@pytest.mark.parametrize(
+    "optimizer", [adamw, partial(torch.optim.SGD, lr=0.1, weight_decay=0.05)], ids=["AdamW", "SGD"]
+)
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_training_equals_the_oracle(execution: Any, after_merge: Any, optimizer: Any) -> None:
+    train_both(decaying(execution=execution, after_merge=after_merge), optimizer, steps=11)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"overlap": 2},
+        {"merge_every": 6, "stagger": 3, "overlap": 4, "outer_optimizer": OUTER[0]},
+        {"outer_optimizer": OUTER[3], "after_merge": "reset"},
+        {"freeze_a": True},
+        {"replicas": "step"},
+    ],
+    ids=str,
+)
+def test_other_choices_beside_it_equal_the_oracle(choices: dict[str, Any]) -> None:
+    train_both(decaying(**choices), adamw)
+
+
+def explorer_of(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], **choices: Any) -> tuple[Explorer, Optimizer]:
+    model = make_net()
+    opt = optimizer(model.parameters())
+    return Explorer(model, opt, decaying(**choices)), opt
+
+
+def factors_of(explorer: Explorer) -> list[Tensor]:
+    return [t.detach().clone() for f in explorer.injection.factors.values() for t in (f.A, f.B)]
+
+
+def step_without_gradient(explorer: Explorer, opt: Optimizer) -> None:
+    with explorer.heads():
+        loss = 0 * cross_entropy(explorer.module(make_data(8)[0]), make_data(8)[1])
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    explorer.step()
+
+
+@pytest.mark.parametrize("period", [1, 4])
+def test_without_a_gradient_weights_shrink_as_at_full_rank_and_factors_stay(period: int) -> None:
+    explorer, opt = explorer_of(adamw, merge_every=period, execution="batched")
+    plain = make_net()
+    full = adamw(plain.parameters())
+    factors = factors_of(explorer)
+    for _ in range(8):
+        step_without_gradient(explorer, opt)
+        for p in plain.parameters():
+            p.grad = torch.zeros_like(p)
+        full.step()
+    assert explorer.clock.merges == 8 // period
+    # Replicas of heads decay in the optimizer, as they did.
+    torch.testing.assert_close(explorer.module.state_dict(), plain.state_dict(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(factors_of(explorer), factors, rtol=1e-12, atol=0)
+
+
+def test_with_factors_it_is_as_it_was_and_weights_do_not_shrink() -> None:
+    explorer, opt = explorer_of(adamw, weight_decay="factors", execution="batched")
+    weights = clone(explorer.module.state_dict())
+    factors = factors_of(explorer)
+    for _ in range(3):
+        step_without_gradient(explorer, opt)
+    for name in FACTORED:
+        assert torch.equal(explorer.module.state_dict()[f"{name}.weight"], weights[f"{name}.weight"])
+    torch.testing.assert_close(factors_of(explorer), [f * (1 - LR * DECAY) ** 3 for f in factors], rtol=1e-12, atol=0)
+
+
+def test_each_group_has_a_decay_and_a_rate_of_its_own_that_may_change() -> None:
+    model = make_net()
+    first = [model.first.weight]
+    rest = [p for p in model.parameters() if p is not model.first.weight]
+    opt = torch.optim.AdamW([{"params": first, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0}], lr=0.01)
+    before = clone(model.state_dict())
+    explorer = Explorer(model, opt, decaying(execution="batched"))
+    step_without_gradient(explorer, opt)
+    opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"] = 0.02, 0.3
+    step_without_gradient(explorer, opt)
+    explorer.finish()
+    expected = before["first.weight"] * (1 - 0.01 * 0.1) * (1 - 0.02 * 0.3)
+    torch.testing.assert_close(model.first.weight.detach(), expected, rtol=1e-12, atol=0)
+    assert torch.equal(model.second.weight, before["second.weight"])
+
+
+def test_what_was_not_stepped_does_not_decay() -> None:
+    """Without a gradient optimizers leave a parameter out, and fused ones a step whose gradients overflowed."""
+    explorer, opt = explorer_of(partial(adamw, fused=True), execution="batched")
+    [frozen] = [f for f in explorer.injection.factors.values() if f.name == "first"]
+    frozen.weight.requires_grad_(False)
+    step_without_gradient(explorer, opt)
+    assert [f.left for f in explorer.injection.factors.values()] == [1.0, 1 - LR * DECAY]
+    factors = factors_of(explorer)
+    # What `torch.amp.GradScaler` does.
+    opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # type: ignore[attr-defined]
+    step_without_gradient(explorer, opt)
+    assert [float(f.left) for f in explorer.injection.factors.values()] == pytest.approx([1.0, 1 - LR * DECAY])
+    assert all(torch.equal(a, b) for a, b in zip(factors_of(explorer), factors, strict=True))
+
+
+def test_a_class_that_calls_the_step_of_its_base_decays_once() -> None:
+    class Own(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    explorer, opt = explorer_of(partial(Own, lr=LR, weight_decay=DECAY), execution="batched")
+    factors = factors_of(explorer)
+    step_without_gradient(explorer, opt)
+    torch.testing.assert_close(factors_of(explorer), factors, rtol=1e-12, atol=0)
+    assert {f.left for f in explorer.injection.factors.values()} == {1 - LR * DECAY}
+
+
+def test_the_optimizer_decays_by_itself_again_when_training_is_over() -> None:
+    explorer, opt = explorer_of(adamw, execution="batched")
+    for step in range(4):
+        train_step(explorer, explorer.module, opt, make_data(16, seed=step))
+    explorer.finish()
+    before = explorer.module.first.weight.detach().clone()  # type: ignore[union-attr]
+    for p in explorer.module.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.state.clear()
+    opt.step()
+    expected = before * (1 - LR * DECAY)
+    torch.testing.assert_close(explorer.module.first.weight.detach(), expected, rtol=1e-12, atol=0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+@pytest.mark.parametrize("automatic", [True, False])
+def test_with_lightning_weights_shrink_as_at_full_rank(execution: Any, automatic: bool) -> None:
+    class Flat(Module):
+        """Has nothing to learn."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = 0 * cross_entropy(self(batch[0]), batch[1])
+            if automatic:
+                return loss
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+            return None
+
+    def fit(**choices: Any) -> dict[str, Tensor]:
+        module = Flat(make_net(), adamw)
+        module.automatic_optimization = automatic
+        trainer(max_epochs=1, **choices).fit(module, loader(16 * 7, 16))
+        return clone(module.state_dict())
+
+    strategy = LTEStrategy(HEADS, 3, rank=RANK, weight_decay="weights", execution=execution)
+    torch.testing.assert_close(fit(strategy=strategy), fit(strategy="auto"), rtol=1e-6, atol=0)
+
+
+def test_devices_agree_to_the_bit_and_with_one_device() -> None:
+    choices = (HEADS, "keep", "merge", None, "batched", {"weight_decay": "weights"})
+    one = on_devices(*choices)  # type: ignore[arg-type]
+    several = run(on_devices, 2, *choices)
+    for name, value in one.items():
+        torch.testing.assert_close(several[0][name], value, rtol=1e-9, atol=1e-11)
+        assert torch.equal(several[0][name], several[1][name])
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_weights_in_half_precision_shrink_with_what_they_could_not_hold(base: Any) -> None:
+    model = make_net().float()
+    if base == "float32":
+        model = model.bfloat16()
+    before = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().double().clone() for name in FACTORED}
+    opt = adamw(model.parameters())
+    explorer = Explorer(model, opt, decaying(execution="batched", base=base, merge_every=1), Transport())
+    dtype = next(model.parameters()).dtype
+    steps = 20
+    for _ in range(steps):
+        with explorer.heads():
+            loss = 0 * cross_entropy(model(make_data(8)[0].to(dtype)).float(), make_data(8)[1])
+        loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+    for f in explorer.injection.factors.values():
+        expected = before[f"{f.name}.weight"] * (1 - LR * DECAY) ** steps
+        torch.testing.assert_close(f.exact().double(), expected, rtol=2e-5, atol=1e-6)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.Adam, lr=LR, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=0.1),
+        partial(torch.optim.RMSprop, lr=LR, weight_decay=0.1),
+    ],
+    ids=["Adam", "SGD-momentum", "RMSprop"],
+)
+def test_decay_that_is_mixed_with_gradients_is_refused_before_anything_changes(optimizer: Any) -> None:
+    model = make_net()
+    opt = optimizer(model.parameters())
+    with pytest.raises(ValueError, match=r"lr \* weight_decay .*received .*0\.1.*Choose AdamW"):
+        Explorer(model, opt, decaying())
+    assert list(opt.param_groups[0]["params"]) == list(model.parameters()) and type(model.first) is nn.Linear
+    # Without a decay any of them will do.
+    opt.param_groups[0]["weight_decay"] = 0
+    Explorer(model, opt, decaying()).close()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(adamw, foreach=True),
+        partial(adamw, fused=True),
+        partial(adamw, amsgrad=True),
+        partial(adamw, capturable=False, maximize=True),
+        partial(torch.optim.NAdam, lr=LR, weight_decay=0.1, decoupled_weight_decay=True),
+        partial(torch.optim.SGD, lr=torch.tensor(LR), weight_decay=0.1),
+    ],
+)
+def test_decay_apart_from_gradients_is_not(optimizer: Any) -> None:
+    explorer, opt = explorer_of(optimizer, execution="batched")
+    step_without_gradient(explorer, opt)
+    assert all(0.9 < float(f.left) < 1 for f in explorer.injection.factors.values())
+
+
+def test_the_choice_is_checked() -> None:
+    with pytest.raises(ValueError, match="weight_decay must be one of 'factors', 'weights'; received 'both'"):
+        LTEConfig(2, weight_decay="both")  # type: ignore[arg-type]
