@@ -167,7 +167,7 @@ def test_pictures_show_the_metric_over_a_setting(cache: Cache, tmp_path: Path) -
 
 def test_the_difference_is_to_the_best_control_within_seeds(rows: table.Table, cache: Cache) -> None:
     metrics = {0: [0.5, 0.7], 1: [0.3, 0.5], 2: [0.4, 0.8], 3: [0.9, None]}
-    kept = {"loss": 1.0, "bytes": 10, "cpu_seconds": 1, "notes": [], "hardware": "h", "versions": {}}
+    kept = {"loss": 1.0, "bytes": 10, "cpu_seconds": 1, "notes": [], "hardware": "h", "versions": {}, "evaluations": []}
     for number, values in metrics.items():
         for seed, value in enumerate(values):
             row = rows.rows[number]
@@ -331,3 +331,32 @@ def test_fashion_mnist_is_read_and_asked_for(tmp_path: Path) -> None:
 def test_all_tables_can_be_read() -> None:
     for name in table.names():
         assert table.load(name).rows
+
+
+def test_heads_with_the_same_data_and_start_learn_as_one() -> None:
+    settings = {**TINY, "method": {"name": "lte", "heads": 4, "rank": 4}}
+    chosen = resolved({**settings, "extra": {"same_data": True, "same_start": True}})
+    torch.manual_seed(0)
+    task = TASKS["least-squares"]
+    same = METHODS["lte"](task.model(chosen["task"]), chosen, task.loss, 0)
+    for batch in batches():
+        same.step(batch)
+    for f in same.explorer.injection.factors.values():
+        torch.testing.assert_close(f.B, f.B[:1].expand_as(f.B))
+        assert f.B.any()
+
+
+def test_effective_ranks_are_those_of_what_was_added_and_of_the_gradient(cache: Cache) -> None:
+    content = copy.deepcopy(CONTENT)
+    content["base"] = {**TINY, "ranks": True}
+    content["grids"][1]["axes"] = {"method.heads": [1], "method.merge_every": [1000]}
+    rows = table.parsed(content)
+    assert work(rows, cache) == 0
+    found = cache.get(rows.rows[2], 0)
+    assert found is not None
+    first, last = found["evaluations"]
+    # One head of rank 4 that merges in the end has added that rank to W at most, and nothing before.
+    assert first["learned_rank"] == 0 and 1 < last["learned_rank"] < 4.01
+    assert 4 < last["weight_rank"] <= 32 and 4 < first["gradient_rank"] <= 32
+    text = report.markdown(rows, report.lines(rows, cache, 1), 1)
+    assert f"{first['learned_rank']:.1f}, {last['learned_rank']:.1f}" in text and "rank of W − W₀" in text

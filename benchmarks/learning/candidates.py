@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.learning.tasks import Batch
 from lightning_lte import Explorer, Piecewise
 from lightning_lte.merge import MergeRecord
 
@@ -30,6 +31,10 @@ class Candidate:
 
     def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
         """Change the heads, or the optimizer's groups, before the first step."""
+
+    def arrange(self, batch: Batch, heads: int) -> Batch:
+        """The batch that heads get slices of."""
+        return batch
 
     def before_step(self, explorer: Explorer, optimizer: torch.optim.Optimizer, step: int) -> None:
         """After backward and clipping, before the optimizer's step; `step` counts from 0."""
@@ -67,6 +72,15 @@ class SameStart(Candidate):
             for f in explorer.injection.factors.values():
                 f.A.copy_(f.A[:1].expand_as(f.A).clone())
                 f.settle()
+
+
+class SameData(Candidate):
+    """All heads see the first one's slice of every batch (the paper's Figure 8), and the rest is left out."""
+
+    def arrange(self, batch: Batch, heads: int) -> Batch:
+        if not self.value:
+            return batch
+        return tuple(t[: len(t) // heads].repeat(heads, *[1] * (t.dim() - 1)) for t in batch)
 
 
 class Periods(Candidate):
@@ -124,6 +138,7 @@ class NarrowFrames(Candidate):
 CANDIDATES: dict[str, type[Candidate]] = {
     "orthogonal_heads": OrthogonalHeads,
     "same_start": SameStart,
+    "same_data": SameData,
     "periods": Periods,
     "size_of_a": SizeOfA,
     "fresh_adam": FreshAdam,

@@ -144,6 +144,8 @@ class Heads(Method):
     def step(self, batch: Batch) -> Tensor:
         explorer, optimizer = self.explorer, self.optimizer
         full_rank = self.steps < self.choices["full_rank_steps"]
+        for candidate in self.candidates:
+            batch = candidate.arrange(batch, explorer.count)
         loss = run(explorer, lambda own: self.loss(self.model, own), batch)
         with explorer.backward():
             loss.backward()

@@ -18,6 +18,8 @@ from benchmarks.learning.tasks import TASKS, Task
 Result = dict[str, Any]
 # What a run is compared in: these are equal for a row and its control.
 SAME = ("task", "batch", "epochs")
+# Effective ranks of evaluations, by what they are of.
+RANKS = {"gradient_rank": "rank of the gradient", "weight_rank": "rank of W", "learned_rank": "rank of W − W₀"}
 
 
 @dataclass
@@ -70,9 +72,12 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
     """The table, with what its runs have in common below it."""
     flat = [flattened(line.row.settings) for line in found]
     differing = _differing(flat)
+    ranks = [
+        key for key in RANKS if any(key in e for line in found for r in line.results.values() for e in r["evaluations"])
+    ]
     metrics = sorted({TASKS[f["task.name"]].metric for f in flat})
     head = ["", *(name.removeprefix("method.") for name in differing), " / ".join(metrics), "± sd", "Δ full rank"]
-    head += ["± sd of Δ", "last loss", "MB sent", "CPU s", "seeds"]
+    head += ["± sd of Δ", "last loss", *(RANKS[key] for key in ranks), "MB sent", "CPU s", "seeds"]
     text = [f"### {table.title}", "", "| " + " | ".join(head) + " |"]
     text.append("| --- |" + " ---: |" * (len(head) - 1))
     for line, own in zip(found, flat, strict=True):
@@ -91,13 +96,21 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
             differences = [line.metrics[seed] - control.metrics[seed] for seed in sorted(both)]
             cells += [f"{statistics.mean(differences):+.{digits}f}" if both else "", _spread(differences, digits)]
         loss, sent, seconds = line.mean("loss"), line.mean("bytes"), line.mean("cpu_seconds")
-        cells += ["" if loss is None else f"{loss:.4g}", "" if sent is None else f"{sent / 1e6:.4g}"]
+        cells += ["" if loss is None else f"{loss:.4g}", *(_course(line, key) for key in ranks)]
+        cells += ["" if sent is None else f"{sent / 1e6:.4g}"]
         diverged = sum(r["diverged"] is not None for r in line.results.values())
         cells += ["" if seconds is None else f"{seconds:.0f}", f"{len(line.results)}"]
         cells[-1] += f" ({diverged} diverged)" if diverged else ""
         text.append("| " + " | ".join(cells) + " |")
     text += ["", *_remarks(found, flat, seeds)]
     return "\n".join(text)
+
+
+def _course(line: Line, key: str) -> str:
+    """What a rank is at the first evaluation, at one in the middle and at the last."""
+    points = _mean_curve([r["evaluations"] for r in line.results.values() if r["metric"] is not None], key)
+    chosen = sorted({0, len(points) // 2, len(points) - 1}) if points else []
+    return ", ".join(f"{points[i][key]:.1f}" for i in chosen)
 
 
 def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) -> list[str]:

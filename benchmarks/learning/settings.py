@@ -66,6 +66,7 @@ DEFAULTS: Settings = {
     "warmup": 50,  # steps
     "clip": None,  # the gradient's largest norm, for each head
     "evaluations": 3,  # evenly spaced, the last one at the end
+    "ranks": False,  # whether effective ranks are measured at evaluations, see training.py
     "devices": 8,  # for bytes sent by methods that have no heads
     "extra": {},  # of candidates.py
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
 import platform
 import socket
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -14,13 +16,17 @@ from typing import Any
 
 import timm
 import torch
+from torch import Tensor, nn
 
 from benchmarks.learning.methods import METHODS, Method
 from benchmarks.learning.settings import Settings
 from benchmarks.learning.tasks import TASKS
 from examples.demo import hardware
+from lightning_lte.metrics import effective_rank
 
 POINTS = 50  # of a loss curve
+# Effective ranks are those of gradients of so many training samples, and of weights with so many rows and columns.
+RANK_SAMPLES, RANK_WIDTH = 512, 32
 
 
 def factor(step: int, steps: int, warmup: int) -> float:
@@ -39,7 +45,8 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
         data_root: the folder of Fashion-MNIST.
 
     Returns:
-        What is kept in the cache, plain values only.
+        What is kept in the cache, plain values only. With "ranks", evaluations have mean effective ranks: of the
+        gradient at full rank of some training samples, of weights, and of what was added to them.
     """
     task = TASKS[settings["task"]["name"]]
     data = task.data(settings["task"], data_root)
@@ -47,6 +54,7 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
     model = task.model(settings["task"])
     if task.start is not None:
         task.start(model, settings["task"], data_root)
+    start = copy.deepcopy(model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     method: Method = METHODS[settings["method"]["name"]](model, settings, task.loss, seed)
@@ -65,8 +73,24 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
     def evaluate() -> None:
         with method.evaluated() as evaluated:
             measured = task.measure(evaluated, data.test)
+            found = ranks(evaluated, start) if settings["ranks"] else {}
         point = {"samples": method.steps * batch, "bytes": method.sent}
-        evaluations.append({**point, "metric": measured if math.isfinite(measured) else None})
+        evaluations.append({**point, "metric": measured if math.isfinite(measured) else None, **found})
+
+    def ranks(evaluated: nn.Module, start: nn.Module) -> dict[str, float]:
+        plain = copy.deepcopy(start)
+        plain.load_state_dict(evaluated.state_dict())
+        task.loss(plain, tuple(t[:RANK_SAMPLES] for t in data.train)).backward()
+        pairs = [(now, then) for now, then in zip(plain.parameters(), start.parameters(), strict=True) if now.dim() > 1]
+        pairs = [(now, then) for now, then in pairs if min(now.flatten(1).shape) >= RANK_WIDTH]
+        of: dict[str, list[Tensor | None]] = {
+            "gradient_rank": [now.grad for now, _ in pairs],
+            "weight_rank": [now.detach() for now, _ in pairs],
+            "learned_rank": [(now - then).detach() for now, then in pairs],
+        }
+        return {
+            key: statistics.mean(effective_rank(t) for t in tensors if t is not None) for key, tensors in of.items()
+        }
 
     for step in range(steps):
         # The last samples of an epoch that are no full batch are left out: all methods see the same.
