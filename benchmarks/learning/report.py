@@ -115,6 +115,8 @@ def _course(line: Line, key: str) -> str:
 
 def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) -> list[str]:
     common = {k: v for k, v in flat[0].items() if all(k in f and f[k] == v for f in flat)} if flat else {}
+    # Ranks are measured, and change nothing of a run.
+    common.pop("ranks", None)
     remarks = ["All rows: " + ", ".join(f"{k} {_cell(v)}" for k, v in common.items()) + "."]
     missing = sum(seeds - len(line.results) for line in found)
     if missing:
