@@ -76,7 +76,7 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
         key for key in RANKS if any(key in e for line in found for r in line.results.values() for e in r["evaluations"])
     ]
     metrics = sorted({TASKS[f["task.name"]].metric for f in flat})
-    head = ["", *(name.removeprefix("method.") for name in differing), " / ".join(metrics), "± sd", "Δ full rank"]
+    head = ["", *(_short(name, differing) for name in differing), " / ".join(metrics), "± sd", "Δ full rank"]
     head += ["± sd of Δ", "last loss", *(RANKS[key] for key in ranks), "MB sent", "CPU s", "seeds"]
     text = [f"### {table.title}", "", "| " + " | ".join(head) + " |"]
     text.append("| --- |" + " ---: |" * (len(head) - 1))
@@ -231,6 +231,12 @@ def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
     """The settings in which rows differ. One that only some methods have counts if it differs among these."""
     names = list(dict.fromkeys(name for own in flat for name in own))
     return [n for n in names if len({json.dumps(own[n], sort_keys=True) for own in flat if n in own}) > 1]
+
+
+def _short(name: str, names: Sequence[str]) -> str:
+    """A setting's name without the method's prefix, unless another one is called so."""
+    short = name.removeprefix("method.")
+    return name if short in names else short
 
 
 def _cell(value: Any) -> str:
