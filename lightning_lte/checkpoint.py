@@ -54,7 +54,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
     parts = {key: [own[key] for own in gathered] for key in local}
     return {
         **gathered[0],
-        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics", "wire_errors")},
+        **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics", "wire_errors", "left")},
         "flights": [_joined_flight(each) for each in zip(*parts["flights"], strict=True)],
         "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
         "buffers": parts["buffers"],
@@ -96,6 +96,8 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
         explorer.load_groups(state["groups"])
     layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
     merged: dict[str, list[str]] = {"replica": [], "running statistic": []}
+    # Checkpoints of before have none.
+    left = state.get("left", {}) if explorer.config.weight_decay == "weights" else {}
     with torch.no_grad():
         for f in explorer.injection.factors.values():
             saved = state["factors"][f.name]
@@ -103,7 +105,9 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 put_(tensor, layout.mine(saved[key], f.count))
             f.all_A = None
             f.merged_step = state["merged_steps"].get(f.name, -1)
-            f.left = state.get("left", {}).get(f.name, 1.0)  # checkpoints of before have none
+            if f.name in left:
+                rows = left[f.name]["value"][:]
+                f.left = float(rows[layout.rank] if len(rows) == layout.world_size else rows.mean())
             if f.remainder is not None:
                 f.remainder.copy_(state["remainders"][f.name])
             lost_on_wire = state["wire_errors"].get(f.name)
@@ -150,6 +154,10 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     told = _told(state["devices"], layout.world_size, merged, left)
     if state["outer"] and explorer.outer is None:
         told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
+    if state.get("left") and explorer.config.weight_decay != "weights":
+        told += (
+            " In the checkpoint weight decay was that of weights: what it took off since their last merge was left out."
+        )
     return told.strip()
 
 
@@ -368,6 +376,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         optimizers.append(fields)
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
+    decays = explorer.config.weight_decay == "weights"
     return {
         "version": VERSION,
         "heads": explorer.config.heads,
@@ -383,12 +392,12 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
+        "left": {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64)} for f in factors if decays},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
         "flights": [] if closing else [flight.state_dict() for flight in explorer.flights],
         "stagger": explorer.config.stagger,
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
-        "left": {f.name: float(f.left) for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
         "base": [explorer.config.base, explorer.config.base_copy],
         "bases": {f.name: f.rounded.state_dict() for f in factors if f.rounded},

@@ -61,8 +61,8 @@ class Explorer(Merging):
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_decay` and `inject` refuse; the
-            module and the optimizers are as they were then.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay` and `inject` refuse; the module
+            and the optimizers are as they were then.
     """
 
     def __init__(
@@ -509,5 +509,5 @@ class Explorer(Merging):
         for flight in list(self.flights):
             self._land(flight)
         if self.unmerged and factors:
-            add_mean_deltas(factors, self.transport)
+            add_mean_deltas(factors, self.transport, self.config.weight_decay == "weights")
         restore_bases(factors, exactly=True)

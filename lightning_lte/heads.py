@@ -102,8 +102,8 @@ class Factors:
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients, and is not compiled, has used the factors.
         gradient_scale: what gradients of A and B are multiplied by; see `product.scaled_gradient`.
-        left: what the next merge leaves of W, but for the delta: 1, unless `Decay` has taken some off. A number, or on
-            a GPU a tensor without dimensions.
+        left: what weight decay has left of W since the last merge took it, for the next one to write; see `Decay`. A
+            number, or a float64 tensor without dimensions where the learning rate is one.
     """
 
     def __init__(
@@ -327,9 +327,8 @@ class Factors:
         return self.scale**2 * ((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0)
 
     @torch.no_grad()
-    def add(self, delta: Tensor) -> None:
+    def add(self, delta: Tensor, left: float = 1.0) -> None:
         """Write W <- left W + delta. In half precision, what W can't hold is carried to the next merge."""
-        left = float(self.left)
         if self.remainder is not None or self.rounded is not None:
             self.write(self.exact().mul_(left) + delta)
         elif left == 1:

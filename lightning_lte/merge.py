@@ -106,6 +106,8 @@ class Merge:
         self.flags = torch.zeros(1, 0, dtype=torch.uint8, device=self._device)
         self._sent_before = transport.bytes_sent
         self._good = torch.ones(replicas.count, dtype=torch.bool)
+        # What weight decay has left of each weight: on this device, and once it is exchanged the mean over devices.
+        self._left = torch.ones(len(factors), dtype=torch.float64, device=self._device)
         self._squared_mean = self._squared_heads = torch.zeros((), device=self._device)
 
     def run(self, states: States, outer: OuterOptimizer | None = None) -> MergeRecord:
@@ -188,6 +190,7 @@ class Merge:
             "measure": self._measure,
             "good": self._good_all.cpu(),
             "flags": self.flags.cpu(),
+            "left": self._left.cpu(),
             "squared_heads": self._squared_heads.cpu(),
             "totals": payload["totals"],
             "replicas": replicas,
@@ -200,6 +203,7 @@ class Merge:
         first = self._transport.rank * self.replicas.count
         self._good_all = state["good"].to(self._device)
         self.flags = state["flags"].to(self._device)
+        self._left = state.get("left", self._left).to(self._device)  # checkpoints of before have none
         self._good = self._good_all[first : first + self.replicas.count]
         self._squared_heads = state["squared_heads"].to(self._device)
         rows = state["rows"]
@@ -210,6 +214,10 @@ class Merge:
         self.replicas.load_taken_state({**state["replicas"], "before": before})
         before = {name: own["value"] for name, own in rows["statistics"].items()}
         self.statistics.load_taken_state({**state["statistics"], "before": before})
+
+    @property
+    def _decays(self) -> bool:
+        return self._config.weight_decay == "weights"
 
     # ---- heads that are not finite
 
@@ -222,6 +230,8 @@ class Merge:
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
         self._good = _finite([*self.factors, *self._others], self.replicas, states).to(self._device)
+        if self._decays:
+            self._left = taken_left(self.factors, self._device)
         within = self._transport.within
         if within is not None:
             # A head is good if it is so on all devices that share it out.
@@ -231,6 +241,8 @@ class Merge:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
         if self.flags.numel():
             self.flags = self._transport.stack(self.flags)
+        if self._decays:
+            self._left = mean_left(self._left, self._transport)
 
     def _check_good(self) -> None:
         self._good_total = int(self._good_all.sum())
@@ -261,6 +273,7 @@ class Merge:
 
     def _land_weights(self, payload: Payload, states: States, outer: OuterOptimizer | None) -> None:
         bad = ~self._good if self._restarted else None
+        left = dict(zip((f.name for f in self.factors), self._left.tolist(), strict=True))
         for f in payload.factors:
             # Settled one by one, so that a merge that was interrupted can be run, or landed, again.
             if f.merged_at == self.number:
@@ -270,9 +283,9 @@ class Merge:
                 self._squared_mean = self._squared_mean.to(delta) + delta.norm().square()
             f.merging_from, f.merging = f.shard._version, payload.merged(f)
             if outer is None:
-                f.add(delta)
+                f.add(delta, left[f.name])
             else:
-                outer.step(f, delta)
+                outer.step(f, delta, left[f.name])
             _settle(f, states, self._config, bad, self.number, f.merging)
 
     # ---- all else
@@ -369,8 +382,18 @@ def combined(records: Sequence[MergeRecord], *, bytes_sent: int, ddp_bytes: int)
 
 
 @torch.no_grad()
-def add_mean_deltas(factors: Sequence[Factors], transport: Transport) -> None:
-    """Write W <- W + mean over all finite heads of delta for some weights, whose heads are not needed any more."""
+def add_mean_deltas(factors: Sequence[Factors], transport: Transport, decays: bool) -> None:
+    """Write W <- W + mean over all finite heads of delta for some weights, whose heads are not needed any more.
+
+    Args:
+        factors: of the weights.
+        transport: to the other devices.
+        decays: whether weight decay pulls W.
+    """
+    left = [1.0] * len(factors)
+    if decays:
+        left = mean_left(taken_left(factors, factors[0].A.device), transport).tolist()
+    of = dict(zip((f.name for f in factors), left, strict=True))
     good = torch.stack([f.finite() for f in factors]).all(0)
     good_all = transport.stack(good.to(torch.uint8)).bool()
     heads = int(good_all.sum())
@@ -379,7 +402,17 @@ def add_mean_deltas(factors: Sequence[Factors], transport: Transport) -> None:
         payload.take(good)
         payload.exchange()
         for f in group:
-            f.add(payload.total(f, good_all) / heads)
+            f.add(payload.total(f, good_all) / heads, of[f.name])
+
+
+def taken_left(factors: Sequence[Factors], device: torch.device) -> Tensor:
+    """(weights,) float64: what weight decay has left of each weight on this device."""
+    return torch.tensor([float(f.left) for f in factors], dtype=torch.float64, device=device)
+
+
+def mean_left(left: Tensor, transport: Transport) -> Tensor:
+    """The mean over devices, as of deltas: they need not have made the same steps. A collective."""
+    return transport.stack(left.unsqueeze(0)).mean(0)
 
 
 def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> Tensor:
@@ -414,7 +447,7 @@ def _settle(
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
         for p in f.trained.values():
             _prune_moments(p, states.get(p, {}), config.reset_moments)
-    f.merging_from, f.merging, f.merged_at, f.left = None, None, merges, 1.0
+    f.merging_from, f.merging, f.merged_at = None, None, merges
 
 
 def _restart(f: Factors, states: States, bad: Tensor, merges: int) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lte.clock import Clock
 from lightning_lte.config import LTEConfig
-from lightning_lte.decay import Decay, check_decay
+from lightning_lte.decay import Decay
 from lightning_lte.flight import Flight
 from lightning_lte.heads import Factors
 from lightning_lte.merge import Merge, MergeRecord, combined, verify
@@ -48,20 +48,25 @@ class Merging(Trainees):
         groups: parameter -> number of the group that it merges with.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_decay` and `inject` refuse.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay` and `inject` refuse.
     """
 
     def __init__(
         self, module: nn.Module, optimizers: Sequence[Optimizer], config: LTEConfig, transport: Transport
     ) -> None:
         self.transport = transport
+        self._decay: Decay | None = None
         _check_sharing(optimizers, config, transport)
         count = config.local_heads(transport.world_size)
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(optimizers, config.most_heads // transport.world_size)
         if config.weight_decay == "weights":
-            check_decay(optimizers)
-        super().__init__(module, optimizers, config, count, transport.rank * count)
+            self._decay = Decay(optimizers, lambda: self.injection.factors.values())
+        try:
+            super().__init__(module, optimizers, config, count, transport.rank * count)
+        except BaseException:
+            self._leave_decay()
+            raise
         self.clocks = [Clock() for _ in self.optimizers]
         self.last_record: MergeRecord | None = None
         self.outer = None if config.outer_optimizer is None else OuterOptimizer(config.outer_optimizer)
@@ -74,14 +79,14 @@ class Merging(Trainees):
         self._counted_bytes = self._ddp_bytes = 0
         self._reduced: set[nn.Parameter] = set()
         self.merging = False
-        self._decay: Decay | None = None
-        if config.weight_decay == "weights":
-            self._decay = Decay(self.optimizers, lambda: self.injection.factors.values())
 
     def give_back(self) -> None:
+        self._leave_decay()
+        super().give_back()
+
+    def _leave_decay(self) -> None:
         if self._decay is not None:
             self._decay.close()
-        super().give_back()
 
     @property
     def clock(self) -> Clock:
@@ -231,7 +236,7 @@ class Merging(Trainees):
                 records.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
                 self._merged(merge)
         for f in merge.factors:
-            f.merged_step = clock.step
+            f.merged_step, f.left = clock.step, 1.0
         clock.merged()
         self.merging = False
         return records

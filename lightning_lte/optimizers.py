@@ -100,11 +100,9 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
     start, *gradients = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64).unbind()
     found: set[str] = set()
     for group in optimizer.param_groups:
-        # Kernels for GPUs refuse what is tried here, and keep the same.
-        settings = {**group, **{key: False for key in ("fused", "capturable") if group.get(key)}}
         param = nn.Parameter(start.clone())
         try:
-            twin = _twin(optimizer, settings, param)
+            twin = _twin(optimizer, _plain_kernels(group), param)
             for gradient in gradients:
                 param.grad = gradient.clone()
                 twin.step()
@@ -115,25 +113,43 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
     return found
 
 
-def decays_apart(optimizer: Optimizer) -> bool:
+def decays_apart(optimizer: Optimizer) -> bool | str:
     """Whether weight decay takes lr * weight_decay of a parameter off at each step, whatever its gradient.
 
-    Twins with the settings of each group that decays take two steps without a gradient. What can't be copied does not
-    show it.
+    Twins with the settings of each group that has a weight decay, with one and without, take two steps on the same
+    random numbers. After each the decay is undone as `Decay` does it; then both have moved alike, or the one with decay
+    by so much more as is undone, if it comes before the update as in AdamW.
+
+    Returns:
+        Or why it could not be tried.
     """
-    start = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    lr, taken = 0.1, 0.01
     for group in optimizer.param_groups:
-        if not group.get("weight_decay"):
+        if "weight_decay" not in group:
             continue
-        settings = {**group, **{key: False for key in ("fused", "capturable") if group.get(key)}}
-        settings.update(lr=0.1, weight_decay=0.1)
-        try:
-            after = _trained(optimizer, settings, start, [torch.zeros_like(start)] * 2)
-        except Exception:
-            return False
-        if not torch.allclose(after, 0.99**2 * start, rtol=1e-9, atol=1e-12):
+        moved = []
+        for decay in (0.0, taken / lr):
+            param = nn.Parameter(start.clone())
+            try:
+                twin = _twin(optimizer, {**_plain_kernels(group), "lr": lr, "weight_decay": decay}, param)
+                for gradient in gradients:
+                    param.grad = gradient.clone()
+                    twin.step()
+                    param.data /= 1 - decay * lr
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            moved.append(param.detach() - start)
+        # Some compute in float32, whatever they are given.
+        if not any(torch.allclose(moved[1] * factor, moved[0], rtol=1e-4, atol=1e-5) for factor in (1, 1 - taken)):
             return False
     return True
+
+
+def _plain_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a group without kernels for GPUs, which refuse what twins are tried with, and keep the same."""
+    return {**group, **{key: False for key in ("fused", "capturable") if group.get(key)}}
 
 
 def _trained(like: Optimizer, group: Mapping[str, Any], start: torch.Tensor, gradients: list[Any]) -> torch.Tensor:
@@ -153,6 +169,9 @@ def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Opt
     memo: dict[int, Any] = {id(p): param for p in held}
     memo[id(like.state)] = defaultdict(dict)
     twin: Optimizer = copy.deepcopy(like, memo)
+    # Optimizers leave out what they hold beside groups and states when they are copied.
+    for name in vars(like).keys() - vars(twin).keys():
+        setattr(twin, name, copy.deepcopy(vars(like)[name], memo))
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     twin.param_groups[:] = [{**copy.deepcopy(settings), "params": [param]}]
     state = first_state(like, group, param)

@@ -26,10 +26,11 @@ class OuterOptimizer:
         self._make = make
         self._optimizers: dict[str, tuple[nn.Parameter, Optimizer]] = {}
 
-    def step(self, f: Factors, delta: Tensor) -> None:
-        """W <- left W + outer step, for the mean delta of all heads, in W's shape; see `Factors.left`."""
+    def step(self, f: Factors, delta: Tensor, left: float = 1.0) -> None:
+        """W <- left W + outer step, for the mean delta of all heads, in W's shape."""
         param, optimizer = self._of(f)
-        param.data.mul_(float(f.left))
+        if left != 1:
+            param.data.mul_(left)
         param.grad = -delta.to(param.dtype)
         optimizer.step()
         f.write(param.detach())

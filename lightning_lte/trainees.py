@@ -248,6 +248,7 @@ class Trainees:
                     if f.rounded is not None and not f.rounded.released:
                         f.rounded.write(f.weight)
                     f.settle()
+                    f.left = 1.0
                     if f.anchor_B is None:
                         f.B.zero_()
             for replica in self.injection.replicas:

@@ -177,8 +177,8 @@ class Oracle:
         rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.rounded, self.decay = rounded, decay
-        # Step at which a merge last wrote to a weight.
-        self._written = dict.fromkeys(factored, 0)
+        # Step at which a merge last took the decay of a weight.
+        self._decayed = dict.fromkeys(factored, 0)
         self.scale, self.optimizer = scale, optimizer
         self.grow, self.fresh_A, self.freeze_a = dict(grow or {}), fresh_A, freeze_a
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
@@ -207,8 +207,8 @@ class Oracle:
             for name in self.workers[0].layers:
                 layer, key = place(self.merged, name)
                 self._outer[name] = outer([getattr(layer, key)])
-        # Merges that have started: the step when they land, and what each worker had.
-        self._flights: list[tuple[int, dict[str, list[Tensor]]]] = []
+        # Merges that have started: the step when they land, what each worker had, and what decay has left of weights.
+        self._flights: list[tuple[int, dict[str, list[Tensor]], dict[str, float]]] = []
 
     def step(self, slices: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> None:
         """Train every worker on its own slice (x, y) with `loss(model(x), y)`, and merge if that is due."""
@@ -290,13 +290,15 @@ class Oracle:
             ]
             for name in names
         }
-        flight = (self.steps + overlap, taken)
+        left = {n: (1 - self.decay) ** (self.steps - self._decayed[n]) for n in names if n in self._decayed}
+        self._decayed.update(dict.fromkeys(left, self.steps))
+        flight = (self.steps + overlap, taken, left)
         self._flights.append(flight)
         if not overlap:
             self._land(flight)
 
     @torch.no_grad()
-    def _land(self, flight: tuple[int, dict[str, list[Tensor]]]) -> None:
+    def _land(self, flight: tuple[int, dict[str, list[Tensor]], dict[str, float]]) -> None:
         """W <- W + 1/N sum_n s (P_n - V_n), then V_n <- P_n, where P_n is B_n A_n at the start; or B_n <- 0."""
         self._flights.remove(flight)
         for name, taken in flight[1].items():
@@ -311,9 +313,7 @@ class Oracle:
             delta = sum(layer.scale * (product - layer.V) for layer, product in pairs) / len(layers)
             layer, key = place(self.merged, name)
             weight = getattr(layer, key)
-            for _ in range(self._written[name], self.steps):
-                weight.mul_(1 - self.decay)
-            self._written[name] = self.steps
+            weight.mul_(flight[2][name])
             if name in self._outer:
                 weight.grad = -delta
                 self._outer[name].step()

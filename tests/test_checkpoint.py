@@ -141,6 +141,7 @@ def _resume_on_two(folder: str, heads: int, choices: dict[str, Any]) -> tuple[di
         (2, {}),
         (4, {}),
         (2, {"wire": "int8", "payload": "dense", "overlap": 3}),
+        (4, {"weight_decay": "weights", "overlap": 3}),
         (2, {"wire": "int8", "payload": "factors", "overlap": 3, "freeze_a": True}),
         (4, {"wire": "bfloat16", "payload": "factors", "stagger": 2, "overlap": 2, "outer_optimizer": OUTER}),
     ],
@@ -154,6 +155,13 @@ def test_resuming_on_two_processes_equals_not_stopping(tmp_path: Path, heads: in
     # The devices had random streams and buffers of their own, and both were kept.
     buffers = results[0][0]["lte"]["buffers"]
     assert len(buffers) == 2 and not torch.equal(buffers[0]["net.seen"], buffers[1]["net.seen"])
+
+
+def test_a_run_whose_decay_is_of_factors_says_what_it_leaves_out(tmp_path: Path) -> None:
+    train(str(tmp_path / "part"), 1, weight_decay="weights")
+    [first] = (tmp_path / "part").glob("epoch=0*")
+    with pytest.warns(UserWarning, match="what it took off since their last merge was left out"):
+        train(str(tmp_path / "rest"), 2, resume=str(first))
 
 
 def test_a_batch_in_the_middle_of_an_epoch_goes_on_with_the_right_random_streams(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from lightning_lte.optimizers import decays_apart
 from tests.modules import FACTORED, RANK, Module, clone, loader, make_data, make_net, train_step, trainer
 from tests.processes import run
 from tests.test_exactness import HEADS, OUTER, on_devices, train_both
@@ -214,6 +216,107 @@ def test_weights_in_half_precision_shrink_with_what_they_could_not_hold(base: An
         torch.testing.assert_close(f.exact().double(), expected, rtol=2e-5, atol=1e-6)
 
 
+def steps_unequally(everything: bool) -> tuple[dict[str, Tensor], list[float]]:
+    """The second device leaves a step out, as a gradient scaler does that found an infinity."""
+    rank = dist.get_rank()
+    model = make_net()
+    opt = adamw(model.parameters())
+    config = LTEConfig(2, 3, rank=RANK, weight_decay="weights", verify_every=1)
+    explorer = Explorer(model, opt, config, Transport(2, rank))
+    before = model.first.weight.detach().clone()
+    for step in range(2 if everything else 3):
+        with explorer.heads():
+            loss = 0 * cross_entropy(model(make_data(8)[0]), make_data(8)[1])
+        loss.backward()
+        if (rank, step) != (1, 1):
+            opt.step()
+        opt.zero_grad()
+        explorer.step()
+    if everything:
+        explorer.merge(everything=True)
+    factor = (model.first.weight.detach() / before).flatten()
+    torch.testing.assert_close(factor, factor[:1].expand_as(factor))
+    return clone(model.state_dict()), [float(factor[0])]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_devices_that_made_other_steps_agree_on_the_mean(everything: bool) -> None:
+    (first, [factor]), (second, _) = run(steps_unequally, 2, everything)
+    for name in FACTORED:
+        assert torch.equal(first[f"{name}.weight"], second[f"{name}.weight"])
+    steps, c = (2, LR * DECAY) if everything else (3, LR * DECAY)
+    assert factor == pytest.approx(((1 - c) ** steps + (1 - c) ** (steps - 1)) / 2, rel=1e-12)
+
+
+def test_weights_that_are_loaded_in_the_middle_of_a_period_are_as_they_were_loaded() -> None:
+    explorer, opt = explorer_of(adamw, execution="batched", merge_every=10)
+    for _ in range(4):
+        step_without_gradient(explorer, opt)
+    loaded = clone(explorer.module.state_dict())
+    loaded = {name: value + 1 for name, value in loaded.items()}
+    explorer.module.load_state_dict(loaded)
+    with pytest.warns(UserWarning, match="written from outside"):
+        explorer.after_backward()
+    explorer.finish()
+    for name in FACTORED:
+        assert torch.equal(explorer.module.state_dict()[f"{name}.weight"], loaded[f"{name}.weight"])
+
+
+def test_weights_that_lose_their_heads_keep_the_decay_so_far() -> None:
+    explorer, opt = explorer_of(adamw, execution="batched", merge_every=10)
+    before = explorer.module.get_parameter("first.weight").detach().clone()
+    for _ in range(4):
+        step_without_gradient(explorer, opt)
+    explorer.make_replicas({"first": "for a test"})
+    after = explorer.module.get_parameter("first.weight").detach()
+    torch.testing.assert_close(after, before * (1 - LR * DECAY) ** 4, rtol=1e-12, atol=0)
+
+
+def test_a_class_that_hides_its_decay_from_its_base_decays() -> None:
+    class Own(torch.optim.Adam):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                group["hidden"], group["weight_decay"] = group["weight_decay"], 0
+            super().step(closure)
+            for group in self.param_groups:
+                group["weight_decay"] = group.pop("hidden")
+
+    explorer, opt = explorer_of(partial(Own, lr=LR, weight_decay=DECAY), execution="batched")
+    factors = factors_of(explorer)
+    step_without_gradient(explorer, opt)
+    torch.testing.assert_close(factors_of(explorer), factors, rtol=1e-12, atol=0)
+    assert {f.left for f in explorer.injection.factors.values()} == {1 - LR * DECAY}
+
+
+def test_small_decays_in_tensors_add_up_as_they_are() -> None:
+    explorer, opt = explorer_of(
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor([1e-4]), weight_decay=1e-3), execution="batched", merge_every=200
+    )
+    for _ in range(100):
+        step_without_gradient(explorer, opt)
+    for f in explorer.injection.factors.values():
+        assert 1 - float(f.left) == pytest.approx(1e-5, rel=1e-4)
+
+
+def test_an_optimizer_without_rates_or_decays_is_let_be() -> None:
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": None})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(0.01 * p.grad)
+
+    explorer, opt = explorer_of(Plain, execution="batched")
+    step_without_gradient(explorer, opt)
+    assert {f.left for f in explorer.injection.factors.values()} == {1.0}
+
+
 # ---- what is refused
 
 
@@ -232,9 +335,15 @@ def test_decay_that_is_mixed_with_gradients_is_refused_before_anything_changes(o
     with pytest.raises(ValueError, match=r"lr \* weight_decay .*received .*0\.1.*Choose AdamW"):
         Explorer(model, opt, decaying())
     assert list(opt.param_groups[0]["params"]) == list(model.parameters()) and type(model.first) is nn.Linear
-    # Without a decay any of them will do.
+    # Without a decay any of them will do, until they have one.
     opt.param_groups[0]["weight_decay"] = 0
-    Explorer(model, opt, decaying()).close()
+    explorer = Explorer(model, opt, decaying(execution="batched"))
+    step_without_gradient(explorer, opt)
+    factors = factors_of(explorer)
+    opt.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r"received .*0\.1"):
+        step_without_gradient(explorer, opt)
+    assert all(torch.equal(a, b) for a, b in zip(factors_of(explorer), factors, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -252,6 +361,68 @@ def test_decay_apart_from_gradients_is_not(optimizer: Any) -> None:
     explorer, opt = explorer_of(optimizer, execution="batched")
     step_without_gradient(explorer, opt)
     assert all(0.9 < float(f.left) < 1 for f in explorer.injection.factors.values())
+
+
+class Cautious(torch.optim.AdamW):
+    """Decays only what a step would make smaller all the same."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * group["weight_decay"] * p * (p * p.grad > 0))
+            group["hidden"], group["weight_decay"] = group["weight_decay"], 0
+        super().step(closure)
+        for group in self.param_groups:
+            group["weight_decay"] = group.pop("hidden")
+
+
+class Counting(torch.optim.AdamW):
+    """Holds something beside groups and states."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return super().step(closure)
+
+
+class Untried(torch.optim.AdamW):
+    """Can't be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("no copies")
+
+
+def test_what_decays_apart_is_found_by_trying() -> None:
+    def apart(kind: Any) -> bool | str:
+        return decays_apart(kind([nn.Parameter(torch.ones(2))], lr=LR, weight_decay=0.0))
+
+    assert apart(Counting) is True and apart(torch.optim.AdamW) is True
+    assert apart(Cautious) is False and apart(torch.optim.Adam) is False and apart(torch.optim.NAdam) is False
+    assert apart(Untried) == "TypeError: no copies"
+    with pytest.raises(ValueError, match=r"could not be tried \(TypeError: no copies\)"):
+        explorer_of(partial(Untried, lr=LR, weight_decay=0.1))
+
+
+def test_a_decay_that_leaves_nothing_is_refused() -> None:
+    explorer, opt = explorer_of(partial(torch.optim.AdamW, lr=2.0, weight_decay=0.5), execution="batched")
+    with pytest.raises(ValueError, match=r"must be below 1.*received 1 for AdamW"):
+        step_without_gradient(explorer, opt)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_hooks_are_left(fails: bool) -> None:
+    model = make_net()
+    opt = adamw(model.parameters())
+    if fails:
+        with pytest.raises(ValueError):
+            Explorer(model, opt, decaying(target_modules=["nothing"]))
+    else:
+        Explorer(model, opt, decaying()).close()
+    assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
 
 
 def test_the_choice_is_checked() -> None:

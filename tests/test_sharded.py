@@ -252,6 +252,7 @@ def test_no_device_gathers_what_others_have_of_heads(tmp_path: Path) -> None:
         (4, {"execution": "batched", "full_rank_steps": 7}),
         (4, {"execution": "batched", "replicas": "freeze"}),
         (4, {"execution": "batched", "freeze_a": True}),
+        (4, {"execution": "batched", "weight_decay": "weights", "overlap": 3}),
     ],
 )
 def test_one_device_goes_on_bit_for_bit(tmp_path: Path, heads: int, choices: dict[str, Any]) -> None:
