@@ -361,3 +361,33 @@ def test_effective_ranks_are_those_of_what_was_added_and_of_the_gradient(cache: 
     assert last["weight_rank"] == pytest.approx(last["learned_rank"]) and 4 < first["gradient_rank"] <= 32
     text = report.markdown(rows, report.lines(rows, cache, 1), 1)
     assert f"{first['learned_rank']:.1f}, {last['learned_rank']:.1f}" in text and "rank of W − W₀" in text
+
+
+def test_heads_that_agree_on_the_sign_merge_the_mean_of_these() -> None:
+    settings = resolved({**TINY, "method": {"name": "lte", "heads": 4, "rank": 4}, "extra": {"sign_agreement": True}})
+    task = TASKS["least-squares"]
+    torch.manual_seed(0)
+    method: Any = METHODS["lte"](task.model(settings["task"]), settings, task.loss, 0)
+    (f,) = method.explorer.injection.factors.values()
+    before = f.weight.detach().clone()
+    with torch.no_grad():
+        f.B.copy_(torch.randn(f.B.shape))
+    deltas = torch.stack([f.effective(h) for h in range(4)]) - before
+    expected = torch.zeros_like(before)
+    for place in torch.cartesian_prod(torch.arange(32), torch.arange(32)).tolist():
+        own = deltas[:, place[0], place[1]]
+        expected[place[0], place[1]] = own[own.sign() == own.sum().sign()].mean()
+    method.explorer.merge()
+    torch.testing.assert_close(f.weight.detach() - before, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_few_heads_at_first_become_those_of_the_end() -> None:
+    settings = {**TINY, "method": {"name": "lte", "heads": 4, "rank": 4}}
+    full = resolved({**settings, "extra": {"growing_heads": {"0": 1, "2": 2, "4": 4}}})
+    task = TASKS["least-squares"]
+    method: Any = METHODS["lte"](task.model(full["task"]), full, task.loss, 0)
+    counts = []
+    for batch in batches():
+        method.step(batch)
+        counts.append(method.explorer.count)
+    assert counts == [1, 1, 2, 2, 4, 4]

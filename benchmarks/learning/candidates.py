@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.learning.tasks import Batch
 from lightning_lte import Explorer, Piecewise
+from lightning_lte.heads import Factors
 from lightning_lte.merge import MergeRecord
 
 
@@ -90,6 +91,32 @@ class Periods(Candidate):
         choices["merge_every"] = Piecewise({int(step): period for step, period in self.value.items()})
 
 
+class GrowingHeads(Candidate):
+    """Few heads at first: optimizer step -> how many there are from then on. Those of the end come from `heads`."""
+
+    def configure(self, choices: dict[str, Any], model: nn.Module) -> None:
+        steps = {int(step): heads for step, heads in self.value.items()}
+        choices["heads"] = steps.pop(0)
+        choices["grow_heads"] = steps
+
+
+class SignAgreement(Candidate):
+    """Of each number of a weight, the mean over the heads whose deltas have the sign of the sum (as TIES merges)."""
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        if not self.value:
+            return
+        for f in explorer.injection.factors.values():
+
+            def agreed(A: torch.Tensor, B: torch.Tensor, f: Factors = f) -> torch.Tensor:
+                deltas = torch.stack([f.matrices.as_weight(b @ a, f.weight.shape) for a, b in zip(A, B, strict=True)])
+                agree = deltas.sign() == deltas.sum(0).sign()
+                mean = (deltas * agree).sum(0) / agree.sum(0).clamp(min=1)
+                return f.scale * len(A) * mean  # a merge divides by the heads
+
+            f.sum_of_products = agreed  # type: ignore[method-assign]
+
+
 class SizeOfA(Candidate):
     """A so many times as large, and s as many times smaller: B learns as before, and A more slowly."""
 
@@ -140,6 +167,8 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "same_start": SameStart,
     "same_data": SameData,
     "periods": Periods,
+    "growing_heads": GrowingHeads,
+    "sign_agreement": SignAgreement,
     "size_of_a": SizeOfA,
     "fresh_adam": FreshAdam,
     "narrow_frames": NarrowFrames,
