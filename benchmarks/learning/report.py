@@ -72,9 +72,7 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
     """The table, with what its runs have in common below it."""
     flat = [flattened(line.row.settings) for line in found]
     differing = _differing(flat)
-    ranks = [
-        key for key in RANKS if any(key in e for line in found for r in line.results.values() for e in r["evaluations"])
-    ]
+    ranks = _ranks(found)
     metrics = sorted({TASKS[f["task.name"]].metric for f in flat})
     head = ["", *(_short(name, differing) for name in differing), " / ".join(metrics), "± sd", "Δ full rank"]
     head += ["± sd of Δ", "last loss", *(RANKS[key] for key in ranks), "MB sent", "CPU s", "seeds"]
@@ -104,6 +102,12 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
         text.append("| " + " | ".join(cells) + " |")
     text += ["", *_remarks(found, flat, seeds)]
     return "\n".join(text)
+
+
+def _ranks(found: Sequence[Line]) -> list[str]:
+    """Which of the ranks were measured."""
+    measured = {key for line in found for r in line.results.values() for e in r["evaluations"] for key in e}
+    return [key for key in RANKS if key in measured]
 
 
 def _course(line: Line, key: str) -> str:
@@ -171,21 +175,23 @@ def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
     own = sorted(found, key=lambda o: statistics.mean(o.metrics.values()), reverse=task.higher_is_better)
     first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
     own = sorted(own, key=lambda o: id(o) not in first)[:most]
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharey="row", constrained_layout=True)
+    shown = [("curve", "loss", "training loss"), ("evaluations", "metric", f"test {task.metric}")]
+    shown += [("evaluations", key, RANKS[key]) for key in _ranks(own)]
+    size = (12, 4 * len(shown))
+    figure, axes = pyplot.subplots(len(shown), 2, figsize=size, sharey="row", constrained_layout=True)
     for line, label in zip(own, _labels(own, "method.name"), strict=True):
-        for row, (key, value) in enumerate((("curve", "loss"), ("evaluations", "metric"))):
+        for row, (key, value, _) in enumerate(shown):
             points = _mean_curve([r[key] for r in line.results.values() if r["metric"] is not None], value)
             for column, over in enumerate(("samples", "bytes")):
                 x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
                 axes[row, column].plot(x, [p[value] for p in points], label=label, marker="." if row else None)
     for column, over in enumerate(("samples", "MB sent by each device")):
-        axes[1, column].set_xlabel(over)
-        axes[0, column].grid(alpha=0.3)
-        axes[1, column].grid(alpha=0.3)
-    axes[0, 1].set_xscale("log")
-    axes[1, 1].set_xscale("log")
-    axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylabel(f"test {task.metric}")
+        axes[-1, column].set_xlabel(over)
+    for row, (_, _, name) in enumerate(shown):
+        axes[row, 0].set_ylabel(name)
+        axes[row, 1].set_xscale("log")
+        for column in range(2):
+            axes[row, column].grid(alpha=0.3)
     axes[1, 0].legend(fontsize="x-small")
     return figure
 
