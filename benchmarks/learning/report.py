@@ -192,7 +192,8 @@ def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
         axes[row, 1].set_xscale("log")
         for column in range(2):
             axes[row, column].grid(alpha=0.3)
-    axes[1, 0].legend(fontsize="x-small")
+    # Below, as labels may be longer than a picture is wide.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize="x-small")
     return figure
 
 
