@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -29,6 +29,7 @@ from benchmarks.table import Row
 from lightning_lte import Explorer, LTEConfig
 
 AfterMerge = Literal["keep", "reset"]
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 # In the first two steps weights are watched, and moments are made.
 WARM_UP = 3
@@ -113,7 +114,7 @@ def measure(
         device: that all train on.
     """
 
-    make = partial(make_model, name, options.depth, options.seed, device)
+    make = partial(make_model, name, options.depth, options.seed, device, options.precision)
     heads_in = partial(
         Heads, device=device, heads=heads, rank=rank, after_merge=after_merge, seed=options.seed, fused=options.fused
     )
@@ -145,6 +146,7 @@ def measure(
     depth = "" if options.depth is None else f" of depth {options.depth}"
     what = f"{name}{depth}, batch {len(batch[0])}, heads {heads}, rank {rank}, {after_merge}"
     what += ", AdamW(fused=True)" if options.fused else ""
+    what += "" if options.precision == "32-true" else f", {options.precision}"
 
     def row(figure: str, above: str, below: str, part: str = "whole", **more: Any) -> Row:
         ratios = [getattr(r[above], part) / r[below].whole for r in rounds]
@@ -172,11 +174,16 @@ def measure(
     return rows
 
 
-def make_model(name: str, depth: int | None, seed: int, device: torch.device) -> nn.Module:
+def make_model(
+    name: str, depth: int | None, seed: int, device: torch.device, precision: Precision = "32-true"
+) -> nn.Module:
     """A model of timm's, with the same weights for the same seed."""
     torch.manual_seed(seed)
     chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
-    return timm.create_model(name, **chosen).to(device)
+    model: nn.Module = timm.create_model(name, **chosen).to(device)
+    if precision == "bf16-mixed":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    return model.bfloat16() if precision == "bf16-true" else model
 
 
 def make_optimizer(model: nn.Module, fused: bool) -> AdamW:
@@ -208,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--after-merge", nargs="+", default=["keep", "reset"], choices=["keep", "reset"])
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for all")
+    parser.add_argument("--precision", choices=get_args(Precision), default="32-true", help="for all")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="time torch.compile, too")
     parser.add_argument("--no-released", action="store_true", help="leave the released formulation out")
     parser.add_argument("--profile", action="store_true", help="print a profile of what misses its goal")
@@ -228,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     for name in options.models:
         batch = make_batch(name, options.batch, device, options.seed)
+        if options.precision == "bf16-true":
+            batch = (batch[0].bfloat16(), batch[1])
         for heads in options.heads:
             for rank in options.ranks:
                 for after_merge in options.after_merge:

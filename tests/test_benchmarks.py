@@ -207,6 +207,18 @@ def test_the_benchmark_of_a_step_prints_the_speed_up_of_torch_compile(capsys: py
             assert text.count(f"{what} | {figure} compiled") == 1
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_benchmark_of_a_step_takes_a_precision(capsys: pytest.CaptureFixture[str], precision: str) -> None:
+    threads = torch.get_num_threads()
+    try:
+        main(["step", "--quick", "--threads", "1", "--after-merge", "keep", "--precision", precision])
+    finally:
+        torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    for heads in (1, 2):
+        assert text.count(f"heads {heads}, rank 4, keep, {precision} | LTE's step / full rank's") == 1
+
+
 def test_an_unknown_benchmark_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])
