@@ -182,7 +182,7 @@ def make_model(
     chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
     model: nn.Module = timm.create_model(name, **chosen).to(device)
     if precision == "bf16-mixed":
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     return model.bfloat16() if precision == "bf16-true" else model
 
 
