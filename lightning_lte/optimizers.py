@@ -169,9 +169,11 @@ def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Opt
     memo: dict[int, Any] = {id(p): param for p in held}
     memo[id(like.state)] = defaultdict(dict)
     twin: Optimizer = copy.deepcopy(like, memo)
-    # Optimizers leave out what they hold beside groups and states when they are copied.
-    for name in vars(like).keys() - vars(twin).keys():
-        setattr(twin, name, copy.deepcopy(vars(like)[name], memo))
+    # Optimizers leave out what they hold beside groups and states when they are copied. Hooks, and a `step` that a
+    # scheduler has wrapped, are to stay out: they would be called.
+    for name, value in vars(like).items():
+        if name not in vars(twin) and not name.startswith("_") and not callable(value):
+            setattr(twin, name, copy.deepcopy(value, memo))
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     twin.param_groups[:] = [{**copy.deepcopy(settings), "params": [param]}]
     state = first_state(like, group, param)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
-from lightning_lte.optimizers import decays_apart
+from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes
 from tests.modules import FACTORED, RANK, Module, clone, loader, make_data, make_net, train_step, trainer
 from tests.processes import run
 from tests.test_exactness import HEADS, OUTER, on_devices, train_both
@@ -405,6 +405,16 @@ def test_what_decays_apart_is_found_by_trying() -> None:
     assert apart(Untried) == "TypeError: no copies"
     with pytest.raises(ValueError, match=r"could not be tried \(TypeError: no copies\)"):
         explorer_of(partial(Untried, lr=LR, weight_decay=0.1))
+
+
+def test_trying_an_optimizer_calls_none_of_its_hooks() -> None:
+    opt = Counting([nn.Parameter(torch.ones(2))], lr=LR)
+    called: list[str] = []
+    opt.register_step_pre_hook(lambda *_: called.append("before"))
+    opt.register_step_post_hook(lambda *_: called.append("after"))
+    torch.optim.lr_scheduler.ConstantLR(opt)
+    assert decays_apart(opt) is True and acts_per_element(opt) and magnitudes(opt)
+    assert not called and opt.steps == 0
 
 
 def test_a_decay_that_leaves_nothing_is_refused() -> None:
