@@ -97,7 +97,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
     merged: dict[str, list[str]] = {"replica": [], "running statistic": []}
     # Checkpoints of before have none.
-    left = state.get("left", {}) if explorer.config.weight_decay == "weights" else {}
+    left = state.get("left", {}) if explorer.config.decays_weights else {}
     with torch.no_grad():
         for f in explorer.injection.factors.values():
             saved = state["factors"][f.name]
@@ -154,7 +154,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     told = _told(state["devices"], layout.world_size, merged, left)
     if state["outer"] and explorer.outer is None:
         told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
-    if state.get("left") and explorer.config.weight_decay != "weights":
+    if state.get("left") and not explorer.config.decays_weights:
         told += (
             " In the checkpoint weight decay was that of weights: what it took off since their last merge was left out."
         )
@@ -376,7 +376,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         optimizers.append(fields)
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
-    decays = explorer.config.weight_decay == "weights"
+    decays = explorer.config.decays_weights
     return {
         "version": VERSION,
         "heads": explorer.config.heads,

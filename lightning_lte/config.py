@@ -300,6 +300,11 @@ class LTEConfig:
             )
         return self.heads // world_size
 
+    @property
+    def decays_weights(self) -> bool:
+        """Whether weight decay pulls W, and not the factors."""
+        return self.weight_decay == "weights"
+
     def heads_at(self, step: int) -> int:
         """N after so many optimizer steps."""
         return max((n for s, n in self.grow_heads.items() if s <= step), default=self.heads)

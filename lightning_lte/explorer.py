@@ -509,5 +509,5 @@ class Explorer(Merging):
         for flight in list(self.flights):
             self._land(flight)
         if self.unmerged and factors:
-            add_mean_deltas(factors, self.transport, self.config.weight_decay == "weights")
+            add_mean_deltas(factors, self.transport, self.config.decays_weights)
         restore_bases(factors, exactly=True)

@@ -215,10 +215,6 @@ class Merge:
         before = {name: own["value"] for name, own in rows["statistics"].items()}
         self.statistics.load_taken_state({**state["statistics"], "before": before})
 
-    @property
-    def _decays(self) -> bool:
-        return self._config.weight_decay == "weights"
-
     # ---- heads that are not finite
 
     def _settle_interrupted(self, states: States) -> None:
@@ -230,8 +226,8 @@ class Merge:
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
         self._good = _finite([*self.factors, *self._others], self.replicas, states).to(self._device)
-        if self._decays:
-            self._left = taken_left(self.factors, self._device)
+        if self._config.decays_weights:
+            self._left = _taken_left(self.factors, self._device)
         within = self._transport.within
         if within is not None:
             # A head is good if it is so on all devices that share it out.
@@ -241,8 +237,8 @@ class Merge:
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
         if self.flags.numel():
             self.flags = self._transport.stack(self.flags)
-        if self._decays:
-            self._left = mean_left(self._left, self._transport)
+        if self._config.decays_weights:
+            self._left = _mean_left(self._left, self._transport)
 
     def _check_good(self) -> None:
         self._good_total = int(self._good_all.sum())
@@ -273,7 +269,7 @@ class Merge:
 
     def _land_weights(self, payload: Payload, states: States, outer: OuterOptimizer | None) -> None:
         bad = ~self._good if self._restarted else None
-        left = dict(zip((f.name for f in self.factors), self._left.tolist(), strict=True))
+        left = _named(self.factors, self._left)
         for f in payload.factors:
             # Settled one by one, so that a merge that was interrupted can be run, or landed, again.
             if f.merged_at == self.number:
@@ -390,10 +386,8 @@ def add_mean_deltas(factors: Sequence[Factors], transport: Transport, decays: bo
         transport: to the other devices.
         decays: whether weight decay pulls W.
     """
-    left = [1.0] * len(factors)
-    if decays:
-        left = mean_left(taken_left(factors, factors[0].A.device), transport).tolist()
-    of = dict(zip((f.name for f in factors), left, strict=True))
+    left = _taken_left(factors, factors[0].A.device)
+    of = _named(factors, _mean_left(left, transport) if decays else torch.ones_like(left))
     good = torch.stack([f.finite() for f in factors]).all(0)
     good_all = transport.stack(good.to(torch.uint8)).bool()
     heads = int(good_all.sum())
@@ -405,12 +399,16 @@ def add_mean_deltas(factors: Sequence[Factors], transport: Transport, decays: bo
             f.add(payload.total(f, good_all) / heads, of[f.name])
 
 
-def taken_left(factors: Sequence[Factors], device: torch.device) -> Tensor:
+def _taken_left(factors: Sequence[Factors], device: torch.device) -> Tensor:
     """(weights,) float64: what weight decay has left of each weight on this device."""
     return torch.tensor([float(f.left) for f in factors], dtype=torch.float64, device=device)
 
 
-def mean_left(left: Tensor, transport: Transport) -> Tensor:
+def _named(factors: Sequence[Factors], left: Tensor) -> dict[str, float]:
+    return dict(zip((f.name for f in factors), left.tolist(), strict=True))
+
+
+def _mean_left(left: Tensor, transport: Transport) -> Tensor:
     """The mean over devices, as of deltas: they need not have made the same steps. A collective."""
     return transport.stack(left.unsqueeze(0)).mean(0)
 

@@ -60,7 +60,7 @@ class Merging(Trainees):
         count = config.local_heads(transport.world_size)
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(optimizers, config.most_heads // transport.world_size)
-        if config.weight_decay == "weights":
+        if config.decays_weights:
             self._decay = Decay(optimizers, lambda: self.injection.factors.values())
         try:
             super().__init__(module, optimizers, config, count, transport.rank * count)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from lightning_lte.transport import Transport
 from tests.processes import run
 
 MODEL = "test_vit"
+
+
+@pytest.fixture
+def settings_of_torch() -> Iterator[None]:
+    """Commands set threads and compile; what comes after them is to find torch as they did."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
 
 
 def bytes_of_a_merge(choices: dict[str, Any]) -> int:
@@ -176,13 +186,10 @@ def test_a_row_says_whether_its_goals_are_met() -> None:
     assert table([row]).endswith("| c | f | 1.0 s | 1.200 | 1.000 to 3.000 | 1.000 | 1.20 | 1.5, 1.1 × bound | no |")
 
 
+@pytest.mark.usefixtures("settings_of_torch")
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        main([name, "--quick", "--threads", "1"])
-    finally:
-        torch.set_num_threads(threads)
+    main([name, "--quick", "--threads", "1"])
     text = capsys.readouterr().out
     assert text.count(f"| {' | '.join(HEADER)} |") == 1
     assert f"torch {torch.__version__}" in text and "Seed 0" in text and hardware().split(",")[0] in text
@@ -192,14 +199,10 @@ def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureF
             assert "factored weights" not in line or line.endswith("| yes |")
 
 
+@pytest.mark.usefixtures("settings_of_torch")
 def test_the_benchmark_of_a_step_prints_the_speed_up_of_torch_compile(capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        # A backend that takes no time to compile.
-        main(["step", "--quick", "--fused", "--threads", "1", "--compile", "eager", "--after-merge", "reset"])
-    finally:
-        torch.set_num_threads(threads)
-        torch._dynamo.reset()
+    # A backend that takes no time to compile.
+    main(["step", "--quick", "--fused", "--threads", "1", "--compile", "eager", "--after-merge", "reset"])
     text = capsys.readouterr().out
     for heads in (1, 2):
         what = f"heads {heads}, rank 4, reset, AdamW(fused=True)"
@@ -207,13 +210,10 @@ def test_the_benchmark_of_a_step_prints_the_speed_up_of_torch_compile(capsys: py
             assert text.count(f"{what} | {figure} compiled") == 1
 
 
+@pytest.mark.usefixtures("settings_of_torch")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_the_benchmark_of_a_step_takes_a_precision(capsys: pytest.CaptureFixture[str], precision: str) -> None:
-    threads = torch.get_num_threads()
-    try:
-        main(["step", "--quick", "--threads", "1", "--after-merge", "keep", "--precision", precision])
-    finally:
-        torch.set_num_threads(threads)
+    main(["step", "--quick", "--threads", "1", "--after-merge", "keep", "--precision", precision])
     text = capsys.readouterr().out
     for heads in (1, 2):
         assert text.count(f"heads {heads}, rank 4, keep, {precision} | LTE's step / full rank's") == 1

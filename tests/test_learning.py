@@ -50,8 +50,11 @@ def work(rows: table.Table, cache: Cache, seeds: int = 1) -> int:
     return study.work(rows, cache, range(seeds), Path("nowhere"))
 
 
-def made(name: str, task: str = "least-squares", seed: int = 0, **choices: Any) -> Any:
-    settings = resolved({**TINY, "task": {"name": task}, "method": {"name": name, **choices}, "lr": 0.01})
+def made(
+    name: str, task: str = "least-squares", seed: int = 0, extra: dict[str, Any] | None = None, **choices: Any
+) -> Any:
+    method = {"name": name, **choices}
+    settings = resolved({**TINY, "task": {"name": task}, "method": method, "lr": 0.01, "extra": extra or {}})
     torch.manual_seed(seed)
     return METHODS[name](TASKS[task].model(settings["task"]), settings, TASKS[task].loss, seed)
 
@@ -246,22 +249,14 @@ def test_scales_are_of_each_weight() -> None:
 
 
 def test_orthogonal_heads_share_the_space() -> None:
-    settings = {**TINY, "method": {"name": "lte", "heads": 4, "rank": 8}, "extra": {"orthogonal_heads": True}}
-    full = resolved(settings)
-    method: Any = METHODS["lte"](TASKS["least-squares"].model(full["task"]), full, TASKS["least-squares"].loss, 0)
+    method = made("lte", heads=4, rank=8, extra={"orthogonal_heads": True})
     (f,) = method.explorer.injection.factors.values()
     A = f.A.detach().flatten(0, 1)
     torch.testing.assert_close(A @ A.T, torch.eye(32) * 4, atol=1e-5, rtol=0)
 
 
 def test_adam_starts_anew_after_each_merge() -> None:
-    settings = {
-        **TINY,
-        "method": {"name": "lte", "heads": 4, "rank": 8, "merge_every": 2},
-        "extra": {"fresh_adam": True},
-    }
-    full = resolved(settings)
-    method: Any = METHODS["lte"](TASKS["least-squares"].model(full["task"]), full, TASKS["least-squares"].loss, 0)
+    method = made("lte", heads=4, rank=8, merge_every=2, extra={"fresh_adam": True})
     (f,) = method.explorer.injection.factors.values()
     counts = []
     for batch in batches(4):
@@ -334,11 +329,7 @@ def test_all_tables_can_be_read() -> None:
 
 
 def test_heads_with_the_same_data_and_start_learn_as_one() -> None:
-    settings = {**TINY, "method": {"name": "lte", "heads": 4, "rank": 4}}
-    chosen = resolved({**settings, "extra": {"same_data": True, "same_start": True}})
-    torch.manual_seed(0)
-    task = TASKS["least-squares"]
-    same = METHODS["lte"](task.model(chosen["task"]), chosen, task.loss, 0)
+    same = made("lte", heads=4, rank=4, extra={"same_data": True, "same_start": True})
     for batch in batches():
         same.step(batch)
     for f in same.explorer.injection.factors.values():
@@ -364,10 +355,7 @@ def test_effective_ranks_are_those_of_what_was_added_and_of_the_gradient(cache: 
 
 
 def test_heads_that_agree_on_the_sign_merge_the_mean_of_these() -> None:
-    settings = resolved({**TINY, "method": {"name": "lte", "heads": 4, "rank": 4}, "extra": {"sign_agreement": True}})
-    task = TASKS["least-squares"]
-    torch.manual_seed(0)
-    method: Any = METHODS["lte"](task.model(settings["task"]), settings, task.loss, 0)
+    method = made("lte", heads=4, rank=4, extra={"sign_agreement": True})
     (f,) = method.explorer.injection.factors.values()
     before = f.weight.detach().clone()
     with torch.no_grad():
@@ -382,10 +370,7 @@ def test_heads_that_agree_on_the_sign_merge_the_mean_of_these() -> None:
 
 
 def test_few_heads_at_first_become_those_of_the_end() -> None:
-    settings = {**TINY, "method": {"name": "lte", "heads": 4, "rank": 4}}
-    full = resolved({**settings, "extra": {"growing_heads": {"0": 1, "2": 2, "4": 4}}})
-    task = TASKS["least-squares"]
-    method: Any = METHODS["lte"](task.model(full["task"]), full, task.loss, 0)
+    method = made("lte", heads=4, rank=4, extra={"growing_heads": {"0": 1, "2": 2, "4": 4}})
     counts = []
     for batch in batches():
         method.step(batch)

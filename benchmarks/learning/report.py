@@ -39,6 +39,12 @@ class Line:
         """Whether it is ordinary training."""
         return self.row.settings["method"]["name"] == "full"
 
+    def mean_curve(self, kept: str, value: str) -> list[dict[str, float]]:
+        """Over seeds that did not diverge: points of the "curve" or the "evaluations", with one of their values."""
+        points = zip(*(r[kept] for r in self.results.values() if r["metric"] is not None), strict=False)
+        keys = ("samples", "bytes", value)
+        return [{k: statistics.mean(p[k] for p in together) for k in keys} for together in points]
+
     def mean(self, key: str) -> float | None:
         """Over seeds."""
         values = [r[key] for r in self.results.values() if r[key] is not None]
@@ -112,7 +118,7 @@ def _ranks(found: Sequence[Line]) -> list[str]:
 
 def _course(line: Line, key: str) -> str:
     """What a rank is at the first evaluation, at one in the middle and at the last."""
-    points = _mean_curve([r["evaluations"] for r in line.results.values() if r["metric"] is not None], key)
+    points = line.mean_curve("evaluations", key)
     chosen = sorted({0, len(points) // 2, len(points) - 1}) if points else []
     return ", ".join(f"{points[i][key]:.1f}" for i in chosen)
 
@@ -181,7 +187,7 @@ def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
     figure, axes = pyplot.subplots(len(shown), 2, figsize=size, sharey="row", constrained_layout=True)
     for line, label in zip(own, _labels(own, "method.name"), strict=True):
         for row, (key, value, _) in enumerate(shown):
-            points = _mean_curve([r[key] for r in line.results.values() if r["metric"] is not None], value)
+            points = line.mean_curve(key, value)
             for column, over in enumerate(("samples", "bytes")):
                 x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
                 axes[row, column].plot(x, [p[value] for p in points], label=label, marker="." if row else None)
@@ -227,11 +233,6 @@ def _labels(found: Sequence[Line], *without: str) -> list[str]:
         + ", ".join(f"{n.split('.')[-1]} {_cell(flat[n])}" for n in differing if n in flat)
         for line, flat in zip(found, flats, strict=True)
     ]
-
-
-def _mean_curve(curves: Sequence[list[dict[str, float]]], value: str) -> list[dict[str, float]]:
-    points = zip(*curves, strict=False)
-    return [{k: statistics.mean(p[k] for p in together) for k in ("samples", "bytes", value)} for together in points]
 
 
 def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.learning.methods import METHODS, Method
 from benchmarks.learning.settings import Settings
-from benchmarks.learning.tasks import TASKS
+from benchmarks.learning.tasks import TASKS, Batch, Task
 from examples.demo import hardware
 from lightning_lte.metrics import effective_rank
 
@@ -54,7 +54,7 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
     model = task.model(settings["task"])
     if task.start is not None:
         task.start(model, settings["task"], data_root)
-    start = copy.deepcopy(model)
+    start = copy.deepcopy(model) if settings["ranks"] else None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     method: Method = METHODS[settings["method"]["name"]](model, settings, task.loss, seed)
@@ -73,24 +73,9 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
     def evaluate() -> None:
         with method.evaluated() as evaluated:
             measured = task.measure(evaluated, data.test)
-            found = ranks(evaluated, start) if settings["ranks"] else {}
+            found = {} if start is None else effective_ranks(task, evaluated, start, data.train)
         point = {"samples": method.steps * batch, "bytes": method.sent}
         evaluations.append({**point, "metric": measured if math.isfinite(measured) else None, **found})
-
-    def ranks(evaluated: nn.Module, start: nn.Module) -> dict[str, float]:
-        plain = copy.deepcopy(start)
-        plain.load_state_dict(evaluated.state_dict())
-        task.loss(plain, tuple(t[:RANK_SAMPLES] for t in data.train)).backward()
-        pairs = [(now, then) for now, then in zip(plain.parameters(), start.parameters(), strict=True) if now.dim() > 1]
-        pairs = [(now, then) for now, then in pairs if min(now.flatten(1).shape) >= RANK_WIDTH]
-        of: dict[str, list[Tensor | None]] = {
-            "gradient_rank": [now.grad for now, _ in pairs],
-            "weight_rank": [now.detach() for now, _ in pairs],
-            "learned_rank": [(now - then).detach() for now, then in pairs],
-        }
-        return {
-            key: statistics.mean(effective_rank(t) for t in tensors if t is not None) for key, tensors in of.items()
-        }
 
     for step in range(steps):
         # The last samples of an epoch that are no full batch are left out: all methods see the same.
@@ -145,6 +130,28 @@ def trained(settings: Settings, seed: int, data_root: Path) -> dict[str, Any]:
             "commit": commit(),
         },
     }
+
+
+def effective_ranks(task: Task, evaluated: nn.Module, start: nn.Module, train: Batch) -> dict[str, float]:
+    """Mean effective ranks of a model's weights, of what was added to them since the start, and of their gradient.
+
+    Args:
+        task: whose loss it is.
+        evaluated: the model as it is now, merged.
+        start: the model as it was; it stays so.
+        train: samples, of which the first ones are taken.
+    """
+    plain = copy.deepcopy(start)
+    plain.load_state_dict(evaluated.state_dict())
+    task.loss(plain, tuple(t[:RANK_SAMPLES] for t in train)).backward()
+    pairs = [(now, then) for now, then in zip(plain.parameters(), start.parameters(), strict=True) if now.dim() > 1]
+    pairs = [(now, then) for now, then in pairs if min(now.flatten(1).shape) >= RANK_WIDTH]
+    of: dict[str, list[Tensor | None]] = {
+        "gradient_rank": [now.grad for now, _ in pairs],
+        "weight_rank": [now.detach() for now, _ in pairs],
+        "learned_rank": [(now - then).detach() for now, then in pairs],
+    }
+    return {key: statistics.mean(effective_rank(t) for t in tensors if t is not None) for key, tensors in of.items()}
 
 
 @functools.lru_cache
