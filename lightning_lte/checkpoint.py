@@ -105,6 +105,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
                 put_(tensor, layout.mine(saved[key], f.count))
             f.all_A = None
             f.merged_step = state["merged_steps"].get(f.name, -1)
+            f.refreshed = state.get("refreshed", {}).get(f.name, 0)  # checkpoints of before have none
             if f.name in left:
                 rows = left[f.name]["value"][:]
                 f.left = float(rows[layout.rank] if len(rows) == layout.world_size else rows.mean())
@@ -398,6 +399,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "stagger": explorer.config.stagger,
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
+        "refreshed": {f.name: f.refreshed for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
         "base": [explorer.config.base, explorer.config.base_copy],
         "bases": {f.name: f.rounded.state_dict() for f in factors if f.rounded},

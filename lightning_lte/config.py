@@ -60,6 +60,9 @@ class LTEConfig:
             `reset_a="redraw"`.
         reset_moments: with "reset", the fraction of the factors' optimizer moments that is set to zero at each merge,
             the smallest first: 0 keeps all, 1 zeroes all. The paper found that resetting hurts.
+        refresh: how many of the r vectors of each head start anew at each merge, one after the other: a row of A is
+            drawn anew, and its column of B and the moments of both become zero. What they have learned is in W, and the
+            others live on. So heads of a low rank reach all directions of W in time. It is not the paper's.
         weight_decay: what the optimizers' weight decay pulls towards zero, of factored weights: the "factors" of their
             heads, as in the paper's formulation, or the "weights" themselves, at merges, as users mean it; see
             `Decay`. "weights" needs optimizers that decay apart from the gradient, as AdamW does.
@@ -130,6 +133,7 @@ class LTEConfig:
     reset_a: Literal["keep", "redraw"] = "keep"
     freeze_a: bool = False
     reset_moments: float = 0.0
+    refresh: int = 0
     weight_decay: WeightDecay = "factors"
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = ()
@@ -157,8 +161,8 @@ class LTEConfig:
     shard: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("heads", "merge_every", "rank", "seed", "full_rank_steps", "overlap", "stagger", "verify_every")
-        for name in (*counts, "alpha", "reset_moments", "shard"):
+        counts = ("heads", "merge_every", "rank", "refresh", "seed", "full_rank_steps", "overlap", "stagger")
+        for name in (*counts, "verify_every", "alpha", "reset_moments", "shard"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
         object.__setattr__(self, "grow_heads", check_growth(self.heads, self.grow_heads))
@@ -175,6 +179,18 @@ class LTEConfig:
             raise ValueError(
                 "reset_a and reset_moments say what a reset does, and after_merge='keep' never resets; received"
                 f" reset_a={self.reset_a!r}, reset_moments={self.reset_moments!r}. Give after_merge='reset' as well."
+            )
+        _check_count("refresh", self.refresh, "refresh=1", least=0)
+        if self.refresh and self.refresh >= self.rank:
+            raise ValueError(
+                "refresh must be below the rank, as it is there for some vectors to live on while others start anew;"
+                f" received refresh={self.refresh} with rank={self.rank}. Give a lower one, or"
+                " after_merge='reset' and reset_a='redraw' for all vectors."
+            )
+        if self.refresh and self.reset_a == "redraw":
+            raise ValueError(
+                "refresh draws some vectors of A anew at each merge, and reset_a='redraw' all of them; received"
+                f" refresh={self.refresh} with reset_a='redraw'. Leave one of them out."
             )
         _check_choice("weight_decay", self.weight_decay, get_args(WeightDecay))
         if self.target_modules is not None:
@@ -215,9 +231,10 @@ class LTEConfig:
             check_outer_optimizer(self.outer_optimizer)
         _check_choice("wire", self.wire, get_args(Wire))
         _check_choice("payload", self.payload, get_args(PayloadKind))
-        if self.payload == "factors" and self.wire != "float32" and self.after_merge == "reset":
+        forgetting = "after_merge='reset'" if self.after_merge == "reset" else "refresh" if self.refresh else None
+        if self.payload == "factors" and self.wire != "float32" and forgetting:
             raise ValueError(
-                "With after_merge='reset' factors are sent in full precision alone, as a reset forgets what rounding"
+                f"With {forgetting} factors are sent in full precision alone, as it forgets what rounding"
                 f" took from them; received payload='factors' and wire={self.wire!r}. Give payload='dense', or"
                 " wire='float32'."
             )
@@ -236,6 +253,11 @@ class LTEConfig:
             raise ValueError(
                 "Heads that train while a merge travels need anchors, which after_merge='reset' has none of; received"
                 f" overlap={self.overlap}. Give after_merge='keep' or overlap=0."
+            )
+        if self.overlap and self.refresh:
+            raise ValueError(
+                "Vectors that start anew when a merge lands would lose what they have learned since it started;"
+                f" received refresh={self.refresh} with overlap={self.overlap}. Give refresh=0 or overlap=0."
             )
         if self.overlap and self.base_copy == "sharded":
             raise ValueError(
@@ -264,6 +286,7 @@ class LTEConfig:
             "wire": ("float32", "bfloat16"),
             "base": ("float32",),
             "reset_moments": (0,),
+            "refresh": (0,),
             "outer_optimizer": (None,),
             "full_rank_steps": (0,),
             "overlap": (0,),

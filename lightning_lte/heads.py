@@ -83,6 +83,7 @@ class Factors:
         seed: see `LTEConfig.seed`.
         init: see `LTEConfig.init`.
         keep: whether anchors are needed.
+        refresh: see `LTEConfig.refresh`; one vector at least always lives on.
         freeze_a: whether A stays as it was drawn, and B alone is trained.
         matrices: how W is seen; None for a W that is a matrix (out, in).
 
@@ -102,6 +103,7 @@ class Factors:
         trial: watches W through its first backward; None once that is over.
         took_part: whether a forward that records gradients, and is not compiled, has used the factors.
         gradient_scale: what gradients of A and B are multiplied by; see `product.scaled_gradient`.
+        refreshed: how many vectors of each head have started anew so far.
         left: what weight decay has left of W since the last merge took it, for the next one to write; see `Decay`. A
             number, or a float64 tensor without dimensions where the learning rate is one.
     """
@@ -118,12 +120,14 @@ class Factors:
         seed: int,
         init: Init,
         keep: bool,
+        refresh: int = 0,
         freeze_a: bool = False,
         matrices: Matrices | None = None,
     ) -> None:
         self.matrices = m = matrices or Matrices.of(weight)
         self.name, self.weight, self.rank, self.scale = name, weight, rank, scale
         self.first, self.seed, self.init, self.freeze_a = first, seed, init, freeze_a
+        self.refresh, self.refreshed = min(refresh, rank - 1), 0
         first_A = self._drawn(count).expand(count, *m.lead, rank, m.in_features)
         self.A = nn.Parameter(self._shared(first_A), requires_grad=not freeze_a)
         self.B = nn.Parameter(self._shared(torch.zeros(count, *m.lead, m.out_features, rank, device="cpu")))
@@ -169,15 +173,16 @@ class Factors:
         """
         return self._drawn(self.count, merges)
 
-    def _drawn(self, count: int, merges: int = 0) -> Tensor:
-        return torch.stack([self._draw_one(head, merges) for head in range(self.first, self.first + count)])
+    def _drawn(self, count: int, occasion: int | str = 0, vectors: int | None = None) -> Tensor:
+        return torch.stack([self._draw_one(head, occasion, vectors) for head in range(self.first, self.first + count)])
 
-    def _draw_one(self, head: int, occasion: int | str) -> Tensor:
+    def _draw_one(self, head: int, occasion: int | str, vectors: int | None = None) -> Tensor:
+        """An A (*lead, rank, in), or as many of its vectors: (*lead, vectors, in)."""
         m = self.matrices
         generator = _generator(self.seed, self.name, head, occasion)
         # In float64 and one by one, so that rounding does not depend on where a head sits; and whatever the user's
         # default dtype and device are.
-        shape = (*m.lead, m.in_features, self.rank)
+        shape = (*m.lead, m.in_features, vectors or self.rank)
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if self.init == "orthogonal":
             drawn = torch.linalg.qr(drawn).Q * math.sqrt(m.in_features / self.rank)
@@ -398,6 +403,29 @@ class Factors:
             self._own(self.anchor_A)[heads] = A[heads]
         if self.anchor_B is not None:
             self._own(self.anchor_B)[heads] = B[heads]
+
+    @torch.no_grad()
+    def start_vectors_anew(self, merges: int) -> Tensor:
+        """Let the next `refresh` of the r vectors of every head start from W again: a row of A drawn anew, and B = 0.
+
+        Call it where nothing is unmerged.
+
+        Args:
+            merges: done so far; what is drawn depends on it.
+
+        Returns:
+            Which they are, (refresh,).
+        """
+        chosen = (self.refreshed + torch.arange(self.refresh, device=self.A.device)) % self.rank
+        self.A[..., chosen, :] = self._drawn(self.count, f"refreshed at {merges}", self.refresh).to(self.A)
+        self.B[..., chosen] = 0
+        if self.anchor_A is not None:
+            self.anchor_A[..., chosen, :] = self.A[..., chosen, :]
+        if self.anchor_B is not None:
+            self.anchor_B[..., chosen] = 0
+        self.refreshed += self.refresh
+        self.all_A = None
+        return chosen
 
     @torch.no_grad()
     def grow(self, factor: int, heads: int) -> dict[nn.Parameter, nn.Parameter]:

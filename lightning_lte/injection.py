@@ -232,6 +232,7 @@ def inject(
                 seed=config.seed,
                 init=config.init,
                 keep=config.after_merge == "keep",
+                refresh=config.refresh,
                 freeze_a=config.freeze_a,
                 matrices=role.matrices,
             )

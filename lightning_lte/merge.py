@@ -445,6 +445,12 @@ def _settle(
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
         for p in f.trained.values():
             _prune_moments(p, states.get(p, {}), config.reset_moments)
+    if f.refresh:
+        vectors = f.start_vectors_anew(merges)
+        for name, dim in (("A", -2), ("B", -1)):
+            param = f.trained.get(name)
+            for moment in () if param is None else _moments_of_shape(param, states.get(param, {})):
+                moment.index_fill_(dim, vectors, 0)
     f.merging_from, f.merging, f.merged_at = None, None, merges
 
 
@@ -492,12 +498,17 @@ def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[T
     return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
 
 
+def _moments_of_shape(param: nn.Parameter, state: Mapping[str, Any]) -> list[Tensor]:
+    """Those that have a number for each of the parameter's."""
+    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == param.shape]
+
+
 def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:
     """Zero a fraction of each head's moments, the smallest first, and all moments of an element together.
 
     An element with a first moment and no second one would make a step of any size.
     """
-    moments = [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape]
+    moments = _moments_of_shape(param, state)
     if not moments or not fraction:
         return
     # Second moments, where there are some, say how large the gradients of an element are.

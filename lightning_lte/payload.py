@@ -150,10 +150,12 @@ class Payload:
 def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: PayloadKind = "auto") -> bool:
     """Whether the dense mean delta is sent, and not the factors of all heads: what moves fewer bytes in a ring.
 
-    With anchors a head sends them beside its factors. Without (`reset`), factors are sent in full precision alone, as
-    what rounding takes from them would be lost; so would some of it be from frozen factors in half precision.
+    With anchors a head sends them beside its factors. Without (`reset`), and where vectors start anew, factors are sent
+    in full precision alone, as what rounding takes from them would be lost; so would some of it be from frozen factors
+    in half precision.
     """
-    inexact = factors.anchor_B is None or (factors.freeze_a and factors.remainder is not None)
+    forgets = factors.anchor_B is None or factors.refresh > 0
+    inexact = forgets or (factors.freeze_a and factors.remainder is not None)
     if wire != "float32" and inexact:
         return True
     if factors.shard is not factors.weight:

@@ -89,6 +89,7 @@ class HeadsStrategy(Resumable):
         reset_a: with "reset", "keep" A or "redraw" it.
         freeze_a: train B alone, with A as it was drawn (LoRA-FA, not the paper's algorithm).
         reset_moments: with "reset", the fraction of moments set to zero, the smallest first.
+        refresh: how many of the r vectors of each head start anew at each merge, one after the other.
         weight_decay: what the optimizers' weight decay pulls towards zero: "factors", or the "weights" at merges.
         target_modules: patterns of module names; only these are factored. None means every layer that can be.
         exclude_modules: patterns of module names that are not factored.
@@ -143,6 +144,7 @@ class HeadsStrategy(Resumable):
         reset_a: Literal["keep", "redraw"] = "keep",
         freeze_a: bool = False,
         reset_moments: float = 0.0,
+        refresh: int = 0,
         weight_decay: WeightDecay = "factors",
         target_modules: str | Sequence[str] | None = None,
         exclude_modules: str | Sequence[str] = (),
@@ -183,6 +185,7 @@ class HeadsStrategy(Resumable):
             reset_a=reset_a,
             freeze_a=freeze_a,
             reset_moments=reset_moments,
+            refresh=refresh,
             weight_decay=weight_decay,
             target_modules=target_modules,
             exclude_modules=exclude_modules,

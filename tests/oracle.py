@@ -29,6 +29,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(A.double().clone())
         self.B = nn.Parameter(torch.zeros(linear.out_features, A.shape[0], dtype=torch.float64))
         self.V = torch.zeros_like(self.W)
+        self.refreshed = 0
 
     def forward(self, x: Tensor) -> Tensor:
         y = x @ (self.W - self.scale * self.V).T + self.scale * (x @ self.A.T @ self.B.T)
@@ -58,6 +59,7 @@ class LoRAWeight(nn.Module):
         self.V = torch.zeros_like(self.W)
         self.A = nn.Parameter(A.double().clone())
         matrices = 1 if A.dim() == 2 else len(A)
+        self.refreshed = 0
         rows = self.W.numel() // matrices // A.shape[-1]
         self.B = nn.Parameter(torch.zeros(*A.shape[:-2], rows, A.shape[-2], dtype=torch.float64))
 
@@ -144,6 +146,8 @@ class Oracle:
             W.
         decay: lr * weight_decay of the workers' optimizers, if it is to pull W towards zero, at merges, and not A and
             B: what a step has taken off these is given back.
+        refresh: how many vectors of a worker start anew at each merge of their weight, one after the other.
+        fresh_vectors: rows of A for them, by the factored weight's name, the worker's number and that of the merge.
         groups: names of parameters that merge together, and how many steps after a merge is due; None for all at once.
         grow: optimizer step -> number of workers from that step on.
         fresh_A: first A of a worker that comes later, by the factored weight's name, the worker's number, and how many
@@ -171,6 +175,8 @@ class Oracle:
         overlap: int = 0,
         freeze_a: bool = False,
         decay: float = 0.0,
+        refresh: int = 0,
+        fresh_vectors: Callable[[str, int, int], Tensor] | None = None,
         groups: Mapping[int, Iterable[str]] | None = None,
         grow: Mapping[int, int] | None = None,
         fresh_A: Callable[[str, int, int], Tensor] | None = None,
@@ -180,6 +186,7 @@ class Oracle:
         # Step at which a merge last took the decay of a weight.
         self._decayed = dict.fromkeys(factored, 0)
         self.scale, self.optimizer = scale, optimizer
+        self.refresh, self.fresh_vectors = refresh, fresh_vectors
         self.grow, self.fresh_A, self.freeze_a = dict(grow or {}), fresh_A, freeze_a
         self.period, self.after_merge, self.replicas = period, after_merge, replicas
         self.clip, self.accumulate = clip, accumulate
@@ -326,12 +333,32 @@ class Oracle:
                     layer.V = product
                 else:
                     layer.B.zero_()
+            for n in range(len(self.workers) if self.refresh else 0):
+                self._refresh(name, n)
         for name, buffer in self.merged.named_buffers():
             own = [dict(worker.model.named_buffers())[name] for worker in self.workers]
             buffer.copy_(sum(own) / len(own) if buffer.is_floating_point() else own[0])
             for other in own:
                 other.copy_(buffer)
         self.merges += 1
+
+    def _refresh(self, name: str, n: int) -> None:
+        """Let vectors of a worker's layer start from W: a row of A drawn anew, a column of zeros in B, no moments."""
+        assert self.fresh_vectors is not None
+        layer, state = self.workers[n].layers[name], self.workers[n].optimizer.state
+        rows = self.fresh_vectors(name, n, self.merges + 1).double()
+        rank = layer.A.shape[-2]
+        for i in range(min(self.refresh, rank - 1)):
+            vector = layer.refreshed % rank
+            layer.A[..., vector, :] = rows[..., i, :]
+            layer.B[..., :, vector] = 0
+            for moment in (m for m in state.get(layer.A, {}).values() if m is not None and m.shape == layer.A.shape):
+                moment[..., vector, :] = 0
+            for moment in (m for m in state.get(layer.B, {}).values() if m is not None and m.shape == layer.B.shape):
+                moment[..., :, vector] = 0
+            layer.refreshed += 1
+        if self.after_merge == "keep":
+            layer.V = layer.product()
 
     def _show(self, name: str) -> None:
         """Let the workers read W, or W rounded."""

@@ -78,6 +78,7 @@ def oracle_beside(
         **choices: what else `Oracle` takes.
     """
     config, groups = explorer.config, {}
+    named = {f.name: f for f in explorer.injection.factors.values()}
     [group_of_all] = optimizer([nn.Parameter(torch.zeros(1))]).param_groups
     decay = group_of_all["lr"] * group_of_all.get("weight_decay", 0) if config.weight_decay == "weights" else 0.0
     for group in range(config.stagger):
@@ -99,6 +100,8 @@ def oracle_beside(
         freeze_a=config.freeze_a,
         decay=decay,
         groups=groups,
+        refresh=config.refresh,
+        fresh_vectors=lambda name, n, merges: named[name]._draw_one(n, f"refreshed at {merges}", named[name].refresh),
         **choices,
     )
 
@@ -504,6 +507,8 @@ def test_eight_heads_give_the_same_weights_wherever_they_sit(
         {"outer_optimizer": OUTER[0]},
         {"overlap": 2},
         {"merge_every": 4, "stagger": 3, "verify_every": 1},
+        {"refresh": 1},
+        {"refresh": 1, "payload": "factors", "freeze_a": True},
         {"merge_every": 4, "stagger": 2, "overlap": 3, "outer_optimizer": OUTER[3], "verify_every": 1},
     ],
     ids=lambda c: "-".join(c),

@@ -376,3 +376,56 @@ def test_few_heads_at_first_become_those_of_the_end() -> None:
         method.step(batch)
         counts.append(method.explorer.count)
     assert counts == [1, 1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("kind", ["noise", "fisher"])
+def test_heads_weigh_by_their_second_moments(kind: str) -> None:
+    method = made("lte", heads=2, rank=4, extra={"weighted_heads": kind})
+    (f,) = method.explorer.injection.factors.values()
+    method.step(batches(1)[0])
+    before = f.weight.detach().clone()
+    deltas = [f.effective(h) - before for h in range(2)]
+    of_A, of_B = (method.optimizer.state[p]["exp_avg_sq"] for p in (f.A, f.B))
+    of_B[1] *= 9
+    if kind == "noise":
+        weights = [1 / v.mean() for v in of_B]
+    else:
+        of_A[0] += 1e-3
+        weights = [torch.outer(b.mean(1), a.mean(0)) for a, b in zip(of_A, of_B, strict=True)]
+    expected = (weights[0] * deltas[0] + weights[1] * deltas[1]) / (weights[0] + weights[1])
+    method.explorer.merge()
+    torch.testing.assert_close(f.weight.detach() - before, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(expected, (deltas[0] + deltas[1]) / 2)
+
+
+def test_a_learning_rate_of_its_own_is_that_of_a_group_of_its_own() -> None:
+    stretched = made("lte", heads=2, rank=4, merge_every=100, extra={"learning_rates": {"B": 3.0}})
+    grouped = made("lte", heads=2, rank=4, merge_every=100)
+    (f,) = grouped.explorer.injection.factors.values()
+    (group,) = [g for g in grouped.optimizer.param_groups if any(p is f.B for p in g["params"])]
+    optimizer = torch.optim.AdamW(
+        [{"params": [f.A], "lr": 0.01}, {"params": [f.B], "lr": 0.03}], weight_decay=group["weight_decay"]
+    )
+    for batch in batches():
+        stretched.step(batch)
+        before = f.A.detach().clone(), f.B.detach().clone()
+        grouped.step(batch)
+        # The step that it made is undone, and made by the optimizer with two groups.
+        with torch.no_grad():
+            f.A.copy_(before[0]), f.B.copy_(before[1])
+        f.A.grad, f.B.grad = grads_of(grouped, batch)
+        optimizer.step()
+    (g,) = stretched.explorer.injection.factors.values()
+    torch.testing.assert_close(g.A, f.A)
+    torch.testing.assert_close(g.B, f.B)
+
+
+def grads_of(method: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of A and B on a batch, each head's of its own slice."""
+    (f,) = method.explorer.injection.factors.values()
+    x, y = (t.chunk(f.count) for t in batch)
+    A, B = f.A.detach().requires_grad_(), f.B.detach().requires_grad_()
+    losses = [
+        torch.nn.functional.mse_loss(x[h] @ (f.weight.detach() + f.scale * B[h] @ A[h]).T, y[h]) for h in range(f.count)
+    ]
+    return list(torch.autograd.grad(torch.stack(losses).sum(), [A, B]))

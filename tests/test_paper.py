@@ -166,6 +166,7 @@ AS_THE_DEFAULTS = {
     "after_merge": "keep",
     "reset_a": "keep",
     "reset_moments": 0.0,
+    "refresh": 0,
     "weight_decay": "factors",
     "replicas": "merge",
     "norms": "replica",

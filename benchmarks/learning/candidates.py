@@ -117,6 +117,58 @@ class SignAgreement(Candidate):
             f.sum_of_products = agreed  # type: ignore[method-assign]
 
 
+class WeightedHeads(Candidate):
+    """Heads weigh by how sure their gradient is of them, from the second moments v of Adam, in place of 1/N each.
+
+    "noise": one number for each head and weight, 1 / mean v of B: a head whose gradient is noisier counts less.
+    "fisher": one for each number of the weight, the outer product of the means of v over B's and A's rank, as
+    Fisher-weighted averaging has it (arXiv 2111.09832): what a head's loss depends on more is taken from it more.
+    """
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        if self.value not in ("noise", "fisher"):
+            raise ValueError(f"weighted_heads must be 'noise' or 'fisher'; received {self.value!r}.")
+        for f in explorer.injection.factors.values():
+
+            def weighted(A: torch.Tensor, B: torch.Tensor, f: Factors = f) -> torch.Tensor:
+                rows = optimizer.state[f.B]["exp_avg_sq"].mean(-1, keepdim=True)  # (heads, *lead, out, 1)
+                if self.value == "noise":
+                    weights = 1 / rows.mean(-2, keepdim=True).clamp_min(1e-30)
+                else:
+                    columns = optimizer.state[f.A]["exp_avg_sq"].mean(-2, keepdim=True)  # (heads, *lead, 1, in)
+                    weights = rows * columns + 1e-30
+                share = weights / weights.sum(0)
+                # A merge divides by the heads.
+                sum_of_deltas = f.scale * len(A) * (share * (B @ A)).sum(0)
+                return f.matrices.as_weight(sum_of_deltas, f.weight.shape)
+
+            f.sum_of_products = weighted  # type: ignore[method-assign]
+
+
+class LearningRates(Candidate):
+    """Learning rates of their own: {A: times, B: times, replicas: times} that of the schedule."""
+
+    def start(self, explorer: Explorer, optimizer: torch.optim.Optimizer) -> None:
+        factors = list(explorer.injection.factors.values())
+        kinds = {id(f.A): "A" for f in factors} | {id(f.B): "B" for f in factors}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        chosen = [(p, self.value.get(kinds.get(id(p), "replicas"), 1.0)) for p in params]
+        before: dict[torch.Tensor, torch.Tensor] = {}
+
+        # A step of AdamW is proportional to its learning rate, so that it can be stretched afterwards.
+        def remember(*_: Any) -> None:
+            before.update({p: p.detach().clone() for p, times in chosen if times != 1})
+
+        @torch.no_grad()
+        def stretch(*_: Any) -> None:
+            for p, times in chosen:
+                if times != 1:
+                    p.copy_(torch.lerp(before[p], p, times))
+
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(stretch)
+
+
 class SizeOfA(Candidate):
     """A so many times as large, and s as many times smaller: B learns as before, and A more slowly."""
 
@@ -169,6 +221,8 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "periods": Periods,
     "growing_heads": GrowingHeads,
     "sign_agreement": SignAgreement,
+    "weighted_heads": WeightedHeads,
+    "learning_rates": LearningRates,
     "size_of_a": SizeOfA,
     "fresh_adam": FreshAdam,
     "narrow_frames": NarrowFrames,

@@ -22,6 +22,7 @@ LTE: Settings = {
     "after_merge": "keep",
     "reset_a": "keep",
     "reset_moments": 0.0,
+    "refresh": 0,
     "weight_decay": "factors",  # what that of the optimizer pulls towards zero
     "target_modules": None,
     "exclude_modules": [],
