@@ -505,9 +505,10 @@ class Explorer(Merging):
         return True
 
     def _before_demotion(self, factors: Sequence[Factors]) -> None:
-        # What heads have learned since the last merge is not to be lost: a collective.
+        # What heads have learned since the last merge is not to be lost, in a step that is not counted yet, too: a
+        # collective.
         for flight in list(self.flights):
             self._land(flight)
-        if self.unmerged and factors:
+        if factors:
             add_mean_deltas(factors, self.transport, self.config.decays_weights)
         restore_bases(factors, exactly=True)

@@ -315,6 +315,12 @@ class Merging(Trainees):
     def _count_step(self, number: int) -> None:
         """Count a step of an optimizer, and what data-parallel training would have sent for it."""
         self.clocks[number].step += 1
+        for param in self.borrowed[number]:
+            # What the other optimizer's last merge left is not all any more.
+            clock, f = self.clocks[self.trained_by[param]], self.injection.factors.get(param)
+            clock.last_whole = min(clock.last_whole, clock.step - 1)
+            if f is not None:
+                f.merged_step = min(f.merged_step, clock.step - 1)
         if self.transport.world_size > 1:
             # Users may freeze for a while what DDP reduces all the same.
             own = [p for p, trainer in self.trained_by.items() if trainer == number]

@@ -35,6 +35,7 @@ class Trainees:
         guard: watches the parameters that heads train in place of the user's own.
         statistics: running statistics of the module.
         trained_by: user's parameter -> number of the optimizer that trains it, the first one that holds it.
+        borrowed: for each optimizer, what it holds that is merged by the clock of another one.
         frozen: what an optimizer holds and `replicas="freeze"` leaves as it is.
         gradient_scale: what gradients of single heads are multiplied by: n, as local heads share the mean of their
             losses; 1 where each of them runs backward on a loss of its own.
@@ -53,6 +54,7 @@ class Trainees:
         for number, optimizer in enumerate(self.optimizers):
             for param in _params(optimizer):
                 self.trained_by.setdefault(param, number)
+        self.borrowed = [[p for p in _params(o) if self.trained_by[p] != n] for n, o in enumerate(self.optimizers)]
         self.made_replicas: dict[str, str] = {}
         self._gradient_scale = count
         self.full_rank = config.full_rank_steps > 0

@@ -206,3 +206,28 @@ def test_what_goes_wrong_while_it_is_set_up_leaves_everything_as_it_was() -> Non
     assert type(net.first) is nn.Linear
     for group, before in zip(opt.param_groups, groups, strict=True):
         assert all(a is b for a, b in zip(group["params"], before, strict=True))
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_a_step_that_is_not_counted_yet_is_not_lost_with_the_heads_of_a_weight(period: int) -> None:
+    net = make_net()
+    opt = sgd(net.parameters())
+    explorer = Explorer(net, opt, LTEConfig(2, period, rank=RANK, execution="batched"))
+    for step in range(4):
+        x, y = make_data(8, seed=step)
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        if step == 3:
+            (f,) = [f for f in explorer.injection.factors.values() if f.name == "first"]
+            expected = torch.stack([f.effective(h) for h in range(2)]).mean(0) + 1
+            with torch.no_grad():
+                net.first.weight.add_(1)
+            with pytest.warns(UserWarning, match="Trained without heads, as replicas: first"):
+                explorer.step()
+        else:
+            explorer.step()
+    torch.testing.assert_close(net.first.weight.detach(), expected)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, Transport
 from tests.modules import RANK, clone, make_data, make_net, sgd, train_step
@@ -138,3 +139,28 @@ def test_merges_of_one_step_are_all_on_record() -> None:
     loop.explorer.merge()
     assert [record.step for record in loop.explorer.records] == [4, 8, 9]
     assert loop.explorer.records[-1] is loop.explorer.last_record
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_of_a_second_optimizer_over_the_same_weights_are_merged_in_the_end(first: int) -> None:
+    """Weights merge by the clock of the optimizer that holds them first; the last step is that of the other."""
+    net = make_net()
+    optimizers = [sgd(net.parameters()), torch.optim.SGD(net.parameters(), lr=0.05)]
+    explorer = Explorer(net, optimizers, LTEConfig(HEADS, 4, rank=RANK, execution="batched"))
+    start = clone({f.name: f.weight for f in explorer.injection.factors.values()})
+    for step, number in enumerate([first] + [0] * 4 + [1] * 3):
+        x, y = make_data(16, seed=step)
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        optimizers[number].step()
+        net.zero_grad()
+        explorer.step(optimizers[number])
+    assert explorer.unmerged
+    factors = list(explorer.injection.factors.values())
+    explorer.finish()
+    for f in factors:
+        mean = f.scale * sum(f.B[h] @ f.A[h] for h in range(HEADS)) / HEADS
+        torch.testing.assert_close(f.weight.detach(), start[f.name] + mean.detach())
+        assert mean.detach().norm() > 0
