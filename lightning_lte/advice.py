@@ -17,13 +17,14 @@ def of_size(factors: Iterable[Factors], heads: int) -> str | None:
     """What to say where all heads together have too small a rank for a merge to change all of a weight; None if not.
 
     The paper's rule of size is that N r be larger than the widest layer. A layer's width is taken to be the smaller of
-    its inputs and outputs, for no change of its weight has a higher rank.
+    its inputs and outputs, for no change of its weight has a higher rank. Where vectors start anew at each merge, many
+    merges together have a higher one.
 
     Args:
         factors: of all weights.
         heads: N.
     """
-    narrow = [f for f in factors if heads * f.rank < _width(f)]
+    narrow = [f for f in factors if heads * f.rank < _width(f) and not f.refresh]
     if not narrow:
         return None
     f = max(narrow, key=_width)
@@ -31,7 +32,8 @@ def of_size(factors: Iterable[Factors], heads: int) -> str | None:
     return (
         "The ranks of all heads together should be at least the width of the widest layer, or a merge can change its"
         f" weight in some directions only; received heads={heads} of rank {f.rank}, and {f.name} has"
-        f" {m.in_features} inputs and {m.out_features} outputs. Give more heads or a higher rank: see {PAGE}."
+        f" {m.in_features} inputs and {m.out_features} outputs. Give more heads, a higher rank, or refresh=1: see"
+        f" {PAGE}."
     )
 
 

@@ -83,6 +83,8 @@ def test_the_defaults_on_one_device_are_told_of() -> None:
     module = Module(nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 3)).double())
     [words] = said("lte", module=module)
     assert "received heads=1 of rank 16, and net.2 has 64 inputs and 64 outputs" in words
+    assert "Give more heads, a higher rank, or refresh=1" in words
+    assert said(LTEStrategy(refresh=1), module=module, batch_size=64) == []
 
 
 def test_small_slices_are_told_of_once() -> None:
