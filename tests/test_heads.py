@@ -245,3 +245,27 @@ def test_small_deltas_do_not_drown_in_rounding(size: float) -> None:
     error = (f.summed_delta(good).double() - exact.sum(0)).norm() / exact.sum(0).norm()
     assert error < 1e-5
     assert float(f.squared_norms(good)) == pytest.approx(float(exact.square().sum()), rel=1e-4)
+
+
+@given(rank=st.integers(1, 6), in_features=st.integers(6, 40), out_features=st.integers(2, 30), seed=st.integers(0, 99))
+def test_adams_first_step_moves_a_weight_by_s_times_the_learning_rate(
+    rank: int, in_features: int, out_features: int, seed: int
+) -> None:
+    """Whatever the rank and the shape: see "How large a step is" in docs/equations.md."""
+    f = factors(count=1, rank=rank, in_features=in_features, out_features=out_features, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    f.B.grad = torch.randn(f.B.shape, generator=generator, dtype=torch.float64)
+    torch.optim.Adam([f.B], lr=0.01, eps=0).step()
+    [delta] = f.summed_delta(torch.tensor([True])).unsqueeze(0)
+    assert float(delta.square().mean().sqrt()) == pytest.approx(f.scale * 0.01)
+
+
+@pytest.mark.parametrize("count", [2, 8, 32])
+def test_what_heads_learn_from_noise_is_orthogonal(count: int) -> None:
+    """So the mean of N deltas is 1/sqrt(N) as large as each, and as large as each where all learn the same."""
+    f = factors(count=count, rank=8, in_features=64, out_features=64)
+    generator = torch.Generator().manual_seed(0)
+    f.B.grad = torch.randn(f.B.shape, generator=generator, dtype=torch.float64)
+    torch.optim.Adam([f.B], lr=0.01, eps=0).step()
+    mean = f.summed_delta(torch.ones(count, dtype=torch.bool)) / count
+    assert float(mean.square().mean().sqrt()) == pytest.approx(f.scale * 0.01 / count**0.5, rel=0.03)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from benchmarks.learning import __main__ as study
-from benchmarks.learning import report, table
+from benchmarks.learning import report, steps, table
 from benchmarks.learning.cache import Cache
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.settings import METHODS as METHOD_SETTINGS
 from benchmarks.learning.settings import digest, resolved, with_changes
-from benchmarks.learning.tasks import TASKS
+from benchmarks.learning.tasks import TASKS, Data
 from benchmarks.learning.training import factor, trained
 
 TINY: dict[str, Any] = {
@@ -429,3 +429,14 @@ def grads_of(method: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torc
         torch.nn.functional.mse_loss(x[h] @ (f.weight.detach() + f.scale * B[h] @ A[h]).T, y[h]) for h in range(f.count)
     ]
     return list(torch.autograd.grad(torch.stack(losses).sum(), [A, B]))
+
+
+def test_how_far_weights_move_is_measured_for_every_way() -> None:
+    images, labels = torch.rand(640, 1, 28, 28), torch.arange(640) % 10
+    found = {name: values for name, *values in steps.rows(Data((images, labels), (images, labels)), 1, 2, seed=0)}
+    assert {name for name, _ in steps.WAYS} < found.keys()
+    # A model that has hardly begun has gradients that are not large beside Adam's eps.
+    assert found["full rank"][0] == pytest.approx(1, rel=0.05) and found["full rank"][2] == pytest.approx(1)
+    for name, s in (("one head", 2), ("one head, rank 4", 2), ("one head, s = 4", 4)):
+        assert found[name][0] == pytest.approx(s, rel=0.05)
+    assert found["8 heads"][0] < found["8 heads of the whole batch each"][0] < 2
