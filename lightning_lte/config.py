@@ -60,9 +60,10 @@ class LTEConfig:
             `reset_a="redraw"`.
         reset_moments: with "reset", the fraction of the factors' optimizer moments that is set to zero at each merge,
             the smallest first: 0 keeps all, 1 zeroes all. The paper found that resetting hurts.
-        refresh: how many of the r vectors of each head start anew at each merge, one after the other: a row of A is
-            drawn anew, and its column of B and the moments of both become zero. What they have learned is in W, and the
-            others live on. So heads of a low rank reach all directions of W in time. It is not the paper's.
+        refresh: how many of the r vectors of each head, a row of A with its column of B, start anew at each merge, in
+            turn: the row is drawn anew, the column and the moments of both become zero. What they have learned is in W,
+            and the others live on; in layers of a lower rank one at least. So heads of a low rank reach all directions
+            of W in time. It is not the paper's.
         weight_decay: what the optimizers' weight decay pulls towards zero, of factored weights: the "factors" of their
             heads, as in the paper's formulation, or the "weights" themselves, at merges, as users mean it; see
             `Decay`. "weights" needs optimizers that decay apart from the gradient, as AdamW does.
@@ -181,12 +182,6 @@ class LTEConfig:
                 f" reset_a={self.reset_a!r}, reset_moments={self.reset_moments!r}. Give after_merge='reset' as well."
             )
         _check_count("refresh", self.refresh, "refresh=1", least=0)
-        if self.refresh and self.refresh >= self.rank:
-            raise ValueError(
-                "refresh must be below the rank, as it is there for some vectors to live on while others start anew;"
-                f" received refresh={self.refresh} with rank={self.rank}. Give a lower one, or"
-                " after_merge='reset' and reset_a='redraw' for all vectors."
-            )
         if self.refresh and self.reset_a == "redraw":
             raise ValueError(
                 "refresh draws some vectors of A anew at each merge, and reset_a='redraw' all of them; received"
@@ -221,6 +216,13 @@ class LTEConfig:
                 else:
                     _check_positive(f"{name}[{key!r}]", value)
             object.__setattr__(self, name, dict(pattern))
+        rank = max(self.rank, *self.rank_pattern.values()) if self.rank_pattern else self.rank
+        if self.refresh and self.refresh >= rank:
+            raise ValueError(
+                "refresh must be below the rank, as it is there for some vectors to live on while others start anew;"
+                f" received refresh={self.refresh} with rank={rank}. Give a higher rank or a lower refresh, or"
+                " after_merge='reset' and reset_a='redraw' for all vectors."
+            )
         _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
         _check_choice("norms", self.norms, get_args(Norms))
         _check_choice("embeddings", self.embeddings, get_args(Embeddings))

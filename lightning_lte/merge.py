@@ -114,7 +114,7 @@ class Merge:
         """All at once.
 
         Args:
-            states: of the optimizers, by what they train; a reset or a restart changes moments.
+            states: moments in the optimizers, by what they train, which a reset or a restart changes.
             outer: steps the weights; None for the plain sum.
 
         Raises:
@@ -396,7 +396,10 @@ def add_mean_deltas(factors: Sequence[Factors], transport: Transport, decays: bo
         payload.take(good)
         payload.exchange()
         for f in group:
-            f.add(payload.total(f, good_all) / heads, of[f.name])
+            delta = payload.total(f, good_all) / heads
+            # A graph that is to run backward once more needs W as it is.
+            if of[f.name] != 1 or bool(delta.any()):
+                f.add(delta, of[f.name])
 
 
 def _taken_left(factors: Sequence[Factors], device: torch.device) -> Tensor:
@@ -445,12 +448,12 @@ def _settle(
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
         for p in f.trained.values():
             _prune_moments(p, states.get(p, {}), config.reset_moments)
-    if f.refresh:
+    if f.refresh and merged is None:  # else they have learned something since: it was on its way when it was saved
         vectors = f.start_vectors_anew(merges)
-        for name, dim in (("A", -2), ("B", -1)):
-            param = f.trained.get(name)
-            for moment in () if param is None else _moments_of_shape(param, states.get(param, {})):
-                moment.index_fill_(dim, vectors, 0)
+        for name, param in f.trained.items():
+            gradient = [] if param.grad is None else [param.grad]
+            for tensor in (*gradient, *_moments_of_shape(param, states.get(param, {}))):
+                tensor.index_fill_(-2 if name == "A" else -1, vectors.to(tensor.device), 0)
     f.merging_from, f.merging, f.merged_at = None, None, merges
 
 
@@ -495,12 +498,14 @@ def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[T
     """
     # The step count of a scalar parameter has its shape, too.
     kept = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
+    # Those in 8 bits are codes, of which none need mean zero.
+    kept = [value for value in kept if value.is_floating_point()]
     return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
 
 
 def _moments_of_shape(param: nn.Parameter, state: Mapping[str, Any]) -> list[Tensor]:
     """Those that have a number for each of the parameter's."""
-    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == param.shape]
+    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape and v.is_floating_point()]
 
 
 def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:

@@ -18,7 +18,7 @@ from lightning_lte.decay import Decay
 from lightning_lte.flight import Flight
 from lightning_lte.heads import Factors
 from lightning_lte.merge import Merge, MergeRecord, combined, verify
-from lightning_lte.optimizers import check_optimizers
+from lightning_lte.optimizers import check_optimizers, check_writes, moments
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.replicas import Replicas
 from lightning_lte.rounded import Rounded
@@ -60,6 +60,8 @@ class Merging(Trainees):
         count = config.local_heads(transport.world_size)
         self._schedule = as_schedule(config.merge_every)
         check_optimizers(optimizers, config.most_heads // transport.world_size)
+        if config.after_merge == "reset" or config.refresh:
+            check_writes(optimizers)
         if config.decays_weights:
             self._decay = Decay(optimizers, lambda: self.injection.factors.values())
         try:
@@ -79,6 +81,8 @@ class Merging(Trainees):
         self._counted_bytes = self._ddp_bytes = 0
         self._reduced: set[nn.Parameter] = set()
         self.merging = False
+        # Names of moments of each optimizer, once they are asked for.
+        self._moments: list[set[str] | None] | None = None
 
     def give_back(self) -> None:
         self._leave_decay()
@@ -130,6 +134,9 @@ class Merging(Trainees):
             RuntimeError, FloatingPointError: see `step`.
         """
         self.select(None)  # an exception may have come in the turn of a head
+        if self.full_rank:
+            # Heads and replicas have nothing of what the weights have learned.
+            self.take_weights({w.name for w in self._watched()})
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         records = [self._land(flight) for flight in list(self.flights)]
         if everything:
@@ -315,7 +322,7 @@ class Merging(Trainees):
     def _count_step(self, number: int) -> None:
         """Count a step of an optimizer, and what data-parallel training would have sent for it."""
         self.clocks[number].step += 1
-        for param in self.borrowed[number]:
+        for param in () if self.full_rank else self.borrowed[number]:
             # What the other optimizer's last merge left is not all any more.
             clock, f = self.clocks[self.trained_by[param]], self.injection.factors.get(param)
             clock.last_whole = min(clock.last_whole, clock.step - 1)
@@ -333,7 +340,14 @@ class Merging(Trainees):
         return next(iter(self.injection.factors.values())).A.device
 
     def _states(self) -> dict[Tensor, Any]:
-        return {p: state for opt in self.optimizers for p, state in self.substitution.states(opt).items()}
+        """Moments, by what optimizers train."""
+        if self._moments is None:
+            self._moments = [moments(optimizer) for optimizer in self.optimizers]
+        found: dict[Tensor, Any] = {}
+        for optimizer, names in zip(self.optimizers, self._moments, strict=True):
+            for p, state in self.substitution.states(optimizer).items():
+                found[p] = state if names is None else {key: value for key, value in state.items() if key in names}
+        return found
 
     def _factors_of(self, number: int) -> list[Factors]:
         return [f for f in self.injection.factors.values() if self.trained_by[f.weight] == number]

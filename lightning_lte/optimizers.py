@@ -13,6 +13,9 @@ from torch.optim import LBFGS, Optimizer
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
+# Shape of what twins of optimizers are tried on.
+_TRIED = (2, 4, 4)
+
 
 def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
     """Refuse optimizers whose update is not per element: they would mix the heads of a device, or need matrices.
@@ -97,7 +100,43 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
     can't be copied.
     """
     generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    gradients = torch.randn(4, *_TRIED, generator=generator, dtype=torch.float64)
+    return _kept(optimizer, gradients, lambda v, _: v.shape == _TRIED and bool((v >= 0).all()))
+
+
+def moments(optimizer: Optimizer) -> set[str] | None:
+    """Names of what an optimizer keeps of gradients, and which is zero as long as they are: first and second moments.
+
+    Not so step sizes (Rprop's) and copies of what is trained, which would ruin it if they were set to zero. None for an
+    optimizer that can't be copied.
+    """
+    gradients = torch.zeros(2, *_TRIED, dtype=torch.float64)
+    return _kept(
+        optimizer, gradients, lambda v, _: v.dim() > 0 and v.is_floating_point() and bool((v.abs() < 1e-12).all())
+    )
+
+
+def check_writes(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that keep copies of what they train, where merges write to it: a step would undo that.
+
+    Raises:
+        ValueError: with the names of the copies.
+    """
+    for optimizer in optimizers:
+        gradients = torch.zeros(2, *_TRIED, dtype=torch.float64)
+        copies = _kept(optimizer, gradients, lambda v, p: v.shape == p.shape and torch.allclose(v.to(p), p, 1e-2, 1e-3))
+        if copies:
+            raise ValueError(
+                "With after_merge='reset', and with refresh, merges write to factors, and an optimizer must not write"
+                f" back what it has kept of them; received {type(optimizer).__name__}, which keeps copies of what it"
+                f" trains: {', '.join(sorted(copies))}. Give after_merge='keep' and refresh=0, or another optimizer."
+            )
+
+
+def _kept(optimizer: Optimizer, gradients: Tensor, wanted: Callable[[Tensor, Tensor], bool]) -> set[str] | None:
+    """Names of tensors in a twin's state after steps on these gradients, those that are wanted, given also what was
+    trained; None where none can be made."""
+    start = torch.randn(_TRIED, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found: set[str] = set()
     for group in optimizer.param_groups:
         param = nn.Parameter(start.clone())
@@ -109,7 +148,7 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
         except Exception:
             return None
         kept = twin.state[param].items()
-        found |= {k for k, v in kept if isinstance(v, Tensor) and v.shape == param.shape and bool((v >= 0).all())}
+        found |= {key for key, value in kept if isinstance(value, Tensor) and wanted(value, param.detach())}
     return found
 
 

@@ -170,7 +170,7 @@ def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: Pa
 def sizes(factors: Factors, wire: Wire = "float32") -> tuple[int, int]:
     """Bytes of a weight's dense mean delta, and of the factors of the local heads, as they travel."""
     pairs = 2 if factors.anchor_A is not None else 1
-    sent = (factors.B.mT,) if factors.freeze_a else (factors.A, factors.B.mT)
+    sent = (factors.B.mT,) if factors.freeze_a and not factors.refresh else (factors.A, factors.B.mT)
     if wire == "float32":
         # In its own dtype; the sum travels in float32 or better.
         dense = factors.weight.numel() * torch.promote_types(factors.weight.dtype, torch.float32).itemsize

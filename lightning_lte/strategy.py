@@ -770,7 +770,9 @@ class HeadsStrategy(Resumable):
         # A merge that was due and refused is none.
         record = explorer.last_record
         last = record.step if record else max(clock.last_whole for clock in explorer.clocks)
-        weights = f"the weights are those of the merge at step {last}" if last else "the weights are those of the start"
+        weights = (
+            f"the weights are those of the merge at step {last}" if last > 0 else "the weights are those of the start"
+        )
         step = max(clock.step for clock in explorer.clocks)
         self._apart = not explorer.transport.agree(where, _TELL_TIMEOUT_S if in_vain else _AGREE_TIMEOUT_S)
         if self._apart:

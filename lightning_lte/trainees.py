@@ -54,7 +54,8 @@ class Trainees:
         for number, optimizer in enumerate(self.optimizers):
             for param in _params(optimizer):
                 self.trained_by.setdefault(param, number)
-        self.borrowed = [[p for p in _params(o) if self.trained_by[p] != n] for n, o in enumerate(self.optimizers)]
+        self.borrowed: list[set[nn.Parameter]] = [set() for _ in self.optimizers]
+        self._note_borrowed()
         self.made_replicas: dict[str, str] = {}
         self._gradient_scale = count
         self.full_rank = config.full_rank_steps > 0
@@ -100,6 +101,7 @@ class Trainees:
         """
         if self.full_rank:
             return
+        self._note_borrowed()
         self.substitution.act()
         if not self._begun:
             self._begun = True
@@ -114,6 +116,10 @@ class Trainees:
                         name = self._names.get(param, f"outside.{len(self.trained_by)}")
                         self.injection.adopt(name, param)
                         self.substitution.names[param] = name
+
+    def _note_borrowed(self) -> None:
+        for number, optimizer in enumerate(self.optimizers):
+            self.borrowed[number].update(p for p in _params(optimizer) if self.trained_by.get(p, number) != number)
 
     def begin_heads(self) -> None:
         """Train through heads from now on, which go on from the weights as they are."""

@@ -267,6 +267,8 @@ class Oracle:
             for n in range(len(workers), len(workers) + each - 1):
                 A = {name: self.fresh_A(name, n, number) for name in worker.layers}
                 new = Worker(self.merged, A, self.scale, self.optimizer, self.replicas == "freeze", self.freeze_a)
+                for name, layer in new.layers.items():
+                    layer.refreshed = worker.layers[name].refreshed
                 factors = {id(p) for layer in new.layers.values() for p in (layer.A, layer.B)}
                 for own, others in zip(new.trained, worker.trained, strict=True):
                     state = copy.deepcopy(worker.optimizer.state.get(others, {}))

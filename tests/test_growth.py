@@ -123,6 +123,7 @@ def test_optimizers_equal_the_oracles(optimizer: Any) -> None:
         {"replicas": "freeze"},
         {"freeze_a": True},
         {"freeze_a": True, "after_merge": "reset", "replicas": "freeze"},
+        {"refresh": 1},
     ],
     ids="-".join,
 )

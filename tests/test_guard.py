@@ -231,3 +231,24 @@ def test_a_step_that_is_not_counted_yet_is_not_lost_with_the_heads_of_a_weight(p
         else:
             explorer.step()
     torch.testing.assert_close(net.first.weight.detach(), expected)
+
+
+class UsedElsewhere(Net):
+    """Multiplies its output by what a weight adds up to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.second.weight.sum())
+
+
+def test_a_graph_that_runs_backward_once_more_finds_the_weights_of_its_forward() -> None:
+    net = UsedElsewhere().double()
+    opt = sgd(net.parameters())
+    explorer = Explorer(net, opt, LTEConfig(2, 4, rank=RANK, execution="batched"))
+    x, y = make_data(8)
+    with explorer.heads():
+        output = net(x)
+    cross_entropy(output, y).backward(retain_graph=True)
+    with pytest.warns(UserWarning, match="Trained without heads, as replicas: second"):
+        explorer.after_backward()
+    output.square().mean().backward()
+    explorer.after_backward()

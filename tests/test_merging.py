@@ -164,3 +164,56 @@ def test_steps_of_a_second_optimizer_over_the_same_weights_are_merged_in_the_end
         mean = f.scale * sum(f.B[h] @ f.A[h] for h in range(HEADS)) / HEADS
         torch.testing.assert_close(f.weight.detach(), start[f.name] + mean.detach())
         assert mean.detach().norm() > 0
+
+
+def full_rank_first(count: int) -> tuple[Explorer, list[torch.optim.Optimizer]]:
+    """Four steps before heads begin, by optimizers over the same weights in turn."""
+    net = make_net()
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(count)]
+    explorer = Explorer(net, optimizers, LTEConfig(HEADS, 4, rank=RANK, execution="batched", full_rank_steps=9))
+    for step in range(4):
+        cross_entropy(net(make_data(16, seed=step)[0]), make_data(16, seed=step)[1]).backward()
+        explorer.after_backward()
+        optimizers[step % count].step()
+        net.zero_grad()
+        explorer.step(optimizers[step % count])
+    return explorer, optimizers
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("merge", [False, True])
+def test_training_that_ends_before_heads_begin_keeps_what_it_learned(count: int, merge: bool) -> None:
+    explorer, _ = full_rank_first(count)
+    learned = clone(explorer.module.state_dict())
+    if merge:
+        explorer.merge()
+    explorer.finish()
+    torch.testing.assert_close(clone(explorer.module.state_dict()), learned)
+    assert not torch.equal(learned["out.weight"], make_net().out.weight)
+
+
+def _joins_later() -> dict[str, Tensor]:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    net = make_net()
+    optimizers = [sgd(net.parameters()), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)]
+    explorer = Explorer(net, optimizers, LTEConfig(2, 2, rank=RANK), transport)
+    for step, number in enumerate([0, 0, 1, 0, 0, 1]):
+        if step == 2:
+            explorer.rest()
+            optimizers[1].add_param_group({"params": [net.first.bias, net.second.weight]})
+        explorer.act()
+        x, y = (t.chunk(2)[transport.rank] for t in make_data(16, seed=step))
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        optimizers[number].step()
+        net.zero_grad()
+        explorer.step(optimizers[number])
+    explorer.finish()
+    return clone(net.state_dict())
+
+
+def test_the_last_step_of_an_optimizer_that_weights_joined_later_is_merged() -> None:
+    one, other = run(_joins_later, 2)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
-from lightning_lte.payload import is_dense
-from tests.modules import RANK, Module, adamw, loader, make_net, sgd, trainer
+from lightning_lte.payload import is_dense, sizes
+from tests.modules import RANK, Module, adamw, clone, loader, make_data, make_net, sgd, train_step, trainer
 from tests.test_exactness import HEADS, OUTER, train_both
 from tests.test_merge import learn, literal_deltas, merged, weights
 
@@ -115,7 +115,7 @@ def test_heads_of_rank_one_live_on_as_they_are() -> None:
 
 
 def test_one_head_of_low_rank_reaches_all_directions_of_a_weight() -> None:
-    """With 12 merges a head of rank 3 has had 3 + 12 vectors; without refresh, A frozen, it has 3."""
+    """In 12 periods a head of rank 3 trains 3 + 11 vectors; without refresh, A frozen, these 3."""
     ranks = {}
     for refresh in (0, 1):
         model = nn.Linear(12, 12, bias=False).double()
@@ -163,7 +163,11 @@ def test_a_wire_of_few_bits_sends_dense_what_a_fresh_vector_would_forget() -> No
         ({"refresh": -1}, "refresh must be .* received -1.*Give refresh=1"),
         ({"refresh": 0.5}, "refresh must be .* received 0.5"),
         ({"refresh": True}, "refresh must be .* received True"),
-        ({"refresh": RANK}, f"below the rank.* received refresh={RANK} with rank={RANK}.*Give a lower one"),
+        (
+            {"refresh": RANK},
+            f"below the rank.* received refresh={RANK} with rank={RANK}.*Give a higher rank or",
+        ),
+        ({"refresh": 9, "rank_pattern": {"first": 8}}, "received refresh=9 with rank=8"),
         ({"overlap": 1}, "received refresh=1 with overlap=1. Give refresh=0 or overlap=0"),
         ({"after_merge": "reset", "reset_a": "redraw"}, "reset_a='redraw' all of them; received refresh=1"),
         ({"payload": "factors", "wire": "int8"}, "With refresh factors are sent in full precision alone"),
@@ -187,3 +191,101 @@ def test_the_strategy_refreshes_and_nothing_of_it_is_left() -> None:
     trainer(LTEStrategy(HEADS, 2, rank=RANK, refresh=1), max_steps=5, callbacks=[Watch()]).fit(module, loader(80, 16))
     assert [set(counts) for counts in seen] == [{0}, {1}, {1}, {2}, {2}]
     assert type(module.net.first) is nn.Linear
+
+
+def test_a_layer_of_a_higher_rank_may_have_more_vectors_that_start_anew() -> None:
+    assert refreshing(refresh=RANK, rank_pattern={"first": RANK + 1}).refresh == RANK
+
+
+class Codes(torch.optim.Optimizer):
+    """Keeps its moments in 8 bits, of which the code 128 means zero."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state["codes"] = torch.full(p.shape, 128, dtype=torch.uint8)
+            p.data -= 0.1 * (p.grad + state["codes"].to(p.dtype) - 128)
+
+
+def test_moments_in_codes_stay_as_they_are() -> None:
+    explorer, opt = trained(lambda params: Codes(params, {}), steps=3)
+    for f in explorer.injection.factors.values():
+        assert f.refreshed == 1
+        for p in f.trained.values():
+            assert (opt.state[p]["codes"] == 128).all()
+
+
+def test_step_sizes_are_no_moments() -> None:
+    explorer, opt = trained(lambda params: torch.optim.Rprop(params, lr=0.01), steps=3)
+    for f in explorer.injection.factors.values():
+        assert f.refreshed == 1
+        for p, own in ((f.A, slice(0, 1)), (f.B.mT, slice(0, 1))):
+            state = opt.state[f.A if p is f.A else f.B]
+            kept = {key: value if p is f.A else value.mT for key, value in state.items() if key != "step"}
+            assert kept["step_size"][..., own, :].all() and not kept["prev"][..., own, :].any()
+
+
+def trained(optimizer: Any, steps: int, **choices: Any) -> tuple[Explorer, torch.optim.Optimizer]:
+    model = make_net()
+    opt = optimizer(model.parameters())
+    explorer = Explorer(model, opt, refreshing(execution="batched", **choices))
+    for step in range(steps):
+        train_step(explorer, model, opt, make_data(16, seed=step))
+    return explorer, opt
+
+
+class Copies(torch.optim.Optimizer):
+    """Steps a copy of its own of each parameter, as those for half precision do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            master = self.state[p].setdefault("master", p.detach().clone().float())
+            master -= 0.1 * p.grad.float()
+            p.data.copy_(master)
+
+
+@pytest.mark.parametrize("choices", [{}, {"refresh": 0, "after_merge": "reset"}], ids=str)
+def test_optimizers_that_would_write_back_what_starts_anew_are_refused(choices: dict[str, Any]) -> None:
+    model = make_net()
+    with pytest.raises(ValueError, match="received Copies, which keeps copies of what it trains: master"):
+        Explorer(model, Copies(model.parameters(), {}), refreshing(**choices))
+    assert type(model.first) is nn.Linear
+    Explorer(model, Copies(model.parameters(), {}), refreshing(refresh=0))
+
+
+def test_a_merge_while_gradients_are_accumulated_leaves_none_of_what_was() -> None:
+    explorer, _ = trained(sgd, steps=2, merge_every=100)
+    model = explorer.module
+    with explorer.heads():
+        loss = torch.nn.functional.cross_entropy(model(make_data(16)[0]), make_data(16)[1])
+    loss.backward()
+    explorer.after_backward()
+    explorer.merge()
+    for f in explorer.injection.factors.values():
+        assert f.A.grad is not None and f.B.grad is not None
+        assert not f.A.grad[..., 0, :].any() and f.A.grad[..., 1:, :].any()
+        assert not f.B.grad[..., 0].any() and f.B.grad[..., 1:].any()
+
+
+def test_frozen_factors_that_travel_with_every_merge_are_counted() -> None:
+    (f, *_) = made_of("keep", freeze_a=True).factors.values()
+    assert sizes(f)[1] == f.A.nbytes + f.B.nbytes
+    f.refresh = 0
+    assert sizes(f)[1] == f.B.nbytes
+
+
+def test_what_was_learned_while_a_merge_travelled_survives_a_resume_with_refresh() -> None:
+    explorer, _ = trained(sgd, steps=4, refresh=0, overlap=2)
+    assert explorer.flights
+    state, module_state = explorer.state_dict(), clone(explorer.module.state_dict())
+    resumed, _ = trained(sgd, steps=0)
+    resumed.module.load_state_dict(module_state)
+    resumed.load_state_dict(state)
+    factors = list(resumed.injection.factors.values())
+    flight = {f.name: state["flights"][0]["merge"]["totals"][f.name] / HEADS for f in factors}
+    expected = {f.name: torch.stack([f.effective(h) for h in range(HEADS)]).mean(0) for f in factors}
+    resumed.finish()
+    for f in factors:
+        assert flight[f.name].norm() > 1e-3
+        torch.testing.assert_close(f.weight.detach(), expected[f.name])
