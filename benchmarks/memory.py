@@ -7,6 +7,10 @@ under FSDP2 a device holds its share of everything, and one block whole. These t
 There is a peak of starting up, with the first steps, in which weights are watched, and one of steps and merges after
 them. On a CPU each is measured twice: as the C library's allocator has it, which keeps much of what was freed, and with
 glibc "in use", where its threshold for mappings (`MALLOC_MMAP_THRESHOLD_`) is so low that it gives back what was freed.
+
+With `--devices K` nothing is computed: K processes on the CPU, which talk over gloo, train at full rank under torch's
+DDP and FSDP2, with one head on each, and as one group that shares out one head. Each figure is that of the process that
+has most.
 """
 
 from __future__ import annotations
@@ -25,18 +29,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bound import uses
 from benchmarks.execution import loss_of, make_batch
 from benchmarks.step import Heads, Plain, make_model
 from benchmarks.table import Row, setting, table
+from lightning_lte import Transport
+from lightning_lte.sharding import Sharding, blocks
+from lightning_lte.shards import local
 
 # One head of rank 64 on each device, a ViT-L: weights, gradients and moments, over full rank's.
 GOAL = 0.40
-# For FSDP2.
+# For FSDP2, where it is computed.
 DEVICES = 8
+# Ways to train on several devices: at full rank, and with "keep" or "reset".
+FULL_RANK = DDP, FSDP2 = "under DDP", "under FSDP2"
+SHARED = "one head that all share out"
+HEADS = "a head on each device", SHARED
+# What a device has when a backward ends.
+HELD = ("weights", "gradients", "buckets", "moments", "factors", "anchors")
 # Two in which weights are watched, and moments are made; then as many as come before a merge, and after it.
 SETTLING, STEPS = 2, 2
 # glibc: bytes from which on a block is mapped by itself, and given back when it is freed.
@@ -46,24 +63,22 @@ Counts = dict[str, float]
 
 
 def count(way: str, options: Any) -> Counts:
-    """Train in one way, and count bytes.
+    """Train in one way, and count bytes. With several devices, each of them has to call it.
 
     Args:
-        way: "full rank", "keep" or "reset".
+        way: "full rank", "keep" or "reset"; with several devices as `ways` has them.
         options: of the command.
 
     Returns:
         Bytes by what they are for.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = make_batch(options.model, options.batch, device, options.seed)
+    alone = options.devices == 1
+    device = torch.device("cuda" if torch.cuda.is_available() and alone else "cpu")
+    rank = 0 if alone else dist.get_rank()
+    batch = make_batch(options.model, options.batch, device, options.seed + rank)
     before = _begin_peak(device)
-    model = make_model(options.model, None, options.seed, device)
-    trained: Plain | Heads
-    if way == "full rank":
-        trained = Plain(model, device)
-    else:
-        trained = Heads(model, device, 1, options.rank, way, options.seed)  # type: ignore[arg-type]
+    trained = _make(way, options, device, rank)
+    model = trained.model
     for _ in range(SETTLING):
         trained.step(batch)
     counts: Counts = {"weights": _bytes(model.parameters()), "peak of starting up": _peak(device) - before}
@@ -89,17 +104,49 @@ def count(way: str, options: Any) -> Counts:
     counts["largest of a head over its weight"] = max(
         (t.numel() / f.weight.numel() for f in factors for t in (f.A, f.B)), default=0.0
     )
-    if factors:
+    if factors and alone:
         found = uses(trained.explorer.injection, model, lambda: loss_of(model, batch))  # type: ignore[union-attr]
         counts["rank-sized activations"] = sum(use.tokens * use.rank * 4 for use in found)
-    blocks = [_bytes(block.parameters()) for block in getattr(model, "blocks", [model])]
-    counts["largest block"] = max(blocks)
+    counts["largest block"] = max(_bytes(block.parameters()) for block in getattr(model, "blocks", [model]))
+    if isinstance(model, DistributedDataParallel):
+        # As it has told the sizes of its buckets since its first step.
+        sizes = model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+        counts["buckets"] = float(sum(int(size) for size in str(sizes).split(",")))
+    counts["held"] = sum(counts.get(key, 0.0) for key in HELD)
     return counts
+
+
+def _make(way: str, options: Any, device: torch.device, rank: int) -> Plain | Heads:
+    """A model that trains in one way; each process makes all of it first, as scripts do that were written for one."""
+    model = make_model(options.model, None, options.seed, device)
+    what, _, how = way.partition(", ")
+    if how == DDP:
+        model = DistributedDataParallel(model)
+    elif how == FSDP2:
+        mesh = init_device_mesh(device.type, (options.devices,))
+        for unit in (*blocks(model), model):
+            fsdp.fully_shard(unit, mesh=mesh)
+    if what == "full rank":
+        return Plain(model, device)
+    transport = Transport(options.devices, rank)
+    if how == SHARED:
+        transport = Transport.sharing(options.devices, options.devices, rank)
+        Sharding(model, transport, device)
+    after_merge: Any = what
+    return Heads(model, device, transport.world_size, options.rank, after_merge, options.seed, transport=transport)
+
+
+def ways(options: Any) -> list[str]:
+    """Those to train on several devices."""
+    return [
+        *(f"full rank, {how}" for how in FULL_RANK),
+        *(f"{after_merge}, {how}" for after_merge in options.after_merge for how in HEADS),
+    ]
 
 
 def _of_a_step(trained: Plain | Heads, batch: Any, held: Iterable[Tensor]) -> Counts:
     """Bytes of gradients, and of what a forward keeps for its backward and nobody else holds."""
-    known = {t.untyped_storage().data_ptr() for t in held}
+    known = {local(t).untyped_storage().data_ptr() for t in held}
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -122,7 +169,8 @@ def _of_a_step(trained: Plain | Heads, batch: Any, held: Iterable[Tensor]) -> Co
 
 
 def _bytes(tensors: Iterable[Tensor]) -> float:
-    return float(sum(t.nbytes for t in tensors))
+    """Of this device's parts, where devices share tensors out."""
+    return float(sum(local(t).nbytes for t in tensors))
 
 
 def _begin_peak(device: torch.device) -> float:
@@ -146,10 +194,14 @@ def _peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
-def _in_a_process(way: str, options: Any) -> Counts:
-    command = [sys.executable, "-m", "benchmarks", "memory", "--one", way, "--model", options.model]
+def _apart(way: str, options: Any) -> Counts:
+    """What is counted in a process of its own, or in several: the most that one of them has."""
+    command = [sys.executable]
+    if options.devices > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
+    command += ["-m", "benchmarks", "memory", "--one", way, "--model", options.model]
     command += ["--batch", str(options.batch), "--rank", str(options.rank), "--seed", str(options.seed)]
-    command += ["--threads", str(options.threads)]
+    command += ["--threads", str(options.threads), "--devices", str(options.devices)]
 
     def counted(**more: str) -> Counts:
         environment = os.environ | more
@@ -158,17 +210,34 @@ def _in_a_process(way: str, options: Any) -> Counts:
         return found
 
     counts = counted()
-    if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
+    on_cpu = options.devices > 1 or not torch.cuda.is_available()
+    # One process shows in a quick run that this works, too; several take long to start.
+    skipped = options.quick and options.devices > 1
+    if platform.libc_ver()[0] == "glibc" and on_cpu and not skipped:
         mapped = counted(**MAPPED)
         counts |= {f"{name}, in use": mapped[name] for name in _peaks(mapped)}
     return counts
+
+
+def _here(way: str, options: Any) -> None:
+    """Count in this process, and print it; if it is one of several, the first prints the most that one of them has."""
+    if options.devices == 1:
+        print(json.dumps(count(way, options)))
+        return
+    dist.init_process_group("gloo")
+    every = Transport(options.devices, dist.get_rank()).gather(count(way, options))
+    if every is not None:
+        print(json.dumps({name: max(counts[name] for counts in every) for name in every[0]}), flush=True)
+    dist.destroy_process_group()
+    # Python's own end would abort some processes under FSDP2: gloo's threads still hold tensors then.
+    os._exit(0)
 
 
 def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
     """What a head on each device holds, over what full rank does."""
     what = f"{options.model}, batch {options.batch}, rank {options.rank}, {way}"
     whole = full["weights"] + full["gradients"] + full["moments"]
-    held = sum(own[key] for key in ("weights", "gradients", "moments", "factors", "anchors"))
+    held = own["held"]
     sharded = whole / DEVICES + 2 * full["largest block"]
 
     def row(figure: str, above: float, below: float, **more: Any) -> Row:
@@ -197,6 +266,27 @@ def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
     ]
 
 
+def rows_of_devices(found: dict[str, Counts], options: Any) -> list[Row]:
+    """What a device has in each way to train, over what it has at full rank."""
+    rows = []
+    for way, own in found.items():
+        what = f"{options.model}, batch {options.batch}, rank {options.rank}, {options.devices} devices, {way}"
+        figures = {"all but activations": "held"} | {name: name for name in _peaks(own)}
+        for figure, key in figures.items():
+            for how in FULL_RANK:
+                other = f"full rank, {how}"
+                if other != way:
+                    ratio = own[key] / found[other][key]
+                    rows.append(Row(what, f"{figure} / full rank's {how}", [ratio], f"{own[key] / 2**20:.0f} MiB"))
+    return rows
+
+
+def parts(way: str, own: Counts) -> str:
+    """What a device holds in one way, in words."""
+    held = ", ".join(f"{own[key] / 2**20:.0f} of {key}" for key in HELD if own.get(key))
+    return f"- {way}: {held}; {own['activations'] / 2**20:.0f} that a forward keeps for its backward."
+
+
 def _peaks(counts: Counts) -> list[str]:
     return [name for name in counts if name.startswith("peak")]
 
@@ -211,23 +301,31 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
-    parser.add_argument("--one", choices=["full rank", "keep", "reset"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--devices", type=int, default=1, help="processes that train together, on the CPU (default: %(default)s)"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.devices < 1:
+        parser.error(f"--devices must be at least 1; received {options.devices}")
     if options.quick:
         options.model, options.batch, options.rank, options.after_merge = "test_vit", 2, 4, ["keep"]
     torch.set_num_threads(options.threads)
     if options.one:
-        print(json.dumps(count(options.one, options)))
+        _here(options.one, options)
         return []
     start = time.perf_counter()
-    full = _in_a_process("full rank", options)
-    rows = [row for way in options.after_merge for row in rows_of(way, _in_a_process(way, options), full, options)]
-    print(table(rows))
-    whole = full["weights"] + full["gradients"] + full["moments"]
-    peaks = "; ".join(f"{name} {full[name] / 2**20:.0f} MiB" for name in _peaks(full))
-    print(
-        f"\nFull rank, AdamW: {whole / 2**20:.0f} MiB of weights, gradients and moments,"
-        f" {full['activations'] / 2**20:.0f} MiB of activations; {peaks}."
-        f" {setting(options.seed, start)}"
-    )
+    if options.devices > 1:
+        found = {way: _apart(way, options) for way in ways(options)}
+        rows = rows_of_devices(found, options)
+        remark = "\n".join(["What a device holds, in MiB:\n", *(parts(way, own) for way, own in found.items()), "\n"])
+    else:
+        full = _apart("full rank", options)
+        rows = [row for way in options.after_merge for row in rows_of(way, _apart(way, options), full, options)]
+        peaks = "; ".join(f"{name} {full[name] / 2**20:.0f} MiB" for name in _peaks(full))
+        remark = (
+            f"Full rank, AdamW: {full['held'] / 2**20:.0f} MiB of weights, gradients and moments,"
+            f" {full['activations'] / 2**20:.0f} MiB of activations; {peaks}. "
+        )
+    print(f"{table(rows)}\n\n{remark}{setting(options.seed, start)}")
     return rows

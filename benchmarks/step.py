@@ -26,7 +26,7 @@ from benchmarks.command import show
 from benchmarks.execution import NEVER, Batch, Seconds, loss_of, make_batch, step_of, timed
 from benchmarks.released import as_released
 from benchmarks.table import Row
-from lightning_lte import Explorer, LTEConfig
+from lightning_lte import Explorer, LTEConfig, Transport
 
 AfterMerge = Literal["keep", "reset"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -72,11 +72,12 @@ class Heads:
     Args:
         model: on its device.
         device: that it trains on.
-        heads: n.
+        heads: over all devices.
         rank: of the factors.
         after_merge: "keep" or "reset".
         seed: of the heads.
         fused: see `Plain`.
+        transport: to other devices; None for this one alone. Where it shares out a head, so is the model.
     """
 
     def __init__(
@@ -88,11 +89,15 @@ class Heads:
         after_merge: AfterMerge,
         seed: int,
         fused: bool = False,
+        transport: Transport | None = None,
     ) -> None:
         self.model, self.device = model.train(), device
         self.optimizer = make_optimizer(model, fused)
-        config = LTEConfig(heads, NEVER, rank=rank, after_merge=after_merge, execution="batched", seed=seed)
-        self.explorer = Explorer(model, self.optimizer, config)
+        shard = 1 if transport is None or transport.within is None else transport.within.world_size
+        config = LTEConfig(
+            heads, NEVER, rank=rank, after_merge=after_merge, execution="batched", shard=shard, seed=seed
+        )
+        self.explorer = Explorer(model, self.optimizer, config, transport)
 
     def step(self, batch: Batch) -> Seconds:
         """A training step."""

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 
-from benchmarks import base, links, network, training
+from benchmarks import base, links, memory, network, training
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.bound import Arithmetic, Use, multiply_adds, uses
 from benchmarks.namespaces import bits_per_second
@@ -197,6 +197,27 @@ def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureF
         # Counted, not timed.
         for line in text.splitlines():
             assert "factored weights" not in line or line.endswith("| yes |")
+
+
+@pytest.mark.timeout(600)  # twelve processes start one after the other
+@pytest.mark.usefixtures("settings_of_torch")
+def test_the_benchmark_of_memory_trains_in_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = memory.main(["--quick", "--threads", "1", "--devices", "2"])
+    text = capsys.readouterr().out
+    assert text.count(f"| {' | '.join(HEADER)} |") == 1
+    ratios = {(row.configuration.split("2 devices, ")[1], row.figure): row.median for row in rows}
+    each, shared = "keep, a head on each device", "keep, one head that all share out"
+    assert {way for way, _ in ratios} == {"full rank, under DDP", "full rank, under FSDP2", each, shared}
+    for way in (each, shared):
+        assert f"- {way}: " in text
+        for figure in ("peak of starting up", "peak of steps and merges"):
+            assert all(ratios[way, f"{figure} / full rank's {how}"] > 0 for how in ("under DDP", "under FSDP2"))
+    # Counted. Weights, gradients and two moments, of each a half in whole rows, over the same and the buckets.
+    held = "all but activations / full rank's"
+    assert 0.4 <= ratios["full rank, under FSDP2", f"{held} under DDP"] < 0.45
+    assert 0.5 <= ratios[shared, f"{held} under DDP"] / ratios[each, f"{held} under DDP"] < 0.6
+    with pytest.raises(SystemExit, match="2"):
+        memory.main(["--devices", "0"])
 
 
 @pytest.mark.usefixtures("settings_of_torch")
