@@ -110,10 +110,16 @@ def moments(optimizer: Optimizer) -> set[str] | None:
     Not so step sizes (Rprop's) and copies of what is trained, which would ruin it if they were set to zero. None for an
     optimizer that can't be copied.
     """
-    gradients = torch.zeros(2, *_TRIED, dtype=torch.float64)
-    return _kept(
-        optimizer, gradients, lambda v, _: v.dim() > 0 and v.is_floating_point() and bool((v.abs() < 1e-12).all())
-    )
+    found: set[str] = set()
+    for shape in (_TRIED, (4,)):  # Adafactor keeps others of vectors, and some add an eps to zeros
+        gradients = torch.zeros(2, *shape, dtype=torch.float64)
+        kept = _kept(
+            optimizer, gradients, lambda v, _: v.dim() > 0 and v.is_floating_point() and bool((v.abs() < 1e-6).all())
+        )
+        if kept is None:
+            return None
+        found |= kept
+    return found
 
 
 def check_writes(optimizers: Iterable[Optimizer]) -> None:
@@ -136,7 +142,7 @@ def check_writes(optimizers: Iterable[Optimizer]) -> None:
 def _kept(optimizer: Optimizer, gradients: Tensor, wanted: Callable[[Tensor, Tensor], bool]) -> set[str] | None:
     """Names of tensors in a twin's state after steps on these gradients, those that are wanted, given also what was
     trained; None where none can be made."""
-    start = torch.randn(_TRIED, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = torch.randn(gradients.shape[1:], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found: set[str] = set()
     for group in optimizer.param_groups:
         param = nn.Parameter(start.clone())

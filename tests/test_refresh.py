@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
+from lightning_lte.optimizers import moments
 from lightning_lte.payload import is_dense, sizes
 from tests.modules import RANK, Module, adamw, clone, loader, make_data, make_net, sgd, train_step, trainer
 from tests.test_exactness import HEADS, OUTER, train_both
@@ -289,3 +290,20 @@ def test_what_was_learned_while_a_merge_travelled_survives_a_resume_with_refresh
     for f in factors:
         assert flight[f.name].norm() > 1e-3
         torch.testing.assert_close(f.weight.detach(), expected[f.name])
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (partial(torch.optim.SGD, momentum=0.9), {"momentum_buffer"}),
+        (partial(torch.optim.AdamW, amsgrad=True, fused=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+        (torch.optim.Adamax, {"exp_avg", "exp_inf"}),
+        (torch.optim.Rprop, {"prev"}),
+        (torch.optim.ASGD, set()),  # a mean of parameters is no moment, and neither are its step sizes
+        (torch.optim.Adafactor, {"row_var", "col_var", "variance"}),
+        (partial(Codes, defaults={}), set()),
+    ],
+)
+def test_moments_are_what_is_zero_while_gradients_are(make: Any, expected: set[str]) -> None:
+    kwargs = {} if "defaults" in getattr(make, "keywords", {}) else {"lr": 0.1}
+    assert moments(make([torch.nn.Parameter(torch.ones(4, 4))], **kwargs)) == expected
