@@ -162,8 +162,8 @@ class LTEConfig:
     shard: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("heads", "merge_every", "rank", "refresh", "seed", "full_rank_steps", "overlap", "stagger")
-        for name in (*counts, "verify_every", "alpha", "reset_moments", "shard"):
+        counts = ("heads", "merge_every", "rank", "refresh", "full_rank_steps", "overlap", "stagger", "verify_every")
+        for name in (*counts, "alpha", "reset_moments", "seed", "shard"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_count("heads", self.heads, "heads=8")
         object.__setattr__(self, "grow_heads", check_growth(self.heads, self.grow_heads))
@@ -216,7 +216,7 @@ class LTEConfig:
                 else:
                     _check_positive(f"{name}[{key!r}]", value)
             object.__setattr__(self, name, dict(pattern))
-        rank = max(self.rank, *self.rank_pattern.values()) if self.rank_pattern else self.rank
+        rank = max((self.rank, *self.rank_pattern.values()))
         if self.refresh and self.refresh >= rank:
             raise ValueError(
                 "refresh must be below the rank, as it is there for some vectors to live on while others start anew;"

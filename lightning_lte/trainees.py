@@ -118,6 +118,8 @@ class Trainees:
                         self.substitution.names[param] = name
 
     def _note_borrowed(self) -> None:
+        if len(self.optimizers) == 1:
+            return  # this runs at every batch
         for number, optimizer in enumerate(self.optimizers):
             self.borrowed[number].update(p for p in _params(optimizer) if self.trained_by.get(p, number) != number)
 

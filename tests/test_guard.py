@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.optimizers import acts_per_element, check_optimizers
-from tests.modules import RANK, Net, adamw, make_data, make_net, sgd
+from tests.modules import RANK, Net, adamw, make_data, make_net, sgd, train_step
 
 
 def params() -> list[nn.Parameter]:
@@ -213,23 +213,20 @@ def test_a_step_that_is_not_counted_yet_is_not_lost_with_the_heads_of_a_weight(p
     net = make_net()
     opt = sgd(net.parameters())
     explorer = Explorer(net, opt, LTEConfig(2, period, rank=RANK, execution="batched"))
-    for step in range(4):
-        x, y = make_data(8, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(net(x), y)
-        loss.backward()
-        explorer.after_backward()
-        opt.step()
-        opt.zero_grad()
-        if step == 3:
-            (f,) = [f for f in explorer.injection.factors.values() if f.name == "first"]
-            expected = torch.stack([f.effective(h) for h in range(2)]).mean(0) + 1
-            with torch.no_grad():
-                net.first.weight.add_(1)
-            with pytest.warns(UserWarning, match="Trained without heads, as replicas: first"):
-                explorer.step()
-        else:
-            explorer.step()
+    for step in range(3):
+        train_step(explorer, net, opt, make_data(8, seed=step))
+    x, y = make_data(8, seed=3)
+    with explorer.heads():
+        loss = cross_entropy(net(x), y)
+    loss.backward()
+    explorer.after_backward()
+    opt.step()
+    (f,) = [f for f in explorer.injection.factors.values() if f.name == "first"]
+    expected = torch.stack([f.effective(h) for h in range(2)]).mean(0) + 1
+    with torch.no_grad():
+        net.first.weight.add_(1)
+    with pytest.warns(UserWarning, match="Trained without heads, as replicas: first"):
+        explorer.step()
     torch.testing.assert_close(net.first.weight.detach(), expected)
 
 

@@ -141,6 +141,17 @@ def test_merges_of_one_step_are_all_on_record() -> None:
     assert loop.explorer.records[-1] is loop.explorer.last_record
 
 
+def step_of(explorer: Explorer, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+    """A step of one of several optimizers, by hand."""
+    with explorer.heads():
+        loss = cross_entropy(explorer.module(batch[0]), batch[1])
+    loss.backward()
+    explorer.after_backward()
+    optimizer.step()
+    explorer.module.zero_grad()
+    explorer.step(optimizer)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_steps_of_a_second_optimizer_over_the_same_weights_are_merged_in_the_end(first: int) -> None:
     """Weights merge by the clock of the optimizer that holds them first; the last step is that of the other."""
@@ -149,14 +160,7 @@ def test_steps_of_a_second_optimizer_over_the_same_weights_are_merged_in_the_end
     explorer = Explorer(net, optimizers, LTEConfig(HEADS, 4, rank=RANK, execution="batched"))
     start = clone({f.name: f.weight for f in explorer.injection.factors.values()})
     for step, number in enumerate([first] + [0] * 4 + [1] * 3):
-        x, y = make_data(16, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(net(x), y)
-        loss.backward()
-        explorer.after_backward()
-        optimizers[number].step()
-        net.zero_grad()
-        explorer.step(optimizers[number])
+        step_of(explorer, optimizers[number], make_data(16, seed=step))
     assert explorer.unmerged
     factors = list(explorer.injection.factors.values())
     explorer.finish()
@@ -203,13 +207,7 @@ def _joins_later() -> dict[str, Tensor]:
             optimizers[1].add_param_group({"params": [net.first.bias, net.second.weight]})
         explorer.act()
         x, y = (t.chunk(2)[transport.rank] for t in make_data(16, seed=step))
-        with explorer.heads():
-            loss = cross_entropy(net(x), y)
-        loss.backward()
-        explorer.after_backward()
-        optimizers[number].step()
-        net.zero_grad()
-        explorer.step(optimizers[number])
+        step_of(explorer, optimizers[number], (x, y))
     explorer.finish()
     return clone(net.state_dict())
 
