@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -250,7 +251,12 @@ class Factors:
             part: see `apply`.
         """
         with span("heads"):
-            return product.product(x, weight, bias, *self._acting(head, part), self.scale, self.gradient_scale)
+            factors, again = self._acting(head, part), self._again(head, part)
+            return product.product(x, weight, bias, *factors, self.scale, self.gradient_scale, again)
+
+    def _again(self, head: int | Tensor | None, part: int | None) -> Callable[[], product.PairAndAnchors] | None:
+        """What gives `_acting` once more to a backward; None where a forward keeps it."""
+        return None
 
     def acting(self, head: int | Tensor | None = None, part: int | None = None) -> Pair:
         """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
@@ -258,9 +264,7 @@ class Factors:
         A, B = (product.scaled_gradient(t, self.gradient_scale) if t.requires_grad else t for t in (A, B))
         return product.stacked(A, B, *anchors)
 
-    def _acting(
-        self, head: int | Tensor | None, part: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _acting(self, head: int | Tensor | None, part: int | None) -> product.PairAndAnchors:
         # torch.compile refuses such writes inside of activation checkpointing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.took_part = True
@@ -280,9 +284,7 @@ class Factors:
         """
         return product.stacked(*self._chosen(heads))
 
-    def _chosen(
-        self, heads: int | slice | Tensor | tuple[slice | Tensor, int] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _chosen(self, heads: int | slice | Tensor | tuple[slice | Tensor, int] | None) -> product.PairAndAnchors:
         """A, B and their anchors, of some of the local heads or of all, and of one of the matrices or of all."""
         A: Tensor = self.A
         B: Tensor = self.B

@@ -12,7 +12,7 @@ anchors are written once, next to nothing else, and gradients come out in the si
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def product(
     anchor_B: Tensor | None,
     scale: float,
     gradient_scale: int = 1,
+    again: Callable[[], PairAndAnchors] | None = None,
 ) -> Tensor:
     """y_h = W x_h + s * (B_h A_h - B'_h A'_h) x_h + b_h: (n, rows, out). Straight after a merge exactly W x_h + b_h.
 
@@ -49,10 +50,15 @@ def product(
         anchor_A, anchor_B: as A and B; None for none. They get no gradient.
         scale: s.
         gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
+        again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
-    A, B, anchor_A, anchor_B = (t if t is None or t.dim() == 4 else t.unsqueeze(1) for t in (A, B, anchor_A, anchor_B))  # type: ignore[assignment]
-    y: Tensor = _Product.apply(x, weight, bias, A, B, anchor_A, anchor_B, scale, gradient_scale)
+    factors = _four_dimensional((A, B, anchor_A, anchor_B))
+    y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
+
+
+def _four_dimensional(factors: PairAndAnchors) -> PairAndAnchors:
+    return tuple(t if t is None or t.dim() == 4 else t.unsqueeze(1) for t in factors)  # type: ignore[return-value]
 
 
 def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
@@ -137,6 +143,7 @@ class _Product(torch.autograd.Function):
         anchor_B: Tensor | None,
         scale: float,
         gradient_scale: int,
+        again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
         ctx.scale, ctx.gradient_scale, ctx.folds = scale, gradient_scale, _folds(x, weight, anchor_B is not None)
         ctx.per_head = per_head = bias is not None and bias.dim() == 2
@@ -165,15 +172,18 @@ class _Product(torch.autograd.Function):
                 inner[heads, part] = by_A[0]
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
         kept = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, kept, *factors, inner)
+        ctx.again = again
+        ctx.save_for_backward(x, kept, *(factors if again is None else [None] * 4), inner)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
-            return (None,) * 9
+            return (None,) * 10
         x, weight, A, B, anchor_A, anchor_B, inner = ctx.saved_tensors
+        if ctx.again is not None:
+            A, B, anchor_A, anchor_B = _four_dimensional(ctx.again())
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         factors, size = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale
         gradient = gradient.contiguous()  # once, and not in every product
@@ -210,7 +220,7 @@ class _Product(torch.autograd.Function):
         if for_weight:
             # The largest of them comes last: only the first steps want it, and let it go at once.
             of_weight = gradient.flatten(0, 1).mT @ x.flatten(0, 1)
-        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
+        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None, None
 
 
 def _folds(x: Tensor, weight: Tensor, anchored: bool) -> bool:

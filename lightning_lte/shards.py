@@ -6,7 +6,7 @@ head's factors and anchors, and with them of their moments; whole ones exist whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 try:
     from torch.distributed.tensor import DTensor, Shard
@@ -22,6 +23,7 @@ except ImportError:  # torch 2.4
     from torch.distributed._tensor import DTensor, Shard
 
 from lightning_lte.heads import Factors
+from lightning_lte.product import PairAndAnchors
 
 # Their names since torch 2.14, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -84,7 +86,8 @@ class SharedFactors(Factors):
     The devices of the group have the same heads, and samples of their own; the gradient of a head is the mean of
     theirs. A, B and the anchors are shared out by rows: a device keeps rank / k rows of A, out / k rows of B, and its
     rows of W, rounded up. A forward gathers the factors, as FSDP does W, and its backward hands each device the mean
-    gradient of its rows.
+    gradient of its rows. Linear layers gather them once more for their backward, as FSDP does W, in place of keeping
+    them from one to the other; other layers keep them.
 
     Args:
         place: the module that W is a parameter of, and its name there; in a forward it shows the whole W.
@@ -109,9 +112,17 @@ class SharedFactors(Factors):
             )
         return weight.detach()
 
-    def _chosen(
-        self, heads: int | slice | Tensor | tuple[slice | Tensor, int] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def apply(self, base: Tensor, x: Tensor, head: int | Tensor | None = None, part: int | None = None) -> Tensor:
+        # Made once more for a backward; the base is not, which would have to be kept for that.
+        none = base.new_zeros(()).expand(base.shape)
+        run = super().apply
+        y: Tensor = checkpoint(run, none, x, head, part, use_reentrant=False, preserve_rng_state=False)
+        return base + y
+
+    def _again(self, head: int | Tensor | None, part: int | None) -> Callable[[], PairAndAnchors]:
+        return lambda: self._acting(head, part)
+
+    def _chosen(self, heads: int | slice | Tensor | tuple[slice | Tensor, int] | None) -> PairAndAnchors:
         A, B, *anchors = (tensor if heads is None else tensor[heads] for tensor in self.gather())
         if not self.weight.requires_grad:
             A, B = A.detach(), B.detach()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DistributedSampler
 
-from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport, product
 from lightning_lte.sharding import Sharding, blocks, check
 from lightning_lte.shards import local, whole
 from tests.modules import (
@@ -185,6 +187,17 @@ def test_groups_train_as_the_oracle(groups: int, k: int, kind: str, optimizer: s
     choices = {"merge_every": 3, "after_merge": after_merge}
     seen = run(trains_as_the_oracle, groups * k, k, kind, optimizer, None, choices)
     assert_equal_across_groups(seen, k)
+
+
+def trains_in_plain_operations(k: int, after_merge: str) -> list[Tensor]:
+    """As with autocast, which is not exact enough to tell."""
+    with patch.object(product, "applies", lambda *_: False):
+        return trains_as_the_oracle(k, "blocks", "adamw", None, {"merge_every": 3, "after_merge": after_merge})
+
+
+@pytest.mark.parametrize("after_merge", ["keep", "reset"])
+def test_plain_operations_train_as_the_oracle(after_merge: str) -> None:
+    assert_equal_across_groups(run(trains_in_plain_operations, 2, 2, after_merge), 2)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +405,31 @@ def test_a_device_keeps_one_kth_of_the_rows_of_all_there_is(k: int) -> None:
             # Rows are rounded up; the fewest that are shared out are the 3 of A.
             assert here <= -(-altogether // k) + 15, name
         assert sum(here for here, _ in sizes.values()) < 1.3 / k * sum(n for _, n in sizes.values())
+
+
+def keeps_for_a_backward(autocast: bool) -> list[tuple[int, ...]]:
+    """Shapes of what a forward of blocks keeps."""
+    _, explorer, _ = shared_out(2, "blocks", merge_every=3)
+    seen: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tuple(tensor.shape))
+        return tensor
+
+    x = torch.randn(PER_DEVICE, 11, dtype=torch.float64)
+    with explorer.heads(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with saved_tensors_hooks(pack, lambda t: t):
+            explorer.module.blocks[0](x)
+    return seen
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_whole_factors_are_kept_from_a_forward_to_its_backward(autocast: bool) -> None:
+    # Those of linear layers from 11 to 15 and back, also stacked with differences from anchors.
+    whole_factors = {(r, n) for r in (RANK, 2 * RANK) for n in (11, 15)}
+    for seen in run(keeps_for_a_backward, 2, autocast):
+        assert seen
+        assert not {shape[-2:] for shape in seen} & (whole_factors | {(n, r) for r, n in whole_factors})
 
 
 # ---- heads that are not finite, and merges in other ways
