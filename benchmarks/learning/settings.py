@@ -23,6 +23,7 @@ LTE: Settings = {
     "reset_a": "keep",
     "reset_moments": 0.0,
     "refresh": 0,
+    "freeze_a": False,
     "weight_decay": "factors",  # what that of the optimizer pulls towards zero
     "target_modules": None,
     "exclude_modules": [],
