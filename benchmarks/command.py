@@ -35,6 +35,7 @@ def of_one_model(
     parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of the heads (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--after-merge", default="keep", choices=["keep", "reset"], help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
     parser.add_argument("--seed", type=int, default=0)

@@ -30,7 +30,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
     """The rows of one configuration."""
     batch = make_batch(options.model, options.batch, device, options.seed)
     model = make_model(options.model, options.depth, options.seed, device)
-    lte = Heads(model, device, options.heads, options.rank, "keep", options.seed)
+    lte = Heads(model, device, options.heads, options.rank, options.after_merge, options.seed)
     explorer = lte.explorer
     steps, merges, shares = [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,6 +62,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 shares.append((always + now_and_then) / (steps[-1] + now_and_then))
     depth = "" if options.depth is None else f" of depth {options.depth}"
     what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
+    what += f", {options.after_merge}"
     ratios = [merge / step for merge, step in zip(merges, steps, strict=True)]
     return [
         Row(what, "a merge / a step", ratios, f"{statistics.median(merges):.3f} s", goal=1.0),

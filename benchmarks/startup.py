@@ -28,7 +28,7 @@ PASSES = 2.0
 def measure(options: Any, device: torch.device) -> list[Row]:
     """The rows of one configuration."""
     batch = make_batch(options.model, options.batch, device, options.seed)
-    config = LTEConfig(options.heads, NEVER, rank=options.rank, seed=options.seed)
+    config = LTEConfig(options.heads, NEVER, rank=options.rank, after_merge=options.after_merge, seed=options.seed)
     injecting, resuming, passes, firsts = [], [], [], []
 
     def explorer_over(model: nn.Module) -> tuple[Explorer, AdamW]:

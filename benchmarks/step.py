@@ -29,7 +29,9 @@ from benchmarks.table import Row
 from lightning_lte import Explorer, LTEConfig, Transport
 
 AfterMerge = Literal["keep", "reset"]
-Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+# As Lightning calls them. Those that are mixed run without a GradScaler, whose part is no larger for heads.
+Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true"]
+DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 # In the first two steps weights are watched, and moments are made.
 WARM_UP = 3
@@ -186,9 +188,11 @@ def make_model(
     torch.manual_seed(seed)
     chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
     model: nn.Module = timm.create_model(name, **chosen).to(device)
-    if precision == "bf16-mixed":
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    return model.bfloat16() if precision == "bf16-true" else model
+    bits, _, kind = precision.partition("-")
+    if kind == "mixed":
+        model.forward = torch.autocast(device.type, DTYPES[bits])(model.forward)
+        return model
+    return model.to(DTYPES[bits])
 
 
 def make_optimizer(model: nn.Module, fused: bool) -> AdamW:
@@ -241,8 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     for name in options.models:
         batch = make_batch(name, options.batch, device, options.seed)
-        if options.precision == "bf16-true":
-            batch = (batch[0].bfloat16(), batch[1])
+        bits, _, kind = options.precision.partition("-")
+        if kind == "true":
+            batch = (batch[0].to(DTYPES[bits]), batch[1])
         for heads in options.heads:
             for rank in options.ranks:
                 for after_merge in options.after_merge:

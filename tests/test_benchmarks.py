@@ -232,7 +232,7 @@ def test_the_benchmark_of_a_step_prints_the_speed_up_of_torch_compile(capsys: py
 
 
 @pytest.mark.usefixtures("settings_of_torch")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["64-true", "16-mixed", "bf16-mixed", "bf16-true"])
 def test_the_benchmark_of_a_step_takes_a_precision(capsys: pytest.CaptureFixture[str], precision: str) -> None:
     main(["step", "--quick", "--threads", "1", "--after-merge", "keep", "--precision", precision])
     text = capsys.readouterr().out

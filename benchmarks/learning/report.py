@@ -88,8 +88,9 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
         cells = [line.row.label or own["method.name"], *(_cell(own.get(name, "")) for name in differing)]
         control = control_of(line, found)
         values = list(line.metrics.values())
-        digits = 2 if TASKS[own["task.name"]].higher_is_better else 4
-        cells += [_number(statistics.mean(values), digits) if values else "", _spread(values, digits)]
+        # Errors may be of any size.
+        kind = ".2f" if TASKS[own["task.name"]].higher_is_better else ".4g"
+        cells += [f"{statistics.mean(values):{kind}}" if values else "", _spread(values, kind)]
         if control is None or not values:
             cells += ["", ""]
         elif control is line:
@@ -98,7 +99,7 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
             # A seed fixes the model's start and the order of samples, so that differences are taken within seeds.
             both = line.metrics.keys() & control.metrics.keys()
             differences = [line.metrics[seed] - control.metrics[seed] for seed in sorted(both)]
-            cells += [f"{statistics.mean(differences):+.{digits}f}" if both else "", _spread(differences, digits)]
+            cells += [f"{statistics.mean(differences):+{kind}}" if both else "", _spread(differences, kind)]
         loss, sent, seconds = line.mean("loss"), line.mean("bytes"), line.mean("cpu_seconds")
         cells += ["" if loss is None else f"{loss:.4g}", *(_course(line, key) for key in ranks)]
         cells += ["" if sent is None else f"{sent / 1e6:.4g}"]
@@ -137,12 +138,18 @@ def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) 
         remarks.append("Runs: " + "; ".join(f"{note} ({count})" for note, count in sorted(notes.items())) + ".")
     if results:
         machines = Counter(r["hardware"] for r in results)
-        versions = Counter(", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results)
-        remarks.append(f"Seeds 0 to {seeds - 1}. {'; '.join(machines)}. {'; '.join(versions)}.")
+        versions: dict[str, list[str]] = {}
+        for r in results:
+            of = ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "commit")
+            commit = r["versions"]["commit"]
+            if commit not in versions.setdefault(of, []):
+                versions[of].append(commit)
+        told = (f"{of}, commits {', '.join(commits)}" for of, commits in versions.items())
+        remarks.append(f"Seeds 0 to {seeds - 1}. {'; '.join(machines)}. {'; '.join(told)}.")
     remarks.append(
         "Mean over seeds; sd is the sample standard deviation. Δ: to the best full-rank row of the table of the same"
         " task, batch and epochs, within seeds. Last loss: training loss, mean over the last tenth. MB sent: by each"
-        " device, if each has one head or replica, computed."
+        " device, if each has one head or replica, computed; one head is on one device, which sees the whole batch."
     )
     return remarks
 
@@ -255,9 +262,5 @@ def _cell(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+def _spread(values: Sequence[float], kind: str) -> str:
+    return f"{statistics.stdev(values):{'.2g' if kind == '.4g' else kind}}" if len(values) > 1 else ""
