@@ -169,7 +169,7 @@ def test_pictures_show_the_metric_over_a_setting(cache: Cache, tmp_path: Path) -
 
 
 def test_the_difference_is_to_the_best_control_within_seeds(rows: table.Table, cache: Cache) -> None:
-    metrics = {0: [0.5, 0.7], 1: [0.3, 0.5], 2: [0.4, 0.8], 3: [0.9, None]}
+    metrics = {0: [0.5, 0.75], 1: [0.25, 0.5], 2: [0.375, 0.75], 3: [0.875, None]}
     kept = {"loss": 1.0, "bytes": 10, "cpu_seconds": 1, "notes": [], "hardware": "h", "versions": {}, "evaluations": []}
     for number, values in metrics.items():
         for seed, value in enumerate(values):
@@ -179,12 +179,12 @@ def test_the_difference_is_to_the_best_control_within_seeds(rows: table.Table, c
             cache.put(row, seed, result)
     text = report.markdown(rows, report.lines(rows, cache, 3), 3)
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
-    # The lowest error is the best: 0.4 on average. Differences of the third row are 0.1 and 0.3.
-    metric = cells[0].index("0.6000")
-    assert cells[0][metric:][:4] == ["0.6000", "0.1414", "+0.2000", "0.0000"]
-    assert cells[1][metric:][:3] == ["0.4000", "0.1414", "control"]
-    assert cells[2][metric:][:4] == ["0.6000", "0.2828", "+0.2000", "0.1414"]
-    assert cells[3][metric:][:4] == ["0.9000", "", "+0.6000", ""] and cells[3][-1] == "2 (1 diverged)"
+    # The lowest error is the best: 0.375 on average. Differences of the third row are 0.125 and 0.25.
+    metric = cells[0].index("0.6250")
+    assert cells[0][metric:][:4] == ["0.6250", "0.1768", "+0.2500", "0.000"]
+    assert cells[1][metric:][:3] == ["0.3750", "0.1768", "control"]
+    assert cells[2][metric:][:4] == ["0.5625", "0.2652", "+0.1875", "0.08839"]
+    assert cells[3][metric:][:4] == ["0.8750", "", "+0.6250", ""] and cells[3][-1] == "2 (1 diverged)"
     assert "**4 of 12 runs are missing.**" in text
 
 

@@ -89,7 +89,7 @@ def markdown(table: Table, found: Sequence[Line], seeds: int) -> str:
         control = control_of(line, found)
         values = list(line.metrics.values())
         # Errors may be of any size.
-        kind = ".2f" if TASKS[own["task.name"]].higher_is_better else ".4g"
+        kind = ".2f" if TASKS[own["task.name"]].higher_is_better else "#.4g"
         cells += [f"{statistics.mean(values):{kind}}" if values else "", _spread(values, kind)]
         if control is None or not values:
             cells += ["", ""]
@@ -141,7 +141,7 @@ def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) 
         versions: dict[str, list[str]] = {}
         for r in results:
             of = ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "commit")
-            commit = r["versions"]["commit"]
+            commit = r["versions"].get("commit", "unknown")
             if commit not in versions.setdefault(of, []):
                 versions[of].append(commit)
         told = (f"{of}, commits {', '.join(commits)}" for of, commits in versions.items())
@@ -154,11 +154,11 @@ def _remarks(found: Sequence[Line], flat: Sequence[dict[str, Any]], seeds: int) 
     return remarks
 
 
-def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int = 10) -> list[Path]:
+def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int = 14) -> list[Path]:
     """Pictures, one file for each task: loss and metric, over samples and over bytes; or the metric over a setting.
 
     Args:
-        most: rows in a picture of curves; the best of each label come first.
+        most: rows in a picture of curves, and 10 if there are no more labels; the best of each label come first.
     """
     import matplotlib
 
@@ -183,26 +183,35 @@ def plot(table: Table, found: Sequence[Line], folder: Path, name: str, most: int
 
 def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
     """Loss and metric, over samples and over bytes."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     own = sorted(found, key=lambda o: statistics.mean(o.metrics.values()), reverse=task.higher_is_better)
     first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
-    own = sorted(own, key=lambda o: id(o) not in first)[:most]
+    # Of controls, those that others are compared with.
+    own = [o for o in own if not o.is_control or control_of(o, found) is o or id(o) in first]
+    own = sorted(own, key=lambda o: id(o) not in first)[: max(len(first), 10)][:most]
     shown = [("curve", "loss", "training loss"), ("evaluations", "metric", f"test {task.metric}")]
     shown += [("evaluations", key, RANKS[key]) for key in _ranks(own)]
     size = (12, 4 * len(shown))
     figure, axes = pyplot.subplots(len(shown), 2, figsize=size, sharey="row", constrained_layout=True)
-    for line, label in zip(own, _labels(own, "method.name"), strict=True):
+    named = Counter(line.row.label for line in own)
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for line, label, colour in zip(own, _labels(own, "method.name"), colours, strict=False):
+        # A name that stands for one line says enough.
+        drawn = {"label": line.row.label if named[line.row.label] == 1 else label, "color": colour}
         for row, (key, value, _) in enumerate(shown):
             points = line.mean_curve(key, value)
             for column, over in enumerate(("samples", "bytes")):
                 x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
-                axes[row, column].plot(x, [p[value] for p in points], label=label, marker="." if row else None)
+                axes[row, column].plot(x, [p[value] for p in points], marker="." if row else None, **drawn)
     for column, over in enumerate(("samples", "MB sent by each device")):
         axes[-1, column].set_xlabel(over)
     for row, (_, _, name) in enumerate(shown):
         axes[row, 0].set_ylabel(name)
         axes[row, 1].set_xscale("log")
+        axes[row, 1].xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes[row, 1].xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes[row, 1].xaxis.set_minor_formatter(ticker.NullFormatter())
         for column in range(2):
             axes[row, column].grid(alpha=0.3)
     # Below, as labels may be longer than a picture is wide.
@@ -263,4 +272,4 @@ def _cell(value: Any) -> str:
 
 
 def _spread(values: Sequence[float], kind: str) -> str:
-    return f"{statistics.stdev(values):{'.2g' if kind == '.4g' else kind}}" if len(values) > 1 else ""
+    return f"{statistics.stdev(values):{kind}}" if len(values) > 1 else ""
