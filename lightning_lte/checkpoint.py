@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,6 +84,10 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     _check(explorer, state, lost)
     if lost:
         explorer.make_replicas(lost)
+    # Heads that are drawn from now on are those that the run would have had. Checkpoints of before have no seed.
+    explorer.config = replace(explorer.config, seed=state.get("seed", explorer.config.seed))
+    for f in explorer.injection.factors.values():
+        f.seed = explorer.config.seed
     if state["heads"] > explorer.config.heads:
         explorer.grow(state["heads"], "as in the checkpoint")
     if explorer.execution == "auto" and state["execution"] != "auto":
@@ -383,6 +388,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "heads": explorer.config.heads,
         "devices": explorer.transport.world_size,
         "shard": explorer.config.shard,
+        "seed": explorer.config.seed,
         "after_merge": explorer.config.after_merge,
         "freeze_a": explorer.config.freeze_a,
         "full_rank": explorer.full_rank,

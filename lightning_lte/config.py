@@ -83,7 +83,8 @@ class LTEConfig:
         embeddings: "factors" as any other layer, or a "replica", averaged at merges as in the paper.
         init: how A starts: "orthogonal" (semi-orthogonal, scaled by sqrt(in / r) as the released code does),
             "kaiming" or "xavier" (normal).
-        seed: heads are drawn from (seed, module name, head number).
+        seed: heads are drawn from (seed, module name, head number). A checkpoint's counts for the run that goes on from
+            it.
         execution: how several local heads share a device: "batched", "sequential", or "auto", which takes batched
             where it is proved right on the first batch.
         loss_reduction: how the user's loss depends on the number of samples: their "mean", or their "sum". With a sum,

@@ -138,6 +138,12 @@ class Explorer(Merging):
 
     def act(self) -> None:
         self._begin_if_due()
+        if not (self.full_rank or self._is_settling) and self.unmerged:
+            # Forwards are to see weights that were written since the last step. Who averages weights runs an epoch
+            # without steps, for running statistics of them.
+            found = self.guard.found(settling=False, look_at_bits=False)
+            if found:
+                self._takes_all(found)
         super().act()
 
     def all_heads(self) -> AbstractContextManager[None]:

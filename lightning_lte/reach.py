@@ -7,11 +7,11 @@ heads are not among `module.parameters()`: they would clip, or zero, everything 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
@@ -22,12 +22,11 @@ _ZERO = nn.Module.zero_grad
 
 
 @contextmanager
-def gradient_functions_reach_heads(explorer: Explorer, users: Iterable[type]) -> Iterator[None]:
-    """Exchange the functions while the block runs, in torch and wherever users' modules have imported them.
+def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
+    """Exchange the functions while the block runs, in torch and in all modules that have imported them by name.
 
     Args:
         explorer: whose heads are meant where parameters of its module are; for others all is as always.
-        users: classes whose modules may have the functions under names of their own.
     """
 
     def norm(
@@ -63,12 +62,12 @@ def gradient_functions_reach_heads(explorer: Explorer, users: Iterable[type]) ->
                 param.grad = None
 
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
-    modules = [torch.nn.utils, clip_grad]
-    modules += [sys.modules[cls.__module__] for cls in users if cls.__module__ in sys.modules]
+    package = __name__.partition(".")[0]
     places = [
         (module, name, function)
-        for module in dict.fromkeys(modules)
-        for name, function in vars(module).items()
+        for key, module in list(sys.modules.items())
+        if isinstance(module, ModuleType) and key.partition(".")[0] != package
+        for name, function in list(vars(module).items())
         if function is _NORM or function is _VALUE
     ]
     for module, name, function in places:

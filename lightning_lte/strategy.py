@@ -60,6 +60,12 @@ if TYPE_CHECKING:
 # What Lightning calls, and uses parameters as a forward does.
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
+_OPTIMIZERS_STAY = "Heads train through the optimizers that `fit` began with"
+_CHANGE_GROUPS = (
+    "Change their `param_groups` in place, learning rates for instance, or call `fit` again: it goes on from the merged"
+    " weights."
+)
+
 # Seconds that devices wait for each other where training was interrupted and some of them may be gone.
 _AGREE_TIMEOUT_S = 30.0
 _TELL_TIMEOUT_S = 1.0
@@ -102,7 +108,8 @@ class HeadsStrategy(Resumable):
         norms: weight and bias of normalisation layers: "replica", or "vector-scalar" factors.
         embeddings: "factors", as if not given, or a "replica".
         init: how A starts: "orthogonal", "kaiming" or "xavier".
-        seed: heads are drawn from it, their layer's name and their number. None means Lightning's global seed, or 0.
+        seed: heads are drawn from it, their layer's name and their number. None means Lightning's global seed, or 0. A
+            run that goes on from a checkpoint goes on with that of the checkpoint.
         execution: how heads share a device: "batched" in one forward, "sequential" in turn, "auto" batched where that
             is proved right on the first batch.
         loss_reduction: whether the loss is a "mean" or a "sum" over samples.
@@ -401,6 +408,8 @@ class HeadsStrategy(Resumable):
         self._sharding = Sharding(self._module, self._transport, self.root_device, _STEPS)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
+        if self._explorer is not None:
+            raise RuntimeError(f"{_OPTIMIZERS_STAY}; received a second call of setup_optimizers. {_CHANGE_GROUPS}")
         super().setup_optimizers(trainer)
         module = self._module
         config = self.config
@@ -466,8 +475,7 @@ class HeadsStrategy(Resumable):
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
-        users = [*type(self._module).__mro__, *(type(c) for c in trainer.callbacks)]  # type: ignore[attr-defined]
-        reaching = gradient_functions_reach_heads(explorer, users)
+        reaching = gradient_functions_reach_heads(explorer)
         reaching.__enter__()
         undo.append(lambda: reaching.__exit__(None, None, None))
         for optimizer in explorer.optimizers:
@@ -630,6 +638,10 @@ class HeadsStrategy(Resumable):
 
             own = None if closure is nothing else closure
             return self._manual.step(self._bare(optimizer), own, step_for_all)
+        if all(self._bare(optimizer) is not own for own in explorer.optimizers):
+            raise RuntimeError(
+                f"{_OPTIMIZERS_STAY}; received a step of another one, {type(optimizer).__name__}. {_CHANGE_GROUPS}"
+            )
         if not self._module.automatic_optimization:
             explorer.before_step()
         self._stepping = True

@@ -157,8 +157,10 @@ class Trainees:
         return trained
 
     def trains_in_place_of(self, params: Iterable[nn.Parameter]) -> bool:
-        """Whether something else is trained in place of any of these."""
+        """Whether something else is trained in place of any of these, or they are what heads train."""
         params = list(params)
+        if not self.per_head.isdisjoint(params):
+            return True  # as optimizers hold them
         trained = self.trained_for(params)
         return len(trained) != len(params) or any(a is not b for a, b in zip(trained, params, strict=True))
 

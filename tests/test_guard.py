@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_lte import Explorer, LTEConfig
+from lightning_lte import Explorer, LTEConfig, LTEStrategy
 from lightning_lte.optimizers import acts_per_element, check_optimizers
-from tests.modules import RANK, Net, adamw, make_data, make_net, sgd, train_step
+from tests.modules import RANK, Module, Net, adamw, loader, make_data, make_net, sgd, train_step, trainer
 
 
 def params() -> list[nn.Parameter]:
@@ -235,6 +235,21 @@ class UsedElsewhere(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (1 + self.second.weight.sum())
+
+
+@pytest.mark.parametrize("how", ["another", "set up again"])
+def test_optimizers_that_are_exchanged_while_training_are_refused(how: str) -> None:
+    class Exchanging(Module):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1 and how == "another":
+                self.trainer.optimizers = [adamw(self.parameters())]
+            elif self.current_epoch == 1:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    module = Exchanging(optimizer=adamw)
+    with pytest.raises(RuntimeError, match=r"through the optimizers that `fit` began with; received .* `param_groups`"):
+        trainer(LTEStrategy(4, 3, rank=RANK), max_epochs=3).fit(module, loader())
+    assert type(module.net.first) is nn.Linear
 
 
 def test_a_graph_that_runs_backward_once_more_finds_the_weights_of_its_forward() -> None:

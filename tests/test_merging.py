@@ -55,6 +55,19 @@ def test_weights_written_while_a_merge_travels_stay_as_they_were_written() -> No
         torch.testing.assert_close(weight, torch.full_like(weight, 0.01))
 
 
+def test_forwards_see_weights_that_were_written_since_the_last_step() -> None:
+    """As in the epoch without steps in which a callback that averaged weights computes running statistics."""
+    loop = Loop(merge_every=30)
+    loop.steps(5)
+    with torch.no_grad():
+        for param in loop.net.parameters():
+            param.fill_(0.01)
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        loop.explorer.act()
+    for f in loop.explorer.injection.factors.values():
+        assert all(torch.equal(f.effective(head), torch.full_like(f.weight, 0.01)) for head in range(f.count))
+
+
 def test_parameters_that_come_later_do_not_change_the_groups_of_others() -> None:
     """A weight would be merged twice if it changed its group while it is on its way."""
     loop = Loop(stagger=2, overlap=3)

@@ -127,6 +127,38 @@ def test_time_outermost_is_sequential_though_shapes_agree() -> None:
     assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
 
 
+class CalledDirectly(TimeFirst):
+    """Calls a layer's forward, and not the layer: hooks see nothing of that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_layers_whose_forward_is_called_directly_are_seen_too() -> None:
+    execution, why = verdict(Pooled(CalledDirectly()), images())
+    assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
+
+
+class Padded(nn.Module):
+    """A transformer that is told what is padding, which torch hands on as a mask of minus infinities."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.TransformerEncoderLayer(WIDTH, 2, 64, batch_first=True), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.arange(8) > 3 + x[:, :1, 0].sign()
+        return self.layer(x, src_key_padding_mask=padding.roll(self.shift, 0))
+
+
+def test_masks_are_no_reason_against_batched() -> None:
+    assert verdict(Pooled(Padded()), images())[0] == "batched"
+
+
+def test_masks_of_other_samples_are_one() -> None:
+    assert verdict(Pooled(Padded(shift=1)), images())[0] == "sequential"
+
+
 @pytest.mark.parametrize("body", [Mixing, Flat])
 def test_samples_that_meet_are_sequential(body: type[nn.Module]) -> None:
     assert verdict(Pooled(body()), images())[0] == "sequential"

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
 
 from lightning_lte import LTEStrategy
+from tests import clipping
 from tests.modules import IN, RANK, WIDTH, Module, Net, Recorder, clone, loader, make_net, sgd, trainer
 from tests.processes import run
 
@@ -597,7 +598,19 @@ def clip_values_in_hook(module: Module) -> None:
     nn.utils.clip_grad_value_(module.parameters(), 1e-8)
 
 
-@pytest.mark.parametrize("clip", [clip_in_hook, clip_by_name_in_hook, clip_values_in_hook])
+def clip_in_another_module(module: Module) -> None:
+    clipping.clip(module.parameters(), 1e-7)
+
+
+def clip_what_optimizers_hold(module: Module) -> None:
+    for group in module.trainer.optimizers[0].param_groups:
+        clip_grad_norm_(group["params"], 1e-7)
+
+
+CLIPS = [clip_in_hook, clip_by_name_in_hook, clip_values_in_hook, clip_in_another_module, clip_what_optimizers_hold]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched"), (4, "sequential")])
 def test_clipping_by_hand_reaches_the_heads(clip: Callable[[Module], None], heads: int, execution: Any) -> None:
     class Clipping(Module):
@@ -612,6 +625,21 @@ def test_clipping_by_hand_reaches_the_heads(clip: Callable[[Module], None], head
     assert (
         torch.nn.utils.clip_grad_norm_ is clip_grad_norm_ and clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
     )
+
+
+@pytest.mark.parametrize("clip", [clip_in_another_module, clip_what_optimizers_hold])
+def test_clipping_by_hand_takes_each_heads_own_norm(clip: Callable[[Module], None]) -> None:
+    norms: list[Tensor] = []
+
+    class Clipping(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            clip(self)
+            gradients = [p.grad.flatten(1) for p in self.trainer.strategy.explorer.per_head]
+            norms.append(torch.cat(gradients, dim=1).norm(dim=1))
+
+    train(Clipping(optimizer=sgd), heads=4)
+    for norm in norms:
+        torch.testing.assert_close(norm, torch.full_like(norm, 1e-7), rtol=0.1, atol=0)
 
 
 def test_clipping_by_hand_minds_what_is_not_finite() -> None:
