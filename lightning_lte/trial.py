@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 USED = "it is used outside its layer, too"
 ASKED_FOR = "something asks for its gradient with torch.autograd.grad"
@@ -47,7 +48,9 @@ class Trial:
 
     def watched(self) -> Tensor:
         """W for a forward of its layer."""
-        view = self.weight.view_as(self.weight)
+        # As if outside of all transforms of torch.func: a hook on what is made inside never sees the step's gradient.
+        with temporarily_clear_interpreter_stack():
+            view = self.weight.view_as(self.weight)
         if view.requires_grad:
             view.register_hook(self._on_layer)
         return view
