@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, trial
 from lightning_lte.trial import checksum
@@ -170,3 +171,26 @@ def test_a_use_elsewhere_is_found_beside_transforms_and_no_gradient_is_lost(
     net.load_state_dict(start)
     expected, _ = penalised(jacobian, net, exclude_modules=["net.first"])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("by_func", [False, True])
+def test_who_asks_for_its_gradients_in_a_batch_asks_for_its_gradient(by_func: bool) -> None:
+    class Weighed(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y, weight = self.net(batch[0]), self.net.second.weight
+
+            def gradient(cotangent: Tensor, batched: bool = False) -> Tensor:
+                return torch.autograd.grad(y.sum(0), weight, cotangent, True, is_grads_batched=batched)[0]
+
+            rows = torch.eye(CLASSES, dtype=y.dtype)
+            of_weight = torch.func.vmap(gradient)(rows) if by_func else gradient(rows, batched=True)
+            return cross_entropy(y, batch[1]) * of_weight.norm()
+
+    states = []
+    for choices in ({}, {"exclude_modules": ["net.second"]}):
+        module, strategy = Weighed(optimizer=sgd), LTEStrategy(1, 3, rank=RANK, **choices)
+        trainer(strategy, max_steps=4).fit(module, loader(160))
+        if not choices:
+            assert strategy.report().entry("net.second.weight").reason == trial.ASKED_FOR
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-12, atol=1e-14)
