@@ -6,7 +6,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -248,18 +248,31 @@ def _kept(value: Any, memo: set[int]) -> Restore:
         )
     if _is_users(value) and id(value) not in memo:
         memo.add(id(value))
-        attributes = {k: _kept(v, memo) for k, v in vars(value).items()}
-        return partial(_after, [partial(_refill_dict, vars(value), attributes)], value)
+        restores: list[Restore] = [partial(_refill_slot, s, value, _kept_slot(s, value, memo)) for s in _slots(value)]
+        if hasattr(value, "__dict__"):
+            attributes = {k: _kept(v, memo) for k, v in vars(value).items()}
+            restores.append(partial(_refill_dict, vars(value), attributes))
+        return partial(_after, restores, value)
     return partial(_same, value)
 
 
 def _is_users(value: Any) -> bool:
     package = type(value).__module__.partition(".")[0]
-    return (
-        hasattr(value, "__dict__")
-        and package not in _CONSTANT_PACKAGES
-        and not isinstance(value, type | types.ModuleType | types.FunctionType)
-    )
+    return package not in _CONSTANT_PACKAGES and not isinstance(value, type | types.ModuleType | types.FunctionType)
+
+
+def _slots(value: Any) -> list[Any]:
+    """The descriptors of what an object keeps in `__slots__` and not in its `__dict__`."""
+    classes = [vars(cls) for cls in type(value).__mro__ if "__slots__" in vars(cls)]
+    return [d for cls in classes for d in cls.values() if isinstance(d, types.MemberDescriptorType)]
+
+
+def _kept_slot(slot: Any, value: Any, memo: set[int]) -> Restore | None:
+    """As `_kept`, or None for a slot with nothing in it."""
+    try:
+        return _kept(slot.__get__(value), memo)
+    except AttributeError:
+        return None
 
 
 def _after(restores: list[Restore], value: Any) -> Any:
@@ -271,6 +284,15 @@ def _after(restores: list[Restore], value: Any) -> Any:
 def _call_and_return(value: Any, call: Callable[[Any], Any], state: Any) -> Any:
     call(state)
     return value
+
+
+def _refill_slot(slot: Any, value: Any, own: Restore | None) -> None:
+    # Past the `__setattr__` of classes that are frozen.
+    if own is not None:
+        slot.__set__(value, own())
+    else:
+        with suppress(AttributeError):  # still empty
+            slot.__delete__(value)
 
 
 @torch.no_grad()
