@@ -75,7 +75,8 @@ class _CopyOnWrite(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _keep(self, tensor: Any) -> None:
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+        # Sparse tensors have no storage, and no parameter's either.
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
             address = tensor.untyped_storage().data_ptr()
             if address in self._params and address not in self._copies:
                 self._copies[address] = self._params[address].detach().clone()
@@ -221,12 +222,12 @@ def _kept(value: Any, memo: set[int]) -> Restore:
     if isinstance(value, Tensor):
         if isinstance(value, nn.Parameter) or value.is_inference() or value.is_meta:
             return partial(_same, value)
-        return partial(_refill_tensor, value, value.detach().clone())
+        return partial(_refill_tensor, value, value.shape, _once(value.detach()).clone())
     if isinstance(value, nn.Module):
         inner = [_kept_module(m, memo) for m in value.modules()]
         return partial(_after, inner, value)
     if isinstance(value, dict | list | deque | set | np.ndarray):
-        if id(value) in memo or len(value) > _MOST_ITEMS:
+        if id(value) in memo or _is_constant(value):
             return partial(_same, value)
         memo.add(id(value))
         if isinstance(value, dict):
@@ -254,6 +255,12 @@ def _kept(value: Any, memo: set[int]) -> Restore:
             restores.append(partial(_refill_dict, vars(value), attributes))
         return partial(_after, restores, value)
     return partial(_same, value)
+
+
+def _is_constant(container: Any) -> bool:
+    if isinstance(container, np.ndarray):
+        return not container.flags.writeable or (container.ndim > 0 and len(container) > _MOST_ITEMS)
+    return len(container) > _MOST_ITEMS
 
 
 def _is_users(value: Any) -> bool:
@@ -296,11 +303,20 @@ def _refill_slot(slot: Any, value: Any, own: Restore | None) -> None:
 
 
 @torch.no_grad()
-def _refill_tensor(value: Tensor, saved: Tensor) -> Tensor:
-    if value.shape != saved.shape:
-        value.resize_(saved.shape)
-    value.copy_(saved)
+def _refill_tensor(value: Tensor, shape: torch.Size, saved: Tensor) -> Tensor:
+    if value.shape != shape:
+        value.resize_(shape)
+    _once(value).copy_(saved)
     return value
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A tensor without the repetitions of one that was expanded, which torch refuses to write to."""
+    if tensor.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _refill_array(value: Any, saved: Any) -> Any:
