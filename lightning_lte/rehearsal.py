@@ -237,6 +237,8 @@ def _kept(value: Any, memo: set[int]) -> Restore:
         if isinstance(value, set):
             return partial(_refill_set, value, set(value))
         return partial(_refill_list, value, [_kept(v, memo) for v in value])
+    if isinstance(value, tuple) and not _is_constant(value):
+        return partial(_after, [_kept(v, memo) for v in value], value)
     if isinstance(value, torch.Generator):
         return partial(_call_and_return, value, value.set_state, value.get_state())
     if isinstance(value, random.Random):

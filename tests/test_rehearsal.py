@@ -75,6 +75,15 @@ def test_objects_with_slots_are_put_back() -> None:
     assert own.samples == 3
 
 
+def test_what_is_in_tuples_is_put_back() -> None:
+    pair: tuple[list[int], Tensor] = ([1], torch.zeros(2))
+    module = holding(pair=pair)
+    with untouched(module):
+        pair[0].append(2)
+        pair[1].add_(1)
+    assert module.pair is pair and pair[0] == [1] and not pair[1].any()
+
+
 def test_arrays_of_all_shapes_are_put_back() -> None:
     scalar, fixed = np.array(1.0), np.broadcast_to(np.array(1.0), (3,))
     module = holding(scalar=scalar, fixed=fixed)
