@@ -78,6 +78,11 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
     )
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for many at once: torch.func.vmap, or `is_grads_batched` of torch.autograd.grad."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """[A - A'; A'] and [B, B - B'], whose product is B A - B' A'; A and B where there are no anchors, and A and B - B'
     where B alone has one.
@@ -187,12 +192,12 @@ class _Product(torch.autograd.Function):
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         factors, size = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale
         gradient = gradient.contiguous()  # once, and not in every product
-        own = gradient.unflatten(-1, (A.shape[1], -1)).transpose(1, 2)  # (n, p, rows, out / p)
+        own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
         of_x = of_weight = of_bias = of_A = of_B = None
         if for_bias:
             of_bias = gradient.sum(1 if ctx.per_head else (0, 1))
         learning: Tensor | None = None  # gradient B, (n, p, rows, rank)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(gradient):
             # A derivative of this one has to see where all comes from, and is scaled once more.
             A, B = (scaled_gradient(t, ctx.gradient_scale) for t in (A, B))
             inner = None
@@ -219,7 +224,7 @@ class _Product(torch.autograd.Function):
             of_B = own.mT @ (inner * size)
         if for_weight:
             # The largest of them comes last: only the first steps want it, and let it go at once.
-            of_weight = gradient.flatten(0, 1).mT @ x.flatten(0, 1)
+            of_weight = gradient.reshape(-1, gradient.shape[-1]).mT @ x.flatten(0, 1)
         return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None, None
 
 

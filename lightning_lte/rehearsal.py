@@ -6,7 +6,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -75,7 +75,8 @@ class _CopyOnWrite(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _keep(self, tensor: Any) -> None:
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+        # Sparse tensors have no storage, and no parameter's either.
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
             address = tensor.untyped_storage().data_ptr()
             if address in self._params and address not in self._copies:
                 self._copies[address] = self._params[address].detach().clone()
@@ -221,12 +222,12 @@ def _kept(value: Any, memo: set[int]) -> Restore:
     if isinstance(value, Tensor):
         if isinstance(value, nn.Parameter) or value.is_inference() or value.is_meta:
             return partial(_same, value)
-        return partial(_refill_tensor, value, value.detach().clone())
+        return partial(_refill_tensor, value, value.shape, _once(value.detach()).clone())
     if isinstance(value, nn.Module):
         inner = [_kept_module(m, memo) for m in value.modules()]
         return partial(_after, inner, value)
     if isinstance(value, dict | list | deque | set | np.ndarray):
-        if id(value) in memo or len(value) > _MOST_ITEMS:
+        if id(value) in memo or _is_constant(value):
             return partial(_same, value)
         memo.add(id(value))
         if isinstance(value, dict):
@@ -236,6 +237,8 @@ def _kept(value: Any, memo: set[int]) -> Restore:
         if isinstance(value, set):
             return partial(_refill_set, value, set(value))
         return partial(_refill_list, value, [_kept(v, memo) for v in value])
+    if isinstance(value, tuple) and not _is_constant(value):
+        return partial(_after, [_kept(v, memo) for v in value], value)
     if isinstance(value, torch.Generator):
         return partial(_call_and_return, value, value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -248,18 +251,37 @@ def _kept(value: Any, memo: set[int]) -> Restore:
         )
     if _is_users(value) and id(value) not in memo:
         memo.add(id(value))
-        attributes = {k: _kept(v, memo) for k, v in vars(value).items()}
-        return partial(_after, [partial(_refill_dict, vars(value), attributes)], value)
+        restores: list[Restore] = [partial(_refill_slot, s, value, _kept_slot(s, value, memo)) for s in _slots(value)]
+        if hasattr(value, "__dict__"):
+            attributes = {k: _kept(v, memo) for k, v in vars(value).items()}
+            restores.append(partial(_refill_dict, vars(value), attributes))
+        return partial(_after, restores, value)
     return partial(_same, value)
+
+
+def _is_constant(container: Any) -> bool:
+    if isinstance(container, np.ndarray):
+        return not container.flags.writeable or (container.ndim > 0 and len(container) > _MOST_ITEMS)
+    return len(container) > _MOST_ITEMS
 
 
 def _is_users(value: Any) -> bool:
     package = type(value).__module__.partition(".")[0]
-    return (
-        hasattr(value, "__dict__")
-        and package not in _CONSTANT_PACKAGES
-        and not isinstance(value, type | types.ModuleType | types.FunctionType)
-    )
+    return package not in _CONSTANT_PACKAGES and not isinstance(value, type | types.ModuleType | types.FunctionType)
+
+
+def _slots(value: Any) -> list[Any]:
+    """The descriptors of what an object keeps in `__slots__` and not in its `__dict__`."""
+    classes = [vars(cls) for cls in type(value).__mro__ if "__slots__" in vars(cls)]
+    return [d for cls in classes for d in cls.values() if isinstance(d, types.MemberDescriptorType)]
+
+
+def _kept_slot(slot: Any, value: Any, memo: set[int]) -> Restore | None:
+    """As `_kept`, or None for a slot with nothing in it."""
+    try:
+        return _kept(slot.__get__(value), memo)
+    except AttributeError:
+        return None
 
 
 def _after(restores: list[Restore], value: Any) -> Any:
@@ -273,12 +295,30 @@ def _call_and_return(value: Any, call: Callable[[Any], Any], state: Any) -> Any:
     return value
 
 
+def _refill_slot(slot: Any, value: Any, own: Restore | None) -> None:
+    # Past the `__setattr__` of classes that are frozen.
+    if own is not None:
+        slot.__set__(value, own())
+    else:
+        with suppress(AttributeError):  # still empty
+            slot.__delete__(value)
+
+
 @torch.no_grad()
-def _refill_tensor(value: Tensor, saved: Tensor) -> Tensor:
-    if value.shape != saved.shape:
-        value.resize_(saved.shape)
-    value.copy_(saved)
+def _refill_tensor(value: Tensor, shape: torch.Size, saved: Tensor) -> Tensor:
+    if value.shape != shape:
+        value.resize_(shape)
+    _once(value).copy_(saved)
     return value
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A tensor without the repetitions of one that was expanded, which torch refuses to write to."""
+    if tensor.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _refill_array(value: Any, saved: Any) -> Any:

@@ -249,7 +249,7 @@ def _twins(owners: _Owners) -> dict[nn.Parameter, list[str]]:
     """Parameters that are others and yet begin at one address, as nn.Parameter(other) makes them."""
     by_address: dict[int, list[nn.Parameter]] = defaultdict(list)
     for param in owners:
-        if local(param).numel():
+        if local(param).layout == torch.strided and local(param).numel():
             by_address[local(param).data_ptr()].append(param)
     return {
         param: [_name(owners[other][0]) for other in group if other is not param]

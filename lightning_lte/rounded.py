@@ -113,7 +113,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients
         dx = dy @ unrounded(ctx.parts, ctx.kind, ctx.size, dy.dtype) if ctx.needs_input_grad[0] else None
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, None, None, None, None
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from lightning_lte.product import is_batched
 
 USED = "it is used outside its layer, too"
 ASKED_FOR = "something asks for its gradient with torch.autograd.grad"
@@ -47,7 +50,9 @@ class Trial:
 
     def watched(self) -> Tensor:
         """W for a forward of its layer."""
-        view = self.weight.view_as(self.weight)
+        # As if outside of all transforms of torch.func: a hook on what is made inside never sees the step's gradient.
+        with temporarily_clear_interpreter_stack():
+            view = self.weight.view_as(self.weight)
         if view.requires_grad:
             view.register_hook(self._on_layer)
         return view
@@ -59,7 +64,8 @@ class Trial:
         self._through_layer = None
 
     def _on_layer(self, gradient: Tensor | None) -> None:
-        if gradient is None:  # from functions that stop gradients
+        # None from functions that stop gradients. Batched for torch.autograd.grad, of which W's own hook tells.
+        if gradient is None or is_batched(gradient):
             return
         gradient = gradient.detach()
         self._through_layer = gradient if self._through_layer is None else self._through_layer + gradient

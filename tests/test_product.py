@@ -94,6 +94,30 @@ def test_gradients_of_factors_are_scaled_and_so_are_those_that_come_through_a_de
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("parts", [None, 3])
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("by_func", [True, False])
+def test_many_gradients_come_in_one_batch(
+    rows: int, anchored: bool, parts: int | None, create_graph: bool, by_func: bool
+) -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` asks for them, or torch.func.vmap."""
+    inputs: Any = tensors(rows, anchored, "per head", parts)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    y = product(*inputs, SCALE, 4)
+    cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
+
+    def gradients(cotangent: Tensor, batched: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            y, wanted, cotangent, retain_graph=True, create_graph=create_graph, is_grads_batched=batched
+        )
+
+    found = torch.func.vmap(gradients)(cotangents) if by_func else gradients(cotangents, batched=True)
+    for own, *one_by_one in zip(found, *map(gradients, cotangents), strict=True):
+        torch.testing.assert_close(own, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_straight_after_a_merge_it_is_exactly_the_base_product(rows: int, dtype: torch.dtype) -> None:
     x, weight, bias, A, B, *_ = (None if t is None else t.detach().to(dtype) for t in tensors(rows))

@@ -1,17 +1,20 @@
-"""Watching weights through the first steps: checksums, and what it takes in memory."""
+"""Watching weights through the first steps: checksums, transforms of torch.func, and what it takes in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from lightning_lte import Explorer, LTEConfig, trial
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, trial
 from lightning_lte.trial import checksum
 from tests.allocations import peak
+from tests.modules import CLASSES, IN, RANK, Module, Net, clone, loader, make_net, sgd, trainer
 
 # Its weights are so large that all else is small beside one of them.
 WIDTH = 1024
@@ -82,3 +85,112 @@ def test_first_steps_and_merges_take_no_more_than_one_weight_at_a_time(tmp_path:
         assert peak(step, tmp_path) < WEIGHT / 2
     # The sum of deltas, and their mean.
     assert WEIGHT < peak(explorer.merge, tmp_path) < 2.5 * WEIGHT
+
+
+def by_autograd(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(lambda own: net(own).sum(0), x, create_graph=True)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def by_jacrev(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jacrev(lambda own: net(own).sum(0))(x)
+
+
+def by_jacrev_of_each(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.jacrev(net))(x)
+
+
+def by_jacfwd(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jacfwd(lambda own: net(own).sum(0))(x)
+
+
+def by_jvp(net: nn.Module, x: Tensor) -> Tensor:
+    columns = torch.eye(IN, dtype=x.dtype)
+    return torch.stack([torch.func.jvp(net, (x,), (column.expand_as(x),))[1] for column in columns])
+
+
+def by_vjp(net: nn.Module, x: Tensor) -> Tensor:
+    y, pulled_back = torch.func.vjp(net, x)
+    return torch.stack([pulled_back(row.expand_as(y))[0] for row in torch.eye(CLASSES, dtype=x.dtype)])
+
+
+class Bare(Net):
+    """Without its norm, whose derivatives through torch.func.jvp are wrong in torch itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()  # type: ignore[assignment]
+
+
+def penalised(jacobian: Callable[..., Tensor], net: nn.Module, **choices: Any) -> tuple[dict[str, Tensor], LTEStrategy]:
+    """Train with a penalty on the Jacobian of a net, as contractive autoencoders do."""
+
+    class Penalised(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 0.01 * jacobian(self.net, batch[0]).square().sum()
+
+    module, strategy = Penalised(net, sgd), LTEStrategy(1, 3, rank=RANK, **choices)
+    trainer(strategy, max_steps=7).fit(module, loader(160))
+    return clone(module.state_dict()), strategy
+
+
+@pytest.mark.parametrize("jacobian", [by_jacrev, by_jacrev_of_each, by_jacfwd, by_jvp, by_vjp])
+def test_a_use_of_its_layer_in_a_transform_is_none_elsewhere(jacobian: Callable[..., Tensor]) -> None:
+    expected, _ = penalised(by_autograd, make_net(Bare))
+    found, strategy = penalised(jacobian, make_net(Bare))
+    for name in ("net.first.weight", "net.second.weight"):
+        assert strategy.report().entry(name).role == "factored"
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+class Tied(Bare):
+    """Uses a weight as a tensor, too: in the forward, or in nothing but its Jacobian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jacobian_alone = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.jacobian_alone and not torch._C._are_functorch_transforms_active():
+            return super().forward(x)
+        return super().forward(x) * (1 + (x @ self.first.weight.T).mean())
+
+
+@pytest.mark.parametrize("jacobian_alone", [False, True])
+@pytest.mark.parametrize("jacobian", [by_jacrev, by_jacrev_of_each, by_jacfwd])
+def test_a_use_elsewhere_is_found_beside_transforms_and_no_gradient_is_lost(
+    jacobian: Callable[..., Tensor], jacobian_alone: bool
+) -> None:
+    """As exact as if the user had excluded it, from the first step on."""
+    net = make_net(Tied)
+    net.jacobian_alone = jacobian_alone
+    start = clone(net.state_dict())
+    found, strategy = penalised(jacobian, net)
+    entry = strategy.report().entry("net.first.weight")
+    assert (entry.role, entry.reason) == ("replica", trial.USED)
+    assert strategy.report().entry("net.second.weight").role == "factored"
+    net.load_state_dict(start)
+    expected, _ = penalised(jacobian, net, exclude_modules=["net.first"])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("by_func", [False, True])
+def test_who_asks_for_its_gradients_in_a_batch_asks_for_its_gradient(by_func: bool) -> None:
+    class Weighed(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y, weight = self.net(batch[0]), self.net.second.weight
+
+            def gradient(cotangent: Tensor, batched: bool = False) -> Tensor:
+                return torch.autograd.grad(y.sum(0), weight, cotangent, True, is_grads_batched=batched)[0]
+
+            rows = torch.eye(CLASSES, dtype=y.dtype)
+            of_weight = torch.func.vmap(gradient)(rows) if by_func else gradient(rows, batched=True)
+            return cross_entropy(y, batch[1]) * of_weight.norm()
+
+    states = []
+    for choices in ({}, {"exclude_modules": ["net.second"]}):
+        module, strategy = Weighed(optimizer=sgd), LTEStrategy(1, 3, rank=RANK, **choices)
+        trainer(strategy, max_steps=4).fit(module, loader(160))
+        if not choices:
+            assert strategy.report().entry("net.second.weight").reason == trial.ASKED_FOR
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-12, atol=1e-14)

@@ -1,0 +1,150 @@
+"""What a step did is undone, whatever kind of state a module keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lte import LTEStrategy
+from lightning_lte.rehearsal import untouched
+from tests.modules import IN, RANK, Module, loader, trainer
+
+
+@dataclass(slots=True)
+class Counted:
+    samples: int = 0
+
+
+@dataclass(slots=True)
+class CountedAndListed(Counted):
+    seen: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    seen: list[int]
+
+
+class Private:
+    """Slots that are private, empty, and beside a dict."""
+
+    __slots__ = ("__dict__", "__own", "later")
+
+    def __init__(self) -> None:
+        self.__own = 0
+        self.free = 0
+
+    def count(self) -> None:
+        self.__own += 1
+        self.free += 1
+
+    def counts(self) -> tuple[int, int]:
+        return self.__own, self.free
+
+
+def holding(**values: Any) -> Any:
+    module: Any = nn.Module()
+    for name, value in values.items():
+        setattr(module, name, value)
+    return module
+
+
+def test_objects_with_slots_are_put_back() -> None:
+    own = CountedAndListed(3, [1])
+    seen, private = own.seen, Private()
+    module = holding(own=own, frozen=Frozen([1]), private=private)
+    with untouched(module) as again:
+        for _ in range(2):
+            module.own.samples += 5
+            module.own.seen.append(2)
+            module.own.seen = None
+            module.frozen.seen.append(2)
+            private.count()
+            private.later = 1
+            again()
+            assert own == CountedAndListed(3, [1]) and own.seen is seen and module.own is own
+            assert module.frozen == Frozen([1])
+            assert private.counts() == (0, 0) and not hasattr(private, "later")
+        del own.samples
+    assert own.samples == 3
+
+
+def test_what_is_in_tuples_is_put_back() -> None:
+    pair: tuple[list[int], Tensor] = ([1], torch.zeros(2))
+    module = holding(pair=pair)
+    with untouched(module):
+        pair[0].append(2)
+        pair[1].add_(1)
+    assert module.pair is pair and pair[0] == [1] and not pair[1].any()
+
+
+def test_arrays_of_all_shapes_are_put_back() -> None:
+    scalar, fixed = np.array(1.0), np.broadcast_to(np.array(1.0), (3,))
+    module = holding(scalar=scalar, fixed=fixed)
+    with untouched(module):
+        scalar += 1
+        module.fixed = None
+    assert scalar == 1 and module.scalar is scalar and module.fixed is fixed
+
+
+def test_tensors_are_put_back_however_they_lie_in_memory() -> None:
+    number, columns = torch.tensor(0.1), torch.arange(3.0)
+    module = holding(
+        all_one=number.expand(4, 2), rows=columns.expand(4, 3), empty=number.expand(0), none=torch.zeros(1, 3)[:, :0]
+    )
+    module.register_buffer("windows", torch.arange(6.0).unfold(0, 3, 1))
+    with untouched(module):
+        module.all_one[0, 0] = 5
+        module.rows[2] += 5
+        module.windows[0] += 5
+        assert number == 5 and columns[0] == 5
+    assert number == torch.tensor(0.1) and torch.equal(columns, torch.arange(3.0))
+    assert torch.equal(module.windows, torch.arange(6.0).unfold(0, 3, 1))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_are_put_back(layout: Any) -> None:
+    graph = torch.eye(3).to_sparse(layout=layout)
+    module = holding(graph=graph)
+    with untouched(module):
+        graph.mul_(2)
+        assert torch.equal(graph.to_dense(), 2 * torch.eye(3))
+    assert torch.equal(graph.to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: np.array(0.0),
+        lambda: torch.tensor(0.1).expand(IN),
+        lambda: torch.eye(IN, dtype=torch.float64).to_sparse(),
+        lambda: torch.eye(IN, dtype=torch.float64).to_sparse_csr(),
+    ],
+)
+@pytest.mark.parametrize("buffer", [True, False])
+def test_no_state_keeps_heads_from_one_forward(state: Callable[[], Any], buffer: bool) -> None:
+    class Stateful(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counted = Counted()
+            if buffer and isinstance(state(), Tensor):
+                self.register_buffer("state", state())
+            else:
+                self.state = state()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            self.counted.samples += len(x)
+            x = (self.state @ x.T).T if isinstance(self.state, Tensor) and self.state.dim() == 2 else x + self.state
+            return super().training_step([x, y], batch_idx)
+
+    module, strategy = Stateful(), LTEStrategy(4, rank=RANK)
+    trainer(strategy, max_steps=1, limit_val_batches=0).fit(module, loader(16))
+    assert "in one forward (batched)" in strategy.report().notes[-1]
+    assert module.counted.samples == 16
