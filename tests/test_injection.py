@@ -313,6 +313,13 @@ def test_embeddings_are_replicas_where_the_user_says_so() -> None:
     assert found["embedding.weight"] == ("replica", "an embedding") and found["fc.weight"][0] == "factored"
 
 
+def test_sparse_parameters_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24))
+    model.register_parameter("graph", nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False))
+    injection = inject(model, [p for p in model.parameters() if p.requires_grad], LTEConfig(heads=2, rank=2))
+    assert len(injection.factors) == 2
+
+
 def test_two_parameters_on_one_storage_are_tied() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(model[0].weight)

@@ -158,6 +158,18 @@ def test_a_forward_is_that_of_the_rounded_weight_and_keeps_nothing_of_its_size(
     assert not [t for t in saved if t.numel() >= weight.numel()]
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_many_gradients_come_in_one_batch(heads: int) -> None:
+    loop = Loop("bfloat16", heads=heads)
+    loop.steps(5)
+    x, _ = make_data(4, seed=9)
+    each: list[Tensor] = []
+    for vectorize in (True, False):
+        with loop.explorer.heads():
+            each.append(torch.autograd.functional.jacobian(loop.net, x, vectorize=vectorize))
+    torch.testing.assert_close(*each)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_compiles_into_one_graph(kind: Any) -> None:
     loop = Loop(kind, execution="batched")
