@@ -552,7 +552,8 @@ class HeadsStrategy(Resumable):
         log = MeanLog(self._module.log)
         self._module.__dict__["log"] = log
         try:
-            yield
+            with log.watching(self._module):
+                yield
         finally:
             self._module.__dict__.pop("log", None)
         log.flush()
