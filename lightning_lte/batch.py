@@ -25,6 +25,10 @@ class Layout:
     sizes, captions or targets, have one for each sample. Mappings, sequences, named tuples and dataclasses may be
     nested. Numbers, strings, None and tensors without dimensions belong to all samples.
 
+    A list of tensors of different sizes may hold samples, or the parts of a batch, such as [inputs, targets] or the
+    levels of a pyramid. It counts as one of samples where the loader's batch size or other tensors say so, and beside
+    a list of mappings that is as long: the targets of object detection.
+
     Args:
         batch: the first one.
         expected: its samples, where the loader knows; else they are read off the tensors.
@@ -35,17 +39,18 @@ class Layout:
 
     def __init__(self, batch: Any, expected: int | None = None) -> None:
         found = None if expected is None else _read(batch, expected, known=True)
-        tensors, lists = _lengths(batch)
-        for candidates in (tensors, lists):
+        tensors, lists, targets = _lengths(batch)
+        for candidates in (tensors, targets if tensors else lists):
             if found is None:
                 # A collate function may leave samples out, but what has more than the loader gave holds other things.
-                fit = [_read(batch, n) for n in candidates if expected is None or n <= expected]
+                fit = [_read(batch, n) for n in candidates - {-1} if expected is None or n <= expected]
                 fit = [read for read in fit if read is not None]
                 found = fit[0] if len(fit) == 1 else None
         if found is None:
             raise ValueError(
-                "Local heads share a device by splitting the batch: its tensors must have the samples along dimension"
-                f" 0, and its lists one item for each sample; received {_described(batch)}"
+                "Local heads share a device by splitting the batch: its tensors must be dense and have the samples"
+                " along dimension 0, and its lists one item for each sample, as many as its tensors or the loader's"
+                f" batch_size say; received {_described(batch)}"
                 + (f" from a loader with batch_size={expected}" if expected is not None else "")
                 + f". {_REMEDY}."
             )
@@ -72,7 +77,8 @@ class Layout:
 
         def take(path: Path, leaf: Any) -> Any:
             if path in self._rows:
-                return leaf[index[0] : index[0] + len(index)] if contiguous else leaf[rows.to(leaf.device)]
+                part = leaf[index[0] : index[0] + len(index)] if contiguous else leaf[rows.to(leaf.device)]
+                return _in_class_of(leaf, part)
             if path in self._items:
                 return type(leaf)(leaf[i] for i in index)
             return leaf
@@ -107,7 +113,7 @@ class Layout:
 
     def _length(self, path: Path, leaf: Any) -> int | None:
         if path in self._rows:
-            return leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else -1
+            return _size(leaf) if isinstance(leaf, Tensor) and leaf.dim() else -1
         if path in self._items:
             return len(leaf)
         return -1 if isinstance(leaf, Tensor) and leaf.dim() else None
@@ -128,19 +134,19 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
         if isinstance(value, Tensor):
             if value.dim():
                 rows.add(path)
-                return value.shape[0] == samples
+                return _size(value) == samples
             return True
         children = _children(value)
         if children is None:
             return isinstance(value, str | bytes | int | float | bool | complex | None)
         # Images beside a list of targets, one for each: as many as they have channels, perhaps.
-        targets = known and any(_is_list_of_mappings(child, samples) for _, child in children)
+        targets = known and any(_is_list_of_mappings(child) and len(child) == samples for _, child in children)
         if targets:
             for key, child in children:
-                if type(child) in (list, tuple) and len(child) == samples:
+                if _is_list(child) and len(child) == samples:
                     items.add((*path, key))
             children = [(key, child) for key, child in children if (*path, key) not in items]
-        if type(value) in (list, tuple) and len(value) == samples and (path or known):
+        if _is_list(value) and len(value) == samples and (path or known):
             found = (set(rows), set(items))
             if not all(isinstance(item, Mapping) for item in value) or not value:
                 if all(read(child, (*path, key)) for key, child in children) and (rows, items) != found:
@@ -155,15 +161,33 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
     return (rows, items) if read(batch, ()) and (rows or items) else None
 
 
-def _is_list_of_mappings(value: Any, length: int) -> bool:
-    return type(value) in (list, tuple) and len(value) == length and all(isinstance(v, Mapping) for v in value)
+def _is_list(value: Any) -> bool:
+    return type(value) in (list, tuple)
+
+
+def _is_list_of_mappings(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _size(tensor: Tensor) -> int:
+    """Rows of a tensor; -1 of one that can't be cut along dimension 0, as it is sparse or nested."""
+    return -1 if tensor.is_nested or tensor.layout != torch.strided else tensor.shape[0]
+
+
+def _in_class_of(whole: Tensor, part: Tensor) -> Tensor:
+    """Give rows of a tensor its class and attributes, where slicing loses the class, as torchvision's `Mask` does."""
+    if type(part) is type(whole):
+        return part
+    part = part.as_subclass(type(whole))
+    part.__dict__.update(vars(whole))
+    return part
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
     """The parts of a container, or None for something else."""
     if isinstance(value, Mapping):
         return list(value.items())
-    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+    if _is_list(value) or (isinstance(value, tuple) and hasattr(value, "_fields")):
         return list(enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
@@ -179,21 +203,26 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from _leaves(child, (*path, key))
 
 
-def _lengths(batch: Any) -> tuple[set[int], set[int]]:
-    """Lengths of dimension 0 of all tensors, and of all lists but the outermost."""
+def _lengths(batch: Any) -> tuple[set[int], set[int], set[int]]:
+    """Lengths of dimension 0 of all tensors, of all lists but the outermost, and of those that lie beside a list of
+    mappings as long."""
     tensors: set[int] = set()
     lists: set[int] = set()
+    targets: set[int] = set()
 
     def look(value: Any, outermost: bool) -> None:
         if isinstance(value, Tensor) and value.dim():
-            tensors.add(value.shape[0])
-        if type(value) in (list, tuple) and not outermost:
+            tensors.add(_size(value))
+        if _is_list(value) and not outermost:
             lists.add(len(value))
-        for _, child in _children(value) or ():
+        children = [child for _, child in _children(value) or ()]
+        of_mappings = {len(child) for child in children if _is_list_of_mappings(child)}
+        targets.update(of_mappings & {len(c) for c in children if _is_list(c) and not _is_list_of_mappings(c)})
+        for child in children:
             look(child, False)
 
     look(batch, True)
-    return tensors, lists
+    return tensors, lists, targets
 
 
 def _map(function: Callable[[Path, Any], Any], value: Any, path: Path, whole: set[Path]) -> Any:
@@ -210,7 +239,7 @@ def _map(function: Callable[[Path, Any], Any], value: Any, path: Path, whole: se
             return result
         except TypeError:  # one that can't be changed
             return new
-    if type(value) in (list, tuple):
+    if _is_list(value):
         return type(value)(new.values())
     if isinstance(value, tuple):
         return type(value)(*new.values())
@@ -221,8 +250,18 @@ def _map(function: Callable[[Path, Any], Any], value: Any, path: Path, whole: se
 
 
 def _described(batch: Any) -> str:
-    lengths = sorted({leaf.shape[0] for _, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()})
+    leaves = [leaf for _, leaf in _leaves(batch)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    lengths = sorted({_size(tensor) for tensor in tensors} - {-1})
+    uncut = sorted({_layout(tensor) for tensor in tensors if _size(tensor) == -1})
     plain = (Tensor, str, bytes, int, float, bool, complex, type(None))
-    unknown = sorted({type(leaf).__name__ for _, leaf in _leaves(batch) if not isinstance(leaf, plain)})
-    found = f"tensors with dimension 0 of sizes {lengths}" if lengths else "no tensors"
-    return found + (f" and objects of kind {', '.join(unknown)}" if unknown else "")
+    unknown = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)})
+    found = [f"tensors with dimension 0 of sizes {lengths}"] if lengths else []
+    found += [f"{' and '.join(uncut)} tensors"] if uncut else []
+    found = found or ["no tensors"]
+    found += [f"objects of kind {', '.join(unknown)}"] if unknown else []
+    return " and ".join(found)
+
+
+def _layout(tensor: Tensor) -> str:
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")

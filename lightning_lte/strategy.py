@@ -415,6 +415,8 @@ class HeadsStrategy(Resumable):
         config = self.config
         if not module.automatic_optimization:
             _check_manual_optimization(module, config, config.most_heads // self.world_size)
+        if config.most_heads > self.world_size:
+            _check_split_batch(module)
         self._check_averaging(trainer)
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
@@ -511,6 +513,8 @@ class HeadsStrategy(Resumable):
             samples = (explorer.layout or self._first_layout(batch)).size(batch)
         except Exception:
             return  # one head, or a module that splits its batches, takes those that can't be counted, too
+        if explorer.execution == "auto" and samples % explorer.count and self._world_size == 1:
+            self._announce()  # no trial of this batch does, and the heads may divide none that come
         self._advise(advice.of_samples(samples * self._module.trainer.accumulate_grad_batches, explorer.count))
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -560,7 +564,8 @@ class HeadsStrategy(Resumable):
         log = MeanLog(self._module.log)
         self._module.__dict__["log"] = log
         try:
-            yield
+            with log.watching(self._module):
+                yield
         finally:
             self._module.__dict__.pop("log", None)
         log.flush()
@@ -570,18 +575,41 @@ class HeadsStrategy(Resumable):
         assert self._explorer is not None
         count = self._explorer.config.most_heads // self.world_size
         loader: Any = self._module.trainer.train_dataloader
-        batch_size = None
-        if isinstance(loader, DataLoader):
-            batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        if not isinstance(loader, DataLoader):
+            self._check_loaders(loader)
+            return Layout(batch)
+        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         length = _length(loader)
-        layout = Layout(batch, min(batch_size, length) if batch_size and length else batch_size)
-        if batch_size is not None and batch_size % count:
+        expected = min(batch_size, length) if batch_size and length else batch_size
+        try:
+            layout = Layout(batch, expected)
+        except ValueError:
+            if loader.batch_size is not None or expected is None:
+                raise
+            layout = Layout(batch)  # a batch sampler of the user's own may count other things than samples
+        if batch_size is not None and batch_size % count and layout.size(batch) == expected:
             above = -(-batch_size // count) * count
             raise ValueError(
                 f"The batch of a device is split evenly over its {count} heads; received a batch size of {batch_size}."
                 f" Give a multiple of {count}, such as batch_size={above}. (A smaller last batch of an epoch is fine.)"
             )
         return layout
+
+    def _check_loaders(self, loaders: Any) -> None:
+        """Refuse loaders whose batches come together and differ in size.
+
+        Raises:
+            ValueError: with rule, value and remedy.
+        """
+        together = self.package.utilities.combined_loader.CombinedLoader(loaders).flattened
+        known = [(own.batch_size, _length(own)) for own in together if isinstance(own, DataLoader) and own.batch_size]
+        sizes = sorted({min(size, length or size) for size, length in known})
+        if len(sizes) > 1:
+            raise ValueError(
+                "Local heads share a device by splitting the batch, for which the batches of several loaders must have"
+                f" one size; received batch sizes {sizes}. Give all loaders the same, use one head per device, or"
+                " define `split_batch(self, batch, heads)` in the LightningModule, which returns a batch for each head."
+            )
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
@@ -895,6 +923,30 @@ def _check_manual_optimization(module: nn.Module, config: LTEConfig, count: int)
             f" what the gradients are; received {', '.join(scalers)} with {count} heads on a device. Let"
             " Trainer(precision='16-mixed') scale, or use one head per device."
         )
+
+
+def _check_split_batch(module: nn.Module) -> None:
+    """Raise for a `split_batch` of the module's own that is for something else.
+
+    Raises:
+        TypeError: with rule, value and remedy.
+    """
+    split_batch: Any = getattr(module, "split_batch", None)
+    if split_batch is None:
+        return
+    received = f"split_batch = {split_batch!r}"
+    with suppress(TypeError):
+        try:
+            signature = inspect.signature(split_batch)
+        except ValueError:
+            return  # a callable that can't be asked, as some of C
+        received = f"split_batch{signature}"
+        signature.bind("batch", 2)
+        return
+    raise TypeError(
+        "Where heads share a device, `split_batch(self, batch, heads)` in the LightningModule returns a batch for each"
+        f" of them; received {received}. If it is for something else, give it another name, or use one head per device."
+    )
 
 
 def _length(loader: Any) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision import tv_tensors
 
 from lightning_lte.batch import Layout
 
@@ -53,6 +54,47 @@ def test_structures_are_measured_and_kept(batch: Any) -> None:
 def test_what_can_not_be_measured_is_refused_with_the_remedy(batch: Any) -> None:
     with pytest.raises(ValueError, match="one head per device, or define `split_batch"):
         Layout(batch)
+
+
+@pytest.mark.parametrize("expected", [None, 8])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"labelled": [numbers(8), numbers(8)], "unlabelled": [numbers(16), numbers(16)]},
+        {"labelled": [numbers(8)], "unlabelled": [numbers(16)]},
+        [[numbers(8), numbers(8)], [numbers(16), numbers(16)]],
+        {"levels": [numbers(64), numbers(16), numbers(4)]},
+        {"views": [{"x": numbers(8)}, {"x": numbers(16)}]},
+    ],
+    ids=["pairs", "singles", "sequence", "pyramid", "mappings"],
+)
+def test_lists_of_the_parts_of_a_batch_are_not_taken_for_lists_of_samples(batch: Any, expected: int | None) -> None:
+    """As two loaders of different batch sizes give them: every head would train on items of the lists."""
+    with pytest.raises(ValueError, match=r"received tensors with dimension 0 of sizes \[.*16.* or define `split_batch"):
+        Layout(batch, expected)
+
+
+def uncuttable(kind: str) -> torch.Tensor:
+    dense = torch.eye(4)
+    if kind in ("nested", "jagged"):
+        rows = [dense[: 1 + i] for i in range(4)]
+        return torch.nested.nested_tensor(rows, layout=torch.jagged if kind == "jagged" else torch.strided)
+    return dense.to_sparse() if kind == "sparse_coo" else dense.to_sparse_csr()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "nested", "jagged"])
+def test_tensors_that_can_not_be_cut_are_refused_with_their_kind(kind: str) -> None:
+    odd = uncuttable(kind)
+    name = "nested" if kind == "jagged" else kind
+    for batch in (odd, {"x": odd}, {"x": odd, "y": numbers(4)}, {"x": [odd, odd]}):
+        with pytest.raises(ValueError, match=rf"must be dense .*received .*{name} tensors.* define `split_batch"):
+            Layout(batch, 4)
+    with pytest.raises(ValueError, match=rf"made as the first one is.* {name} tensors"):
+        Layout({"x": numbers(4), "y": numbers(4)}).size({"x": odd, "y": numbers(4)})
+    # Whole items need no cut.
+    first, _ = halves({"x": numbers(4), "targets": [{"mask": odd}] * 4})
+    assert len(first["targets"]) == 2 and first["targets"][0]["mask"] is odd
 
 
 @given(samples=st.integers(1, 40), count=st.integers(1, 9), least=st.integers(1, 3))
@@ -101,6 +143,40 @@ def test_images_of_different_sizes_and_of_one_size_are_dealt_out_whole() -> None
             assert len(second[1]) == 2 and second[1][1]["boxes"].shape == (3, 4)
         layout = Layout((images, targets), 4)
         assert layout.size((images[:3], targets[:3])) == 3  # as the channels, and yet a list of images
+
+
+def test_images_beside_their_targets_are_told_without_a_batch_size() -> None:
+    images = [torch.full((3, 5 + i, 4), float(i)) for i in range(4)]
+    targets = [{"boxes": torch.zeros(i, 4)} for i in range(4)]
+    for expected in (None, 6):
+        first, second = halves((images, targets), expected)
+        assert [int(image.max()) for image in first[0]] == [0, 1] and second[1] == targets[2:]
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [3, 1]])
+def test_classes_of_tensors_are_kept_with_what_they_know(rows: list[int]) -> None:
+    image = tv_tensors.Image(torch.arange(16.0).view(4, 1, 2, 2))
+    boxes = tv_tensors.BoundingBoxes(torch.arange(16).view(4, 4), format="CXCYWH", canvas_size=(5, 6))
+    batch = {"image": image, "boxes": boxes, "plain": numbers(4)}
+    part = Layout(batch).take(batch, torch.tensor(rows))
+    assert {name: type(value) for name, value in part.items()} == {k: type(v) for k, v in batch.items()}
+    assert part["boxes"].format == boxes.format and part["boxes"].canvas_size == (5, 6)
+    assert torch.equal(part["image"].as_subclass(torch.Tensor), image.as_subclass(torch.Tensor)[rows])
+
+
+def test_classes_of_tensors_that_slice_themselves_are_believed() -> None:
+    class Named(torch.Tensor):
+        names: list[str]
+
+        def __getitem__(self, index: Any) -> Any:
+            part = super().__getitem__(index)
+            part.names = self.names[index]
+            return part
+
+    named = numbers(4).as_subclass(Named)
+    named.names = list("abcd")
+    first, second = halves(named)
+    assert first.names == ["a", "b"] and second.names == ["c", "d"]
 
 
 def test_a_loader_may_leave_samples_out_but_not_hold_more() -> None:

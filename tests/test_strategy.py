@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 from lightning_lte import Every, LTECallback, LTEStrategy, MergeSchedule
 from lightning_lte.advice import PAGE
@@ -334,7 +335,88 @@ def test_a_loader_whose_batches_differ_in_size_is_dealt_out_as_it_comes() -> Non
     assert module.batch_sizes == [2, 2, 1, 1, 8, 4, 1, 1, 1, 1]
 
 
+class Tokens(Sampler):
+    """Batches of 8 samples, or of fewer, whose size is said to be that of other things."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from (list(range(start, start + 8)) for start in range(0, 48, 8))
+
+    def __len__(self) -> int:
+        return 6
+
+
+@pytest.mark.parametrize("batch_size", [3, 30, 1001])
+def test_a_batch_sampler_may_count_other_things_than_samples(batch_size: int) -> None:
+    s, module = strategy(), Module()
+    trainer(s, max_epochs=1).fit(module, DataLoader(loader(48).dataset, batch_sampler=Tokens(batch_size)))
+    assert "proved on the first batch" in s.report().notes[-1] and module.batch_sizes[-6:] == [8] * 6
+
+
+def test_a_batch_sampler_that_counts_samples_is_believed() -> None:
+    sampler = BatchSampler(SequentialSampler(range(48)), 6, drop_last=False)
+    with pytest.raises(ValueError, match="received a batch size of 6"):
+        trainer(strategy(), max_epochs=1).fit(Module(), DataLoader(loader(48).dataset, batch_sampler=sampler))
+
+
+class Several(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = [super(Several, self).training_step(own, batch_idx) for own in batch.values()]
+        return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("sizes", [(8, 16), (2, 8)])  # two samples are as many as tensors in a batch
+def test_loaders_of_different_batch_sizes_are_refused(sizes: tuple[int, int]) -> None:
+    module = Several()
+    before = clone(module.state_dict())
+    words = rf"several loaders must have one size; received batch sizes \[{sizes[0]}, {sizes[1]}\].*split_batch"
+    with pytest.raises(ValueError, match=words):
+        trainer(strategy(heads=2), max_steps=1).fit(module, {str(n): loader(48, n) for n in sizes})
+    assert_untouched(module, before)
+
+
+def test_loaders_of_one_batch_size_are_dealt_out_together() -> None:
+    """As are those that have no more than that."""
+    for loaders in ({"a": loader(48, 8), "b": loader(16, 8)}, {"a": loader(48, 8), "b": loader(8, 16)}):
+        s, module = strategy(), Several()
+        trainer(s, max_steps=1).fit(module, loaders)
+        assert "proved on the first batch" in s.report().notes[-1] and module.batch_sizes[-2:] == [8, 8]
+
+
+def test_the_report_is_printed_where_the_heads_divide_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(LTEStrategy, "_say", lambda self, text: said.append(text))
+    batches = [[0, 1, 2, 3, 4, 5], list(range(6, 12))]
+    trainer(strategy(), max_epochs=2).fit(Module(), DataLoader(loader(48).dataset, batch_sampler=batches))
+    assert len(said) == 1 and "LTE trains through 4 heads" in said[0]
+
+
 # ---- bad input
+
+
+class OneArgument(Module):
+    def split_batch(self, batch: Any) -> Any:
+        return batch
+
+
+class Flag(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.split_batch = True
+
+
+@pytest.mark.parametrize(
+    ("module", "received"), [(OneArgument, r"split_batch\(batch.*\).*"), (Flag, "split_batch = True")]
+)
+def test_a_split_batch_for_something_else_is_refused(module: type[Module], received: str) -> None:
+    own = module()
+    before = clone(own.state_dict())
+    with pytest.raises(TypeError, match=rf"`split_batch\(self, batch, heads\)`.*{received}\. .*another name"):
+        trainer(strategy(), max_steps=1).fit(own, loader())
+    assert_untouched(own, before)
+    trainer(strategy(heads=1), max_steps=1).fit(own, loader())  # where nobody asks for it
 
 
 @pytest.mark.parametrize(
