@@ -204,6 +204,11 @@ def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
             for column, over in enumerate(("samples", "bytes")):
                 x = [p[over] / (1 if over == "samples" else 1e6) for p in points]
                 axes[row, column].plot(x, [p[value] for p in points], marker="." if row else None, **drawn)
+    # What comes before the first merges would leave no room for the rest.
+    finals = [statistics.mean(line.metrics.values()) for line in own]
+    span = max(finals) - min(finals) or 1.0
+    low, high = (1.0, 0.1) if task.higher_is_better else (0.1, 1.0)
+    axes[1, 0].set_ylim(min(finals) - low * span, max(finals) + high * span)
     for column, over in enumerate(("samples", "MB sent by each device")):
         axes[-1, column].set_xlabel(over)
     for row, (_, _, name) in enumerate(shown):
