@@ -31,7 +31,13 @@ from lightning_lte import Explorer, LTEConfig, Transport
 AfterMerge = Literal["keep", "reset"]
 # As Lightning calls them. Those that are mixed run without a GradScaler, whose part is no larger for heads.
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true"]
-DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "16-mixed": torch.float16,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+}
 
 # In the first two steps weights are watched, and moments are made.
 WARM_UP = 3
@@ -188,11 +194,10 @@ def make_model(
     torch.manual_seed(seed)
     chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
     model: nn.Module = timm.create_model(name, **chosen).to(device)
-    bits, _, kind = precision.partition("-")
-    if kind == "mixed":
-        model.forward = torch.autocast(device.type, DTYPES[bits])(model.forward)
+    if precision.endswith("-mixed"):
+        model.forward = torch.autocast(device.type, DTYPES[precision])(model.forward)
         return model
-    return model.to(DTYPES[bits])
+    return model.to(DTYPES[precision])
 
 
 def make_optimizer(model: nn.Module, fused: bool) -> AdamW:
@@ -245,9 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     for name in options.models:
         batch = make_batch(name, options.batch, device, options.seed)
-        bits, _, kind = options.precision.partition("-")
-        if kind == "true":
-            batch = (batch[0].to(DTYPES[bits]), batch[1])
+        if options.precision.endswith("-true"):
+            batch = (batch[0].to(DTYPES[options.precision]), batch[1])
         for heads in options.heads:
             for rank in options.ranks:
                 for after_merge in options.after_merge:

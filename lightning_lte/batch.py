@@ -12,7 +12,7 @@ from torch import Tensor
 
 Path = tuple[Any, ...]
 
-_REMEDY = (
+REMEDY = (
     "Use one head per device, or define `split_batch(self, batch, heads)` in the LightningModule, which returns a batch"
     " for each head"
 )
@@ -52,7 +52,7 @@ class Layout:
                 " along dimension 0, and its lists one item for each sample, as many as its tensors or the loader's"
                 f" batch_size say; received {_described(batch)}"
                 + (f" from a loader with batch_size={expected}" if expected is not None else "")
-                + f". {_REMEDY}."
+                + f". {REMEDY}."
             )
         self._rows, self._items = found
 
@@ -66,7 +66,7 @@ class Layout:
         if len(sizes) != 1:
             raise ValueError(
                 "All batches must be made as the first one is, and have one number of samples throughout; received"
-                f" {_described(batch)}. {_REMEDY}."
+                f" {_described(batch)}. {REMEDY}."
             )
         return sizes.pop()  # type: ignore[return-value]
 

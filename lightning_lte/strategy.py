@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_lte import advice, execution
-from lightning_lte.batch import Layout
+from lightning_lte.batch import REMEDY, Layout
 from lightning_lte.callback import HeadsCallback
 from lightning_lte.config import (
     AfterMerge,
@@ -607,8 +607,7 @@ class HeadsStrategy(Resumable):
         if len(sizes) > 1:
             raise ValueError(
                 "Local heads share a device by splitting the batch, for which the batches of several loaders must have"
-                f" one size; received batch sizes {sizes}. Give all loaders the same, use one head per device, or"
-                " define `split_batch(self, batch, heads)` in the LightningModule, which returns a batch for each head."
+                f" one size; received batch sizes {sizes}. Give all loaders the same. {REMEDY}."
             )
 
     @contextmanager

@@ -230,13 +230,6 @@ def test_a_step_that_is_not_counted_yet_is_not_lost_with_the_heads_of_a_weight(p
     torch.testing.assert_close(net.first.weight.detach(), expected)
 
 
-class UsedElsewhere(Net):
-    """Multiplies its output by what a weight adds up to."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 + self.second.weight.sum())
-
-
 @pytest.mark.parametrize("how", ["another", "set up again"])
 def test_optimizers_that_are_exchanged_while_training_are_refused(how: str) -> None:
     class Exchanging(Module):
@@ -250,6 +243,13 @@ def test_optimizers_that_are_exchanged_while_training_are_refused(how: str) -> N
     with pytest.raises(RuntimeError, match=r"through the optimizers that `fit` began with; received .* `param_groups`"):
         trainer(LTEStrategy(4, 3, rank=RANK), max_epochs=3).fit(module, loader())
     assert type(module.net.first) is nn.Linear
+
+
+class UsedElsewhere(Net):
+    """Multiplies its output by what a weight adds up to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.second.weight.sum())
 
 
 def test_a_graph_that_runs_backward_once_more_finds_the_weights_of_its_forward() -> None:

@@ -35,6 +35,12 @@ class Loop:
             train_step(self.explorer, self.net, self.opt, make_data(16, seed=self.done))
             self.done += 1
 
+    @torch.no_grad()
+    def write(self, value: float) -> None:
+        """Write to all weights from outside."""
+        for param in self.net.parameters():
+            param.fill_(value)
+
     def weights(self) -> dict[str, Tensor]:
         return clone({f.name: f.weight for f in self.explorer.injection.factors.values()})
 
@@ -43,9 +49,7 @@ def test_weights_written_while_a_merge_travels_stay_as_they_were_written() -> No
     loop = Loop(overlap=3)
     loop.steps(5)
     assert loop.explorer.flights
-    with torch.no_grad():
-        for param in loop.net.parameters():
-            param.fill_(0.01)
+    loop.write(0.01)
     for group in loop.opt.param_groups:
         group.update(lr=0.0, momentum=0.0)
     with pytest.warns(UserWarning, match="All weights were written from outside"):
@@ -59,9 +63,7 @@ def test_forwards_see_weights_that_were_written_since_the_last_step() -> None:
     """As in the epoch without steps in which a callback that averaged weights computes running statistics."""
     loop = Loop(merge_every=30)
     loop.steps(5)
-    with torch.no_grad():
-        for param in loop.net.parameters():
-            param.fill_(0.01)
+    loop.write(0.01)
     with pytest.warns(UserWarning, match="All weights were written from outside"):
         loop.explorer.act()
     for f in loop.explorer.injection.factors.values():

@@ -189,7 +189,7 @@ def _curves(found: Sequence[Line], task: Task, most: int) -> Any:
     first = {id(o) for o in {o.row.label: o for o in reversed(own)}.values()}
     # Of controls, those that others are compared with.
     own = [o for o in own if not o.is_control or control_of(o, found) is o or id(o) in first]
-    own = sorted(own, key=lambda o: id(o) not in first)[: max(len(first), 10)][:most]
+    own = sorted(own, key=lambda o: id(o) not in first)[: min(most, max(len(first), 10))]
     shown = [("curve", "loss", "training loss"), ("evaluations", "metric", f"test {task.metric}")]
     shown += [("evaluations", key, RANKS[key]) for key in _ranks(own)]
     size = (12, 4 * len(shown))
