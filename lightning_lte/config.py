@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from lightning_lte.growth import check_growth
 from lightning_lte.optimizers import MakeOptimizer, check_outer_optimizer
 from lightning_lte.rounded import Base, BaseCopy, check_kernels
 from lightning_lte.schedule import MergeSchedule, as_schedule
-from lightning_lte.wire import PayloadKind, Wire
+from lightning_lte.wire import PayloadKind, ShortDtype, Wire
 
 AfterMerge = Literal["keep", "reset"]
 ReplicaPolicy = Literal["merge", "step", "freeze"]
@@ -34,6 +34,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "paper": {"rank": 64, "alpha": 4096.0, "split": "qkv", "embeddings": "replica"}
 }
 BadHeads = Literal["restart", "stop"]
+_LONG_NAMES: Mapping[ShortDtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 # What fused projections of q, k and v are called that stack them in this order: in timm and torchvision, GPTs that use
@@ -95,6 +96,7 @@ class LTEConfig:
         wire: in how many bits merges send what belongs to factored weights: "float32" (or more, if they are in
             float64), "bfloat16", or "int8" with a scale per row; sums are taken in float32. What rounding loses stays
             in the head that lost it, or is added the next time, but for bfloat16 sums. Replicas travel in float32.
+            Here and in `base`, "fp32" and "bf16" are taken for the long names.
         payload: what a merge sends for a weight: the "dense" mean delta, the "factors" of all heads, or "auto",
             whichever is fewer bytes.
         base: what the heads' forwards read of base weights of linear layers, once the first steps have shown which can
@@ -166,6 +168,10 @@ class LTEConfig:
         counts = ("heads", "merge_every", "rank", "refresh", "full_rank_steps", "overlap", "stagger", "verify_every")
         for name in (*counts, "alpha", "reset_moments", "seed", "shard"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("wire", "base"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, _LONG_NAMES.get(cast(ShortDtype, value), value))
         _check_count("heads", self.heads, "heads=8")
         object.__setattr__(self, "grow_heads", check_growth(self.heads, self.grow_heads))
         _check_count("rank", self.rank, "rank=16")

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ from lightning_lte.schedule import MergeSchedule, as_schedule
 from lightning_lte.sharding import Sharding
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
-from lightning_lte.wire import PayloadKind, Wire
+from lightning_lte.wire import PayloadKind, ShortDtype, Wire
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -115,7 +115,8 @@ class HeadsStrategy(Resumable):
         loss_reduction: whether the loss is a "mean" or a "sum" over samples.
         outer_optimizer: makes the optimizer that takes a merge's mean delta for the negative gradient of the base
             weights; None for the plain sum.
-        wire: how merges of factored weights travel: "float32", "bfloat16" or "int8".
+        wire: how merges of factored weights travel: "float32", "bfloat16" or "int8". Here and in `base`, "fp32" and
+            "bf16" are short for the first two.
         payload: what travels: "dense" mean deltas, "factors", or "auto", whichever is fewer bytes.
         base: what forwards read of the base weights of linear layers: "float32" is W itself, or "bfloat16", "int8" or
             "nf4".
@@ -166,9 +167,9 @@ class HeadsStrategy(Resumable):
         execution: Execution = "auto",
         loss_reduction: LossReduction = "mean",
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
-        wire: Wire = "float32",
+        wire: Wire | ShortDtype = "float32",
         payload: PayloadKind = "auto",
-        base: Base = "float32",
+        base: Base | ShortDtype = "float32",
         base_copy: BaseCopy = "cpu",
         full_rank_steps: int = 0,
         grow_heads: Mapping[int, int] | None = None,
@@ -205,9 +206,9 @@ class HeadsStrategy(Resumable):
             execution=execution,
             loss_reduction=loss_reduction,
             outer_optimizer=outer_optimizer,
-            wire=wire,
+            wire=cast(Wire, wire),
             payload=payload,
-            base=base,
+            base=cast(Base, base),
             base_copy=base_copy,
             full_rank_steps=full_rank_steps,
             grow_heads={} if grow_heads is None else grow_heads,

@@ -61,13 +61,14 @@ def test_an_outer_optimizer_comes_from_yaml(tmp_path: Path) -> None:
     outer = tmp_path / "outer.yaml"
     outer.write_text(
         "trainer:\n  strategy:\n    class_path: lightning_lte.LTEStrategy\n    init_args:\n      heads: 4\n"
-        "      overlap: 1\n      stagger: 2\n      wire: int8\n"
+        "      overlap: 1\n      stagger: 2\n      wire: int8\n      base: bf16\n"
         "      outer_optimizer:\n        class_path: torch.optim.SGD\n"
         "        init_args:\n          lr: 0.5\n          momentum: 0.9\n"
     )
     made = cli.run([*brief("digits.yaml", tmp_path), f"--config={outer}", "--trainer.strategy.merge_every=2"])
     strategy = made.trainer.strategy
     assert isinstance(strategy, lightning_lte.LTEStrategy) and strategy.config.outer_optimizer is not None
+    assert (strategy.config.wire, strategy.config.base) == ("int8", "bfloat16")
     optimizer = strategy.config.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.9
 

@@ -126,6 +126,16 @@ def test_what_needs_anchors_is_refused_where_there_are_none(bad: dict[str, Any],
     LTEConfig(heads=8, **bad)
 
 
+@pytest.mark.parametrize("argument", ["wire", "base"])
+@pytest.mark.parametrize(("short", "long"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_dtypes_may_be_named_as_lightning_does(argument: str, short: str, long: str) -> None:
+    given: dict[str, Any] = {argument: short}
+    assert getattr(LTEConfig(heads=8, **given), argument) == long
+    assert getattr(LTEStrategy(heads=8, **given).config, argument) == long
+    with pytest.raises(ValueError, match=f"{argument} must be one of 'float32', .* received 'fp16'"):
+        LTEConfig(heads=8, **{**given, argument: "fp16"})
+
+
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_devices_divide_the_heads_or_the_next_number_that_does_is_named(heads: int, devices: int) -> None:
     config = LTEConfig(heads=heads)
