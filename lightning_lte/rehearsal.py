@@ -6,7 +6,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -41,14 +41,16 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
 
         @torch.no_grad()
         def again() -> None:
-            for restore in kept:
-                restore()
-            parameters.restore()
-            torch.set_rng_state(torch_stream)
-            random.setstate(python_stream)
-            np.random.set_state(numpy_stream)
-            for device, state in device_streams:
-                torch.cuda.set_rng_state(state, device)
+            # All of them, whatever one of the user's own containers raises.
+            with ExitStack() as stack:
+                for device, state in device_streams:
+                    stack.callback(torch.cuda.set_rng_state, state, device)
+                stack.callback(np.random.set_state, numpy_stream)
+                stack.callback(random.setstate, python_stream)
+                stack.callback(torch.set_rng_state, torch_stream)
+                stack.callback(parameters.restore)
+                for restore in reversed(kept):
+                    stack.callback(restore)
 
         try:
             yield again

@@ -108,6 +108,23 @@ def test_tensors_are_put_back_however_they_lie_in_memory() -> None:
     assert torch.equal(module.windows, torch.arange(6.0).unfold(0, 3, 1))
 
 
+def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:
+    class Sealed(list[int]):
+        def clear(self) -> None:
+            raise RuntimeError("sealed")
+
+    module = holding(log=Sealed([1]), inner=holding(seen=[1]))
+    module.weight = nn.Parameter(torch.ones(2))
+    stream = torch.get_rng_state()
+
+    with pytest.raises(RuntimeError, match="sealed"), untouched(module), torch.no_grad():
+        module.weight.add_(torch.rand(2))
+        module.inner.seen.append(2)
+
+    assert module.weight.tolist() == [1, 1] and module.inner.seen == [1]
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_sparse_tensors_are_put_back(layout: Any) -> None:
     graph = torch.eye(3).to_sparse(layout=layout)
