@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class _Call:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     values: list[Any] = field(default_factory=list)
     batch_size: int = 0
     metric: Metric | None = None
@@ -38,6 +39,8 @@ class MeanLog:
 
     def __init__(self, log: Log) -> None:
         self._log = log
+        parameters = inspect.signature(log).parameters.values()
+        self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
         self._calls: dict[str, _Call] = {}
         # By the id of the metric, as its hash changes with its state.
         self._inputs: dict[int, Inputs] = {}
@@ -46,8 +49,10 @@ class MeanLog:
         if not isinstance(value, Tensor | numbers.Number | Metric):
             self._log(name, value, *args, **kwargs)  # which refuses it
             return
-        call = self._calls.setdefault(name, _Call(args, kwargs))
-        call.args, call.kwargs = args, kwargs
+        call = self._calls.setdefault(name, _Call())
+        # By name, as far as `log` has names, whether the user gave them or not.
+        kwargs |= zip(self._names, args, strict=False)
+        call.args, call.kwargs = args[len(self._names) :], kwargs
         call.batch_size += kwargs.get("batch_size") or 0
         if not isinstance(value, Metric):
             call.values.append(value)

@@ -83,12 +83,22 @@ class Reductions(Logging):
                 self.log(f"{name}{i}", value, reduce_fx=function, on_step=True, on_epoch=True)
         self.log("third", torch.tensor(1 / 3, dtype=torch.float64), on_step=True)
         self.log("number", 3)
+        self.log("positional", x.sum(), False, None, True, True, "sum")
 
 
 def test_every_reduction_that_lightning_takes_is_made_and_float64_stays_exact() -> None:
     expected, found = logged(Reductions(), 1), logged(Reductions(), HEADS)
     assert len(found[0]) > 12 and found == [pytest.approx(own, rel=1e-12) for own in expected]
     assert found[0]["third"] == 1 / 3
+
+
+def test_a_log_of_the_users_own_gets_what_it_was_given() -> None:
+    class Passing(Reductions):
+        def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            super().log(name, value, *args, **kwargs)
+
+    # What is positional here has no name, and is handed on as it came.
+    assert logged(Passing(), HEADS)[-1].keys() == logged(Reductions(), 1)[-1].keys()
 
 
 @pytest.mark.parametrize("value", ["text", None])
