@@ -111,11 +111,12 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             f.all_A = None
             f.merged_step = state["merged_steps"].get(f.name, -1)
             f.refreshed = state.get("refreshed", {}).get(f.name, 0)  # checkpoints of before have none
+            f.anchored = state.get("anchored", {}).get(f.name, "float32")
             if f.name in left:
                 rows = left[f.name]["value"][:]
                 f.left = float(rows[layout.rank] if len(rows) == layout.world_size else rows.mean())
-            if f.remainder is not None:
-                f.remainder.copy_(state["remainders"][f.name])
+            _take_remainder(f, state["remainders"].get(f.name))
+            f.error = None
             lost_on_wire = state["wire_errors"].get(f.name)
             if lost_on_wire is not None:
                 rows = lost_on_wire["value"]
@@ -165,6 +166,17 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             " In the checkpoint weight decay was that of weights: what it took off since their last merge was left out."
         )
     return told.strip()
+
+
+def _take_remainder(f: Factors, saved: Tensor | None) -> None:
+    """What W in half precision could not hold, of a run whose precision may have been another."""
+    if f.remainder is None:
+        if saved is not None:
+            f.add(saved.to(f.A.device))
+    elif saved is None:
+        f.remainder.zero_()
+    else:
+        f.remainder.copy_(saved)
 
 
 def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
@@ -406,6 +418,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
         "refreshed": {f.name: f.refreshed for f in factors},
+        "anchored": {f.name: f.anchored for f in factors},
         "remainders": {f.name: f.remainder.cpu() for f in factors if f.remainder is not None},
         "base": [explorer.config.base, explorer.config.base_copy],
         "bases": {f.name: f.rounded.state_dict() for f in factors if f.rounded},

@@ -274,7 +274,7 @@ class Explorer(Merging):
 
         Args:
             optimizer: which one stepped; may be left out if there is one.
-            measure: whether a merge computes what `MergeRecord` calls norm and disagreement.
+            measure: whether a merge computes what `MergeRecord` calls norm and disagreement. The same on all devices.
 
         Raises:
             ValueError: with several optimizers, none was named.
@@ -309,11 +309,18 @@ class Explorer(Merging):
         return self._merge_if_due(number, measure)
 
     def finish(self) -> None:
-        """Merge what is not merged yet, and give the module and the optimizers back."""
-        if self.unmerged:
-            self.merge()
-        self.gather_bases()
-        self.close()
+        """Merge what is not merged yet, and give the module and the optimizers back.
+
+        Raises:
+            RuntimeError, FloatingPointError: see `step`. The module and the optimizers are given back all the same,
+                with the weights of the merge before.
+        """
+        try:
+            if self.unmerged:
+                self.merge()
+            self.gather_bases()
+        finally:
+            self.close()
 
     def close(self, keep_state: bool = True) -> None:
         """Give the module and the optimizers back without a merge.
@@ -513,8 +520,7 @@ class Explorer(Merging):
     def _before_demotion(self, factors: Sequence[Factors]) -> None:
         # What heads have learned since the last merge is not to be lost, in a step that is not counted yet, too: a
         # collective.
-        for flight in list(self.flights):
-            self._land(flight)
+        self._land_all(self.flights)
         if factors:
             add_mean_deltas(factors, self.transport, self.config.decays_weights)
         restore_bases(factors, exactly=True)

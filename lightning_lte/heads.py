@@ -16,6 +16,7 @@ from lightning_lte.growth import spread
 from lightning_lte.rounded import Rounded
 from lightning_lte.span import span
 from lightning_lte.trial import Trial, checksum
+from lightning_lte.wire import Wire
 
 Pair = tuple[Tensor, Tensor]
 
@@ -93,6 +94,8 @@ class Factors:
         B: (n, *lead, out, rank), trained, zero at the start, so that the effective weight starts as W.
         trained: what optimizers hold of them, by name.
         anchor_A, anchor_B: shapes as A and B, or None with `reset`. An A that is frozen is its own anchor: None.
+        anchored: how what became the anchors travelled, which is how they travel without loss; None before the first
+            merge, as B' = 0 does so in any way.
         all_A: with frozen factors, A of all heads of all devices in their order, once a merge has exchanged them.
         remainder: float32 in W's shape, what W in a half-precision dtype could not hold of the merges so far, or None.
         rounded: W in low precision and its high-precision copy, while forwards read the former; else None.
@@ -139,6 +142,7 @@ class Factors:
         self.remainder = torch.zeros_like(self.shard, dtype=torch.float32) if half else None
         self.rounded: Rounded | None = None
         self.error: Tensor | None = None
+        self.anchored: Wire | None = None
         self.all_A: Tensor | None = None
         self.merging_from: int | None = None
         self.merging: Pair | None = None

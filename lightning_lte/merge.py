@@ -21,6 +21,7 @@ from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.shards import local
 from lightning_lte.span import span
 from lightning_lte.transport import Transport
+from lightning_lte.wire import Wire
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
@@ -79,7 +80,8 @@ class Merge:
         exact: whether it travels in full precision, and with all that rounding took before: no other merge follows.
         device: where it is computed; None for that of the factors.
         others: factors of weights that merge at other times. A head is bad if they are not finite, too; it starts anew
-            in all of them.
+            in all of them, by `restart_elsewhere`.
+        other_replicas: likewise.
     """
 
     def __init__(
@@ -94,10 +96,12 @@ class Merge:
         merges: int,
         measure: bool = True,
         others: Sequence[Factors] = (),
+        other_replicas: Replicas | None = None,
         exact: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._others, self._wire = others, "float32" if exact else config.wire
+        self._others, self._other_replicas = others, other_replicas or Replicas(replicas.count)
+        self._wire: Wire = "float32" if exact else config.wire
         self.factors, self.replicas, self.statistics = factors, replicas, statistics
         self._transport, self._config, self._measure = transport, config, measure
         self.step, self.number = step, merges + 1
@@ -137,9 +141,9 @@ class Merge:
             with span("merge land"):
                 self._land_weights(payload, states, outer)
         with span("merge start"):
-            self._take_others(apart=False)
+            self._take_rest(apart=False)
         with span("merge exchange"):
-            self._waiting(self._exchange_others)
+            self._waiting(self._exchange_rest)
         with span("merge land"):
             return self._finish(states, start)
 
@@ -151,7 +155,7 @@ class Merge:
             self._measure_heads(self.factors)
             self._together = self._payload(self.factors, apart=True)
             self._together.take(self._good)
-            self._take_others(apart=True)
+            self._take_rest(apart=True)
         self._time_s += time.perf_counter() - start
 
     def exchange(self) -> None:
@@ -159,7 +163,7 @@ class Merge:
         with span("merge exchange"):
             self._exchange_good()
             self._together.exchange()
-            self._exchange_others()
+            self._exchange_rest()
 
     def land(self, states: States, outer: OuterOptimizer | None = None, wait_s: float = 0.0) -> MergeRecord:
         """Write what was merged; see `run`.
@@ -193,6 +197,7 @@ class Merge:
             "left": self._left.cpu(),
             "squared_heads": self._squared_heads.cpu(),
             "totals": payload["totals"],
+            "wires": payload["wires"],
             "replicas": replicas,
             "statistics": statistics,
             "rows": {"factors": payload["merged"], "replicas": rows, "statistics": statistic_rows},
@@ -208,7 +213,7 @@ class Merge:
         self._squared_heads = state["squared_heads"].to(self._device)
         rows = state["rows"]
         self._together = self._payload(self.factors, apart=True)
-        self._together.load_state_dict({"totals": state["totals"], "merged": rows["factors"]})
+        self._together.load_state_dict({**state, "merged": rows["factors"]})
         self._mean_replicas = self._config.replicas == "merge"
         before = {name: own["value"] for name, own in rows["replicas"].items()}
         self.replicas.load_taken_state({**state["replicas"], "before": before})
@@ -221,11 +226,13 @@ class Merge:
         """Finish what an earlier try left half done: it was interrupted after it had written W."""
         for f in self.factors:
             if f.merging_from is not None and f.shard._version != f.merging_from:
+                f.anchored = "float32"
                 _settle(f, states, self._config, None, self.number, f.merging)
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
-        self._good = _finite([*self.factors, *self._others], self.replicas, states).to(self._device)
+        good = _finite(self.factors, self.replicas, states).to(self._device)
+        self._good = good & _finite(self._others, self._other_replicas, states).to(self._device)
         if self._config.decays_weights:
             self._left = _taken_left(self.factors, self._device)
         within = self._transport.within
@@ -282,17 +289,18 @@ class Merge:
                 f.add(delta, left[f.name])
             else:
                 outer.step(f, delta, left[f.name])
+            f.anchored = payload.wire_of(f)
             _settle(f, states, self._config, bad, self.number, f.merging)
 
     # ---- all else
 
-    def _take_others(self, apart: bool) -> None:
+    def _take_rest(self, apart: bool) -> None:
         self._mean_replicas = self._config.replicas == "merge"
         if self._mean_replicas:
             self.replicas.take(self._transport, self._good, apart)
         self.statistics.take(self._transport, apart)
 
-    def _exchange_others(self) -> None:
+    def _exchange_rest(self) -> None:
         if self._mean_replicas:
             self.replicas.exchange(self._transport)
         self.statistics.exchange(self._transport)
@@ -306,9 +314,6 @@ class Merge:
                 _restart_replicas(self.replicas, states, ~self._good)
         self.statistics.land()
         _mend_shared_moments(self.replicas, states)
-        if self._restarted:
-            for f in self._others:
-                _restart(f, states, ~self._good, self.number)
         norm = disagreement = None
         if self._measure:
             if self._transport.within is not None:
@@ -331,6 +336,24 @@ class Merge:
             disagreement=disagreement,
             heads=len(self._good_all),
         )
+
+    def restart_elsewhere(self, states: States) -> None:
+        """Let heads that were not finite start anew in what merges at other times, too; or these would be spoilt again.
+
+        Call it when this has landed, and all else that is on its way. A collective where there are such heads, which
+        all devices know.
+        """
+        if not self._restarted:
+            return
+        for f in self._others:
+            _restart(f, states, ~self._good, self.number)
+        if self._config.replicas == "merge":
+            # All heads take the mean, ahead of time: a device may have nothing else that is finite.
+            self._other_replicas.take(self._transport, self._good, apart=False)
+            self._other_replicas.exchange(self._transport)
+            self._other_replicas.land(self._good_total)
+            _restart_replicas(self._other_replicas, states, ~self._good)
+            _mend_shared_moments(self._other_replicas, states)
 
     def _waiting(self, function: Any) -> None:
         start = time.perf_counter()
@@ -365,7 +388,10 @@ def verify(factors: Sequence[Factors], transport: Transport, number: int, step: 
 
 def combined(records: Sequence[MergeRecord], *, bytes_sent: int, ddp_bytes: int) -> MergeRecord:
     """One record for merges of different weights, with the bytes of all steps since the record before."""
-    norms = [record.delta_norm for record in records if record.delta_norm is not None]
+    measured = [(r.delta_norm, r.disagreement or 0.0) for r in records if r.delta_norm is not None]
+    norm = math.hypot(*(own for own, _ in measured)) if measured else None
+    # Squares of heads' deltas add up over weights, as those of mean deltas do.
+    apart = math.hypot(*(own * spread for own, spread in measured))
     return replace(
         records[-1],
         time_s=sum(record.time_s for record in records),
@@ -373,7 +399,8 @@ def combined(records: Sequence[MergeRecord], *, bytes_sent: int, ddp_bytes: int)
         bytes_sent=bytes_sent,
         ddp_bytes=ddp_bytes,
         restarted=tuple(sorted({head for record in records for head in record.restarted})),
-        delta_norm=math.hypot(*norms) if norms else None,
+        delta_norm=norm,
+        disagreement=apart / norm if norm else None,
     )
 
 

@@ -76,6 +76,8 @@ class Merging(Trainees):
         # Merges on their way must not get mixed up with what devices exchange meanwhile.
         self._beside = transport.beside() if config.overlap else transport
         self.records: deque[MergeRecord] = deque(maxlen=1000)
+        # Those of merges that are not in one of `records` yet.
+        self._done: list[MergeRecord] = []
         self.flags = {"late": False, "taken": False, "terminated": False}
         self.groups: dict[nn.Parameter, int] = {}
         self._counted_bytes = self._ddp_bytes = 0
@@ -124,7 +126,7 @@ class Merging(Trainees):
         none did.
 
         Args:
-            measure: whether to compute what `MergeRecord` calls norm and disagreement.
+            measure: whether to compute what `MergeRecord` calls norm and disagreement. The same on all devices.
             everything: merge what all optimizers train, which devices have to that stopped at different steps.
 
         Returns:
@@ -138,15 +140,15 @@ class Merging(Trainees):
             # Heads and replicas have nothing of what the weights have learned.
             self.take_weights({w.name for w in self._watched()})
         numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
-        records = [self._land(flight) for flight in list(self.flights)]
+        self._land_all(self.flights)
         if everything:
             # They may have stopped on both sides of an exchange of A, which is sent once.
             for f in self.injection.factors.values():
                 f.all_A = None
         for number in numbers or range(len(self.clocks)):
-            records += self._start(number, None, measure, overlap=0)
+            self._start(number, None, measure, overlap=0)
             self.clocks[number].settled()
-        record = self._noted(records)
+        record = self._noted()
         assert record is not None
         return record
 
@@ -184,30 +186,28 @@ class Merging(Trainees):
     def _merge_if_due(self, number: int, measure: bool) -> MergeRecord | None:
         """Land and start what is due after a step of an optimizer."""
         clock = self.clocks[number]
-        arriving = [f for f in self.flights if f.number == number and clock.step >= f.lands_at]
-        records = [self._land(flight) for flight in arriving]
+        self._land_all(f for f in self.flights if f.number == number and clock.step >= f.lands_at)
         groups = self.config.stagger
         if self._schedule.due(clock.step, clock.last_merge):
             while clock.groups_left:  # the last round was too short for all
-                records += self._merge_next(number, measure)
+                self._merge_next(number, measure)
             clock.begin(groups)
         while clock.groups_left:
             delay = self._schedule.delay(groups - clock.groups_left, groups)
             if clock.step < clock.last_merge + delay:
                 break
-            records += self._merge_next(number, measure)
-        return self._noted(records)
+            self._merge_next(number, measure)
+        return self._noted()
 
-    def _merge_next(self, number: int, measure: bool) -> list[MergeRecord]:
+    def _merge_next(self, number: int, measure: bool) -> None:
         """Merge the next group of the weights that one optimizer trains."""
         clock, groups = self.clocks[number], self.config.stagger
-        records = self._start(number, groups - clock.groups_left, measure, self.config.overlap)
+        self._start(number, groups - clock.groups_left, measure, self.config.overlap)
         clock.groups_left -= 1
         if groups == 1:
             clock.last_whole = clock.step
-        return records
 
-    def _start(self, number: int, group: int | None, measure: bool, overlap: int) -> list[MergeRecord]:
+    def _start(self, number: int, group: int | None, measure: bool, overlap: int) -> None:
         """Merge a group of the weights that one optimizer trains, or let it start on its way.
 
         Args:
@@ -215,13 +215,9 @@ class Merging(Trainees):
             group: of its weights; None for all.
             measure: see `step`.
             overlap: steps until it lands.
-
-        Returns:
-            The records of merges that are done.
         """
         clock = self.clocks[number]
-        earlier = [f for f in self.flights if f.number == number and group in (None, f.group)]
-        records = [self._land(flight) for flight in earlier]
+        self._land_all(f for f in self.flights if f.number == number and group in (None, f.group))
         again, self.merging = self.merging, True
         waited = 0.0
         with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
@@ -240,13 +236,12 @@ class Merging(Trainees):
                 self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, devices=devices))
             else:
                 record = self._unless_refused(lambda: merge.run(self._states(), self.outer))
-                records.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
+                self._done.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
                 self._merged(merge)
         for f in merge.factors:
             f.merged_step, f.left = clock.step, 1.0
         clock.merged()
         self.merging = False
-        return records
 
     def _made_merge(self, number: int, group: int | None, step: int, merges: int, measure: bool, apart: bool) -> Merge:
         factors, replicas = self._grouped(number, group)
@@ -262,7 +257,8 @@ class Merging(Trainees):
             step=step,
             merges=merges,
             measure=measure,
-            others=[f for f in self._factors_of(number) if all(f is not own for own in factors)],
+            others=[f for f in self.injection.factors.values() if all(f is not own for own in factors)],
+            other_replicas=self.injection.replicas.besides(replicas),
             exact=group is None,
             device=self._device,
         )
@@ -275,16 +271,22 @@ class Merging(Trainees):
         merge.flags.zero_()  # what devices told in the run before
         self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
 
-    def _land(self, flight: Flight) -> MergeRecord:
+    def _land_all(self, flights: Iterable[Flight]) -> None:
+        for flight in list(flights):
+            if any(flight is own for own in self.flights):
+                self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """Land a merge. That lands others, too, if heads start anew or roles change."""
         self.merging = True
         with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
             waited = flight.wait()
             record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
             self.flights.remove(flight)
+            self._done.append(record)
             self._merged(flight.merge)
             self._hear_of(flight.merge.flags)
         self.merging = False
-        return record
 
     def _told(self) -> Tensor:
         """What this device tells the others, or what those tell that share out a head with it, (1, flags) uint8."""
@@ -304,15 +306,21 @@ class Merging(Trainees):
             raise
 
     def _merged(self, merge: Merge) -> None:
+        if self._done[-1].restarted:
+            # What is on its way of these heads was taken before they start anew.
+            self._land_all(self.flights)
+            self.merging = True  # those have ended, and this has not
+            merge.restart_elsewhere(self._states())
         self.guard.accept_writes()
         every = self.config.verify_every
         if every and merge.number % every == 0:
             verify(list(self.injection.factors.values()), self.transport, merge.number, merge.step)
 
-    def _noted(self, records: Sequence[MergeRecord]) -> MergeRecord | None:
-        """One record for all merges of a step, with the bytes of all steps since the one before."""
-        if not records:
+    def _noted(self) -> MergeRecord | None:
+        """One record for all merges since the one before, with the bytes of all steps since then."""
+        if not self._done:
             return None
+        records, self._done = self._done, []
         sent = self.transport.bytes_sent + (self._beside.bytes_sent if self.config.overlap else 0)
         self.last_record = combined(records, bytes_sent=sent - self._counted_bytes, ddp_bytes=self._ddp_bytes)
         self._counted_bytes, self._ddp_bytes = sent, 0

@@ -26,9 +26,10 @@ class Payload:
         factors: of the weights.
         transport: to the other devices.
         wire: how deltas or factors travel. In fewer bits than 32, factors are merged as they arrive, and the anchors
-            become what was sent: what was lost to rounding stays in the head and is merged the next time. For dense
-            deltas in int8 it is kept in `Factors.error`, and added the next time. Where A is frozen, B - B' travels
-            alone, but for the first time, when A goes with it in full precision; B' then becomes B' and what was sent.
+            become what was sent: what was lost to rounding stays in the head and is merged the next time. Anchors that
+            were not, as after a merge in full precision, are sent in that. For dense deltas in int8 it is kept in
+            `Factors.error`, and added the next time. Where A is frozen, B - B' travels alone, but for the first time,
+            when A goes with it in full precision; B' then becomes B' and what was sent.
         kind: "dense", "factors", or "auto" for the one of fewer bytes.
         apart: whether factors change before the sums are used, so that a copy of them is needed.
     """
@@ -48,9 +49,12 @@ class Payload:
             f for f in factors if world_size == 1 or f.error is not None or is_dense(f, world_size, wire, kind)
         ]
         self._others = [f for f in factors if all(f is not other for other in self._dense)]
+        self._wires = {f.name: wire for f in self._others}
         self._copies: dict[str, Pair] = {}
         self._deltas: list[Tensor] = []
         self._sent: list[list[Tensor]] = []
+        # What is sent in full precision after it.
+        self._anchors: dict[str, list[Tensor]] = {}
         # Of frozen factors: A of the local heads where not all devices have it, and what they had when this started.
         self._sent_A: dict[str, Tensor] = {}
         self._all_A: dict[str, Tensor] = {}
@@ -79,9 +83,13 @@ class Payload:
         """Communicate. A collective: every device has to call it."""
         errors: Any = [f.error for f in self._dense] if self._wire == "int8" else None
         self._transport.sum_(self._deltas, self._wire, errors)
-        flat = self._transport.stack_all([t for sent in self._sent for t in sent], self._wire)
         # What was sent is kept: on CUDA it may be read only after this has returned.
+        flat = self._transport.stack_all([t for sent in self._sent for t in sent], self._wire)
         self._stacked = [[flat.pop(0) for _ in sent] for sent in self._sent]
+        if self._anchors:
+            exact = self._transport.stack_all([t for sent in self._anchors.values() for t in sent], "float32")
+            for f, own in zip(self._others, self._stacked, strict=True):
+                own += [exact.pop(0) for _ in self._anchors.get(f.name, ())]
         if self._sent_A:
             all_A = self._transport.stack_all(list(self._sent_A.values()), "float32")
             self._all_A.update(zip(self._sent_A, all_A, strict=True))
@@ -108,6 +116,10 @@ class Payload:
             A, B = torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
         return f.sum_of_products(A[good], B[good])
 
+    def wire_of(self, f: Factors) -> Wire:
+        """How the factors of a weight travel; "float32" if its dense delta does, as heads lose nothing by that."""
+        return self._wires.get(f.name, "float32")
+
     def merged(self, f: Factors) -> Pair | None:
         """The factors of the local heads that were merged, where they are not those of now."""
         if self._wire != "float32":
@@ -126,6 +138,7 @@ class Payload:
         return {
             "totals": {f.name: self.total(f, good_all).cpu() for f in self.factors},
             "merged": {name: {"A": pair[0].cpu(), "B": pair[1].cpu()} for name, pair in merged.items() if pair},
+            "wires": dict(self._wires),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -133,6 +146,7 @@ class Payload:
         self._dense, self._others = list(self.factors), []
         self._deltas = [state["totals"][f.name].to(f.A.device) for f in self.factors]
         devices = {f.name: f.A.device for f in self.factors}
+        self._wires = state.get("wires", {})  # checkpoints of before have none
         pairs = state["merged"].items()
         self._copies = {name: (p["A"].to(devices[name]), p["B"].to(devices[name])) for name, p in pairs}
 
@@ -144,7 +158,11 @@ class Payload:
         assert f.anchor_A is not None and f.anchor_B is not None
         A, B = self._copies.get(f.name, (f.A.detach(), f.B.detach()))
         # In int8 a row has a scale of its own: rows are to be long.
-        return [A, B.mT, f.anchor_A, f.anchor_B.mT]
+        anchors = [f.anchor_A, f.anchor_B.mT]
+        if f.anchored in (None, self._wire):
+            return [A, B.mT, *anchors]
+        self._anchors[f.name] = [t.clone() for t in anchors] if self._apart else anchors
+        return [A, B.mT]
 
 
 def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: PayloadKind = "auto") -> bool:

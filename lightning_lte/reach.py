@@ -37,7 +37,7 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
         foreach: bool | None = None,
     ) -> Tensor:
         params = _listed(parameters)
-        if not explorer.trains_in_place_of(params):
+        if ended or not explorer.trains_in_place_of(params):
             return _NORM(params, max_norm, norm_type, error_if_nonfinite, foreach)
         if float(norm_type) != 2.0:
             raise ValueError(
@@ -52,15 +52,18 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
         return norms.max()
 
     def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
-        _VALUE(explorer.trained_for(_listed(parameters)), clip_value, *args, **kwargs)
+        params = _listed(parameters)
+        _VALUE(params if ended else explorer.trained_for(params), clip_value, *args, **kwargs)
 
     def zero(self: nn.Module, set_to_none: bool = True) -> None:
         _ZERO(self, set_to_none)
-        if explorer.trains_in_place_of(self.parameters()):
+        if not ended and explorer.trains_in_place_of(self.parameters()):
             explorer.collect_gradients()
             for param in explorer.trained_for(self.parameters()):
                 param.grad = None
 
+    # Who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own afterwards.
+    ended = False
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
     package = __name__.partition(".")[0]
     places = [
@@ -76,10 +79,11 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
     try:
         yield
     finally:
+        ended = True
         nn.Module.zero_grad = _ZERO  # type: ignore[method-assign]
         for module, name, function in places:
             setattr(module, name, function)
 
 
-def _listed(parameters: Any) -> list[nn.Parameter]:
-    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+def _listed(parameters: Any) -> list[Any]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)

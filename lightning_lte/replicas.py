@@ -129,6 +129,11 @@ class Replicas:
         some._replicas = [replica for replica in self._replicas if replica.param in chosen]
         return some
 
+    def besides(self, others: Replicas) -> Replicas:
+        """All but some others."""
+        params = {replica.param for replica in others}
+        return self.of(replica.param for replica in self._replicas if replica.param not in params)
+
     def select(self, head: int | None) -> None:
         """Let the module see one head's replicas in place of its own parameters; None undoes it."""
         for replica in self._replicas:

@@ -422,8 +422,9 @@ class HeadsStrategy(Resumable):
         explorer = Explorer(module, self.optimizers, config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
-        # The norms of a merge cost time, and nobody sees them without a logger.
-        self.measure = bool(trainer.loggers)
+        # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
+        logs = torch.tensor([[bool(trainer.loggers)]], dtype=torch.uint8, device=self.root_device)
+        self.measure = bool(self._transport.stack(logs).any())
         self._split_batch = getattr(module, "split_batch", None)
         self._manual = None
         self._share_device()

@@ -260,7 +260,12 @@ class Trainees:
                     if f.rounded is not None and not f.rounded.released:
                         f.rounded.write(f.weight)
                     f.settle()
+                    f.anchored = "float32"
                     f.left = 1.0
+                    # Of the weight that was.
+                    f.error = None
+                    if f.remainder is not None:
+                        f.remainder.zero_()
                     if f.anchor_B is None:
                         f.B.zero_()
             for replica in self.injection.replicas:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.processes import run
 from tests.test_checkpoint import assert_equal
 
 HEADS, BAD, PERIOD = 4, 2, 5
+MOMENTUM = partial(SGD, lr=0.7, momentum=0.9)
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 OPTIMIZERS: dict[str, Make] = {
@@ -179,6 +181,121 @@ def test_a_head_that_is_not_finite_leaves_no_trace_in_a_weight_that_loses_its_he
     good = [f.effective(head) for head in range(HEADS) if head != BAD]
     loop.explorer.make_replicas({f.name: "it is used elsewhere"})
     torch.testing.assert_close(f.weight.detach(), sum(good) / 3)
+
+
+def break_head(explorer: Explorer, head: int) -> None:
+    """Give a local head gradients that are not finite in all it trains, also in replicas that are one device's own."""
+    for own in explorer.per_head:
+        if own.grad is not None:
+            own.grad[head] = torch.nan
+    for replica in explorer.injection.replicas:
+        if replica.stack is None and explorer.count == 1 and replica.param.grad is not None:
+            replica.param.grad.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("choices", [{}, {"overlap": 2}, {"overlap": 5}, {"outer_optimizer": MOMENTUM}], ids=str)
+@pytest.mark.parametrize("stagger", [2, 3])
+def test_a_head_starts_anew_once_in_what_merges_later_too(stagger: int, choices: dict[str, Any]) -> None:
+    loop = Loop(adamw, stagger=stagger, **choices)
+    explorer = loop.explorer
+    found = []
+    for step in range(1, 5 * PERIOD):
+        poison = partial(break_head, explorer, BAD) if step == PERIOD + 2 else lambda: None
+        record = loop.step(poison)
+        if record is not None and record.restarted:
+            found.append(record.restarted)
+            for f in loop.factors:
+                torch.testing.assert_close(f.effective(BAD), f.weight.detach(), rtol=0, atol=1e-6)
+    assert found == [(BAD,)]
+    assert all(replica.copies.isfinite().all() for replica in explorer.injection.replicas)
+    explorer.finish()
+    assert all(param.isfinite().all() for param in loop.net.parameters())
+
+
+def test_a_head_starts_anew_once_in_what_other_optimizers_train_too() -> None:
+    net = make_net().float()
+    optimizers = [adamw(net.first.parameters()), adamw([*net.second.parameters(), *net.out.parameters()])]
+    explorer = Explorer(net, optimizers, LTEConfig(HEADS, PERIOD, rank=RANK, execution="batched"))
+    found = []
+    for step in range(1, 5 * PERIOD):
+        x, y = make_data(16, seed=step)
+        with explorer.heads():
+            loss = cross_entropy(net(x.float()), y)
+        loss.backward()
+        explorer.after_backward()
+        if step == PERIOD + 2:
+            break_head(explorer, BAD)
+        for number, optimizer in enumerate(optimizers):
+            if number == 0 or step > 2:  # the second merges two batches later
+                optimizer.step()
+                record = explorer.step(optimizer)
+                found += [record.restarted] if record is not None and record.restarted else []
+            optimizer.zero_grad()
+    assert found == [(BAD,)]
+    explorer.finish()
+    assert all(param.isfinite().all() for param in net.parameters())
+
+
+def _broken_on_the_second(choices: dict[str, Any]) -> tuple[list[tuple[int, ...]], dict[str, Tensor]]:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    net = make_net().float()
+    optimizer = adamw(net.parameters())
+    explorer = Explorer(net, optimizer, LTEConfig(2, PERIOD, rank=RANK, **choices), transport)
+    found = []
+    for step in range(1, 5 * PERIOD):
+        x, y = make_data(16, seed=2 * step + transport.rank)
+        with explorer.heads():
+            loss = cross_entropy(net(x.float()), y)
+        loss.backward()
+        explorer.after_backward()
+        if step == PERIOD + 2 and transport.rank == 1:
+            break_head(explorer, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        record = explorer.step()
+        found += [record.restarted] if record is not None and record.restarted else []
+    explorer.finish()
+    return found, clone(net.state_dict())
+
+
+@pytest.mark.parametrize("choices", [{"stagger": 2}, {"stagger": 3, "overlap": 3}], ids=str)
+def test_a_device_whose_head_starts_anew_goes_on_from_what_the_others_have(choices: dict[str, Any]) -> None:
+    (found, own), (same, other) = run(_broken_on_the_second, 2, choices)
+    assert found == same == [(1,)]
+    assert all(value.isfinite().all() for value in own.values())
+    assert_equal(own, other)
+
+
+def test_a_merge_on_its_way_does_not_bring_back_what_a_head_has_lost() -> None:
+    """A gradient that overflows when it is squared leaves the head's factors finite, which are on their way already."""
+    loop = Loop(adamw, stagger=2, overlap=3)
+    explorer = loop.explorer
+    replica = next(r for r in explorer.injection.replicas if r.name == "first.bias")
+
+    def poison() -> None:
+        assert replica.stack is not None and replica.stack.grad is not None
+        replica.stack.grad[BAD] = 1e25
+
+    record = None
+    while record is None or not record.restarted:
+        record = loop.step(poison if explorer.flights and explorer.clock.merges > 1 else lambda: None)
+    assert not explorer.flights
+    for _ in range(2):
+        for f in loop.factors:
+            torch.testing.assert_close(f.effective(BAD), f.weight.detach(), rtol=0, atol=1e-6)
+        explorer.merge()
+
+
+def test_a_last_merge_that_is_refused_gives_the_module_back() -> None:
+    loop = Loop(adamw)
+    for _ in range(PERIOD - 1):
+        loop.step()
+    with torch.no_grad():
+        loop.factors[0].B.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="no head of 4 has finite factors"):
+        loop.explorer.finish()
+    held = loop.optimizer.param_groups[0]["params"]
+    assert all(a is b for a, b in zip(held, loop.net.parameters(), strict=True))
 
 
 # ---- the other policy

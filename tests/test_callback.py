@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,22 @@ def test_bytes_are_counted_on_two_devices(tmp_path: Path) -> None:
     # The last merge came after one step, those before after three.
     ddp = [float(row["lte/ddp_bytes_sent"]) for row in rows]
     assert ddp[0] == ddp[1] == 3 * ddp[2] == 3 * sum(p.nbytes for p in Module().parameters())
+
+
+def _logged_on_the_first(folder: str) -> tuple[bool, dict[str, torch.Tensor]]:
+    first = os.environ["RANK"] == "0"
+    strategy = LTEStrategy(2, 2, rank=RANK)
+    logger = CSVLogger(folder, name="", version="") if first else False
+    t = trainer(strategy, devices=2, max_epochs=1, logger=logger, log_every_n_steps=1)
+    module = Module(optimizer=sgd)
+    t.fit(module, loader(16 * 2 * 5, 16))
+    return strategy.measure, clone(module.state_dict())
+
+
+def test_a_logger_on_the_first_device_alone_is_enough(tmp_path: Path) -> None:
+    (measures, own), (same, other) = run(_logged_on_the_first, 2, str(tmp_path), group=False)
+    assert measures and same
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
+    with (tmp_path / "metrics.csv").open() as file:
+        norms = [row["lte/delta_norm"] for row in csv.DictReader(file)]
+    assert sum(bool(norm) for norm in norms) >= 2

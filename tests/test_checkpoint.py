@@ -18,7 +18,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, checkpoint
-from tests.modules import RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.modules import (
+    RANK,
+    Module,
+    Net,
+    Recorder,
+    adamw,
+    clone,
+    loader,
+    make_data,
+    make_net,
+    sgd,
+    train_step,
+    trainer,
+)
 from tests.processes import run
 
 
@@ -48,16 +61,21 @@ def train(
     execution: str = "batched",
     heads: int = 4,
     devices: int = 1,
+    by_hand: int | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
-    """Fit with a merge every 3 steps and 5 steps an epoch, and return all there is at the end of the last epoch."""
+    """Fit with a merge every 3 steps and 5 steps an epoch, and return all there is at the end of the last epoch.
+
+    After the step `by_hand` there is a merge that is not due.
+    """
     seed_everything(7)  # the sampler's; the streams are to come from the checkpoint
     if resume is not None:
         for set_seed in (torch.manual_seed, random.seed, np.random.seed):
             set_seed(1234)
     strategy = LTEStrategy(heads, 3, rank=RANK, execution=execution, **choices)  # type: ignore[arg-type]
     keep = ModelCheckpoint(folder, filename=f"{{epoch}}-{epochs}", save_top_k=-1)
-    t = trainer(strategy, devices=devices, max_epochs=epochs, callbacks=[keep], enable_checkpointing=True)
+    merge = Recorder(lambda t, _: t.global_step == by_hand and strategy.explorer.merge())
+    t = trainer(strategy, devices=devices, max_epochs=epochs, callbacks=[keep, merge], enable_checkpointing=True)
     module = Module(make_net(Noisy), adamw)
     data = loader(16 * EPOCH * devices, 16, shuffle=True)
     t.fit(module, data, ckpt_path=resume)
@@ -148,6 +166,7 @@ def _resume_on_two(folder: str, heads: int, choices: dict[str, Any]) -> tuple[di
         (4, {"weight_decay": "weights", "overlap": 3}),
         (4, {"refresh": 1, "freeze_a": True, "payload": "factors"}),
         (2, {"wire": "int8", "payload": "factors", "overlap": 3, "freeze_a": True}),
+        (2, {"wire": "int8", "payload": "factors", "by_hand": 4}),
         (4, {"wire": "bfloat16", "payload": "factors", "stagger": 2, "overlap": 2, "outer_optimizer": OUTER}),
     ],
 )
@@ -403,6 +422,44 @@ def test_a_plain_loop_goes_on_exactly_too() -> None:
     steps(other, opt, range(5, 11))
     assert_equal(clone(one.module.state_dict()), clone(other.module.state_dict()))
     assert_equal(one.state_dict()["optimizers"], other.state_dict()["optimizers"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("saved", "then"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2],
+    ids=str,
+)
+def test_a_run_goes_on_in_another_precision(saved: torch.dtype, then: torch.dtype) -> None:
+    def start(dtype: torch.dtype) -> tuple[Explorer, torch.optim.Optimizer]:
+        model = make_net().to(dtype)
+        opt = adamw(model.parameters())
+        return Explorer(model, opt, LTEConfig(4, 3, rank=RANK, execution="batched")), opt
+
+    one, opt = start(saved)
+    for step in range(4):
+        x, y = make_data(16, seed=step)
+        train_step(one, one.module, opt, (x.to(saved), y))
+    state, other = one.state_dict(), start(then)[0]
+    assert state is not None
+    other.module.load_state_dict(one.module.state_dict())
+    other.load_state_dict(state)
+    for weight, f in one.injection.factors.items():
+        [own] = [g for g in other.injection.factors.values() if g.name == f.name]
+        # What W in half precision can't hold goes on, too.
+        torch.testing.assert_close(own.exact(), f.exact(), rtol=0, atol=0 if saved == then else 1e-2)
+        if then == torch.float32:
+            assert torch.equal(own.weight, f.exact()) and not torch.equal(own.weight, weight.float())
+
+
+def test_an_older_state_leaves_nothing_of_what_came_after() -> None:
+    model = make_net()
+    explorer = Explorer(model, adamw(model.parameters()), LTEConfig(4, 3, rank=RANK, execution="batched"))
+    state = explorer.state_dict()
+    assert state is not None
+    for f in explorer.injection.factors.values():
+        f.error = torch.ones_like(f.weight)
+    explorer.load_state_dict(state)
+    assert all(f.error is None for f in explorer.injection.factors.values())
 
 
 # ---- what was found by attacking the package

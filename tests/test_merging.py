@@ -59,6 +59,25 @@ def test_weights_written_while_a_merge_travels_stay_as_they_were_written() -> No
         torch.testing.assert_close(weight, torch.full_like(weight, 0.01))
 
 
+def test_weights_written_in_half_precision_are_all_that_is() -> None:
+    """What the weights that were there before could not hold is not added to them."""
+    net = make_net().bfloat16()
+    optimizer = sgd(net.parameters())
+    explorer = Explorer(net, optimizer, LTEConfig(HEADS, 4, rank=RANK, execution="batched"))
+    for step in range(10):
+        x, y = make_data(16, seed=step)
+        train_step(explorer, net, optimizer, (x.bfloat16(), y))
+    assert any(bool(f.remainder.any()) for f in explorer.injection.factors.values() if f.remainder is not None)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.zero_()
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        explorer.act()
+    explorer.merge()
+    assert not any(bool(f.weight.any()) for f in explorer.injection.factors.values())
+    explorer.close()
+
+
 def test_forwards_see_weights_that_were_written_since_the_last_step() -> None:
     """As in the epoch without steps in which a callback that averaged weights computes running statistics."""
     loop = Loop(merge_every=30)
@@ -125,6 +144,46 @@ def _rounded_to_the_end() -> list[tuple[Tensor, Tensor]]:
             if choices != {"wire": "bfloat16"}:
                 found.append((f.weight.detach().float(), (start[f.name] + total / HEADS).float()))
     return found
+
+
+def _found_while_merges_travel() -> dict[str, Tensor]:
+    loop = Loop(Transport(dist.get_world_size(), dist.get_rank()), merge_every=8, stagger=2, overlap=8)
+    loop.steps(5)
+    with torch.no_grad():
+        loop.net.second.weight.mul_(0.9)
+    loop.steps(9)
+    assert len(loop.explorer.flights) == 2
+    loop.explorer.finish()
+    return clone(loop.net.state_dict())
+
+
+def test_a_merge_that_lands_others_leaves_none_behind() -> None:
+    """Weights lose their heads when it lands, before which all others have to."""
+    own, other = run(_found_while_merges_travel, 2)
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
+
+
+def test_the_spread_of_heads_is_that_of_all_that_a_record_tells_of() -> None:
+    net = make_net()
+    optimizers = [sgd(net.first.parameters()), sgd([*net.second.parameters(), *net.out.parameters()])]
+    explorer = Explorer(net, optimizers, LTEConfig(HEADS, 100, rank=RANK, execution="batched"))
+    x, y = make_data(16)
+    for _ in range(4):
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            explorer.step(optimizer)
+            optimizer.zero_grad()
+    deltas = [[(f.effective(h) - f.weight).detach() for h in range(HEADS)] for f in explorer.injection.factors.values()]
+    squares = sum(float(delta.square().sum()) for own in deltas for delta in own) / HEADS
+    mean = sum(float((sum(own) / HEADS).square().sum()) for own in deltas)
+    record = explorer.merge()
+    assert record.delta_norm == pytest.approx(mean**0.5)
+    assert record.disagreement == pytest.approx((squares / mean - 1) ** 0.5)
+    explorer.finish()
 
 
 def _wait_at_the_start() -> tuple[float, float]:

@@ -18,15 +18,19 @@ from tests.processes import run
 from tests.test_merge import HEADS, config, learn, made, merge_all, weights
 
 
-def merges_on_wire(choices: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """After every merge: W, what W will be once all that rounding took is merged, and the bytes."""
+def merges_on_wire(choices: dict[str, Any], rounds: int, exactly: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    """After every merge: W, what W will be once all that rounding took is merged, and the bytes.
+
+    Those whose numbers are in `exactly` are in full precision, as merges by hand are.
+    """
     transport = Transport(dist.get_world_size(), dist.get_rank())
     chosen = config(**choices)
     injection = made(chosen, torch.float32, transport)
     seen = []
     for merges in range(rounds):
         learn(injection, seed=merges)
-        record = merge_all(injection, chosen, transport, step=merges + 1, merges=merges)
+        exact = merges in exactly
+        record = merge_all(injection, chosen, transport, step=merges + 1, merges=merges, exact=exact)
         due: dict[str, Tensor] = {}
         for f in injection.factors.values():
             left = f.summed_delta(torch.ones(f.count, dtype=torch.bool))
@@ -60,6 +64,20 @@ def test_what_rounding_takes_comes_with_the_next_merge(choices: dict[str, Any]) 
     assert off[0] > 0
     moved = [max(float((b["W"][n] - a["W"][n]).abs().max()) for n in a["W"]) for a, b in pairwise(exact)]
     assert max(o / m for o, m in zip(off[1:], moved, strict=True)) < 0.1
+
+
+@pytest.mark.parametrize("wire", ["int8", "bfloat16"])
+def test_nothing_is_lost_after_a_merge_in_full_precision(wire: str) -> None:
+    """Anchors are what the wire can't hold then."""
+    rounds = 8
+    [exact] = run(merges_on_wire, 1, {}, rounds)
+    results = run(merges_on_wire, 2, {"wire": wire, "payload": "factors"}, rounds, (2, 3, 5))
+    for own, other, expected in zip(*results, exact, strict=True):
+        for name, W in own["W"].items():
+            assert torch.equal(W, other["W"][name])
+            torch.testing.assert_close(own["due"][name], expected["W"][name], rtol=1e-4, atol=1e-4)
+    sent = [own["bytes"] for own in results[0]]
+    assert sent[7] == sent[1] < sent[4]  # anchors travel in full once, after they were not rounded
 
 
 def test_dense_sums_in_bfloat16_are_off_by_its_rounding() -> None:

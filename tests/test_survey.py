@@ -676,13 +676,30 @@ def test_clipping_other_modules_is_left_alone() -> None:
 
     class Beside(Module):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
-            own = nn.Parameter(torch.zeros(3))
-            own.grad = torch.tensor([3.0, 4.0, 0.0])
-            norms.append(float(nn.utils.clip_grad_norm_([own], 1.0, norm_type=1)))
-            assert own.grad.abs().sum() <= 1
+            for own in (nn.Parameter(torch.zeros(3)), torch.zeros(3, requires_grad=True)):
+                own.grad = torch.tensor([3.0, 4.0, 0.0])
+                given: Any = [own] if isinstance(own, nn.Parameter) else own
+                norms.append(float(nn.utils.clip_grad_norm_(given, 1.0, norm_type=1)))
+                assert own.grad.abs().sum() <= 1
 
     train(Beside(), heads=4)
     assert set(norms) == {7.0}
+
+
+def test_functions_that_were_taken_for_keeps_are_torchs_own_after_training() -> None:
+    class Keeping(Module):
+        def on_train_start(self) -> None:
+            from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+            self.clips = [(clip_grad_norm_, 1.0), (clip_grad_value_, 1e-3)]
+
+    module = Keeping()
+    train(module, heads=4)
+    for clip, limit in module.clips:
+        for param in module.parameters():
+            param.grad = torch.full_like(param, 100.0)
+        clip(module.parameters(), limit)
+        assert torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm() <= 1.0
 
 
 def test_hooks_on_parameters_keep_their_meaning() -> None:
