@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,17 @@ REMEDY = (
     "Use one head per device, or define `split_batch(self, batch, heads)` in the LightningModule, which returns a batch"
     " for each head"
 )
+
+
+def copied(batch: Any) -> Any:
+    """A copy of a batch, its containers and its tensors, that a step may write to."""
+
+    def copied_leaf(_: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return _in_class_of(leaf, leaf.detach().clone().requires_grad_(leaf.requires_grad))
+
+    return _map(copied_leaf, batch, (), set())
 
 
 class Layout:
@@ -77,7 +89,9 @@ class Layout:
 
         def take(path: Path, leaf: Any) -> Any:
             if path in self._rows:
-                part = leaf[index[0] : index[0] + len(index)] if contiguous else leaf[rows.to(leaf.device)]
+                # Autograd is to take slices for tensors of their own: a write to one is none to the others.
+                whole = leaf if leaf.requires_grad else leaf.data
+                part = whole[index[0] : index[0] + len(index)] if contiguous else whole[rows.to(leaf.device)]
                 return _in_class_of(leaf, part)
             if path in self._items:
                 return type(leaf)(leaf[i] for i in index)
@@ -138,7 +152,7 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
             return True
         children = _children(value)
         if children is None:
-            return isinstance(value, str | bytes | int | float | bool | complex | None)
+            return isinstance(value, str | bytes | int | float | bool | complex | np.generic | None)
         # Images beside a list of targets, one for each: as many as they have channels, perhaps.
         targets = known and any(_is_list_of_mappings(child) and len(child) == samples for _, child in children)
         if targets:
@@ -254,7 +268,7 @@ def _described(batch: Any) -> str:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     lengths = sorted({_size(tensor) for tensor in tensors} - {-1})
     uncut = sorted({_layout(tensor) for tensor in tensors if _size(tensor) == -1})
-    plain = (Tensor, str, bytes, int, float, bool, complex, type(None))
+    plain = (Tensor, str, bytes, int, float, bool, complex, np.generic, type(None))
     unknown = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)})
     found = [f"tensors with dimension 0 of sizes {lengths}"] if lengths else []
     found += [f"{' and '.join(uncut)} tensors"] if uncut else []

@@ -61,6 +61,9 @@ class HeadsCallback(_Base):
         if hasattr(trainer.strategy, "merge_before_validation"):
             trainer.strategy.merge_before_validation()
             self._log_merges(trainer)
+            explorer = _strategy(trainer).explorer
+            if explorer is not None:
+                explorer.guard.before_swaps()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The strategy puts this callback first, so that the others (weight averaging, checkpoints) see merged weights.

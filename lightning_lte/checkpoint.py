@@ -184,6 +184,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
     stacked, averaged = explorer.per_head, []
     for optimizer, saved_fields in zip(explorer.optimizers, state["optimizers"], strict=True):
         held = explorer.substitution.held(optimizer)
+        for name in held.keys() - saved_fields.keys():
+            explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
             param = held.get(name)
             if param is None:
@@ -556,6 +558,8 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"freeze_a={frozen} there, freeze_a={config.freeze_a} here")
     if state["flights"] and state["stagger"] != config.stagger:
         problems.append(f"stagger={state['stagger']} there, with merges on their way, stagger={config.stagger} here")
+    if state["full_rank"] and not explorer.full_rank and any(clock.step for clock in explorer.clocks):
+        problems.append("heads have not begun there, and have here: make a new Explorer")
     kinds = [type(optimizer).__name__ for optimizer in explorer.optimizers]
     if state["optimizer_kinds"] != kinds:
         problems.append(f"optimizers {', '.join(state['optimizer_kinds'])} there, {', '.join(kinds)} here")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lte.batch import Layout
+from lightning_lte.batch import Layout, copied
 from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
 
@@ -53,17 +53,22 @@ def run(
     # A loader may begin with a batch of odd size; on one device, the trial can wait for another.
     if explorer.execution == "auto" and (even or explorer.transport.world_size > 1):
         with trial():
-            decide(explorer, step, batch, layout.split(batch, explorer.count) if even else None)
+            # Steps may write to their batch.
+            decide(explorer, step, copied(batch), layout.split(copied(batch), explorer.count) if even else None)
+    samples = layout.size(batch)
     if explorer.execution == "batched":
         if fill_up and not even:
             batch, even = layout.filled_up(batch, explorer.count), True
         if even:
+            rows = layout.size(batch)  # the step may change what it is given
             with explorer.heads():
-                return _per_head(step(batch), explorer)
+                return _per_head(_of_samples(step(batch), rows, samples), explorer)
     # Batch norm takes no statistics of a single sample.
     least = 2 if any(isinstance(m, _BatchNorm) and m.training for m in explorer.module.modules()) else 1
+    parts = layout.split(batch, explorer.count, least)
+    rows = sum(map(layout.size, parts))
     with turns():
-        return (take_turns or run_in_turn)(explorer, step, layout.split(batch, explorer.count, least))
+        return _of_samples((take_turns or run_in_turn)(explorer, step, parts), rows, samples)
 
 
 def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any] | None) -> None:
@@ -176,6 +181,14 @@ def combined(outputs: Sequence[Any]) -> Any:
         if all(isinstance(value, Tensor) for value in values):
             together[key] = torch.cat(values) if values[0].dim() else torch.stack(values)
     return {**together, "loss": loss}
+
+
+def _of_samples(output: Any, rows: int, samples: int) -> Any:
+    """The output of a step on a batch whose samples were repeated, for these once: the rows of the first `samples`."""
+    if rows == samples or not isinstance(output, Mapping):
+        return output
+    of_rows = {k for k, v in output.items() if isinstance(v, Tensor) and v.dim() and len(v) == rows and k != "loss"}
+    return {key: value[:samples] if key in of_rows else value for key, value in output.items()}
 
 
 def _per_head(output: Any, explorer: Explorer) -> Any:

@@ -50,6 +50,7 @@ class Guard:
     def __init__(self, watched: Iterable[Watched]) -> None:
         self._watched: list[Watched] = []
         self._seen_backward = False
+        self._unwritten: list[Watched] = []
         self.watch(watched)
 
     def watch(self, watched: Iterable[Watched]) -> None:
@@ -70,6 +71,16 @@ class Guard:
     def accept_writes(self) -> None:
         """Take the parameters as they are now: after a merge or after loading a checkpoint."""
         self._accept(self._watched)
+
+    def before_swaps(self) -> None:
+        """Note what nobody has written to, before weights may be swapped for others, as for a validation."""
+        self._unwritten = [w for w in self._watched if local(w.param)._version == w.version]
+
+    def after_swaps(self) -> None:
+        """Take what was swapped for others and back for what nobody has written to."""
+        swapped = [w for w in self._unwritten if local(w.param)._version != w.version]
+        self._accept([w for w, value in zip(swapped, _checksums(swapped), strict=True) if value == w.checksum])
+        self._unwritten = []
 
     def found(self, settling: bool, look_at_bits: bool = True) -> dict[str, str]:
         """Names of what heads can't train, with the reason.

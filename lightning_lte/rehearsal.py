@@ -118,6 +118,9 @@ class Determined(TorchDispatchMode):
         result = func(*args, **kwargs)
         if name == "randperm" or name.startswith("randperm."):
             return result.copy_(torch.arange(len(result) - 1, -1, -1, device=result.device))
+        if name.partition(".")[0] in ("sort", "topk"):
+            # The order of equal numbers is anyone's: draws that are sorted to be a permutation turn everything round.
+            return _with_equals_turned_round(result, names, args, kwargs)
         constant = _CONSTANTS.get(name)
         if constant is None or not isinstance(result, Tensor):
             return result
@@ -129,6 +132,19 @@ class Determined(TorchDispatchMode):
         elif name == "normal_" and len(args) == 3:
             constant = args[1] + args[2] / 2
         return result.fill_(constant)
+
+
+def _with_equals_turned_round(result: Any, names: list[str], args: Any, kwargs: Any) -> Any:
+    """The values and indices of a sort, with the order of those that are all equal turned round along its dimension."""
+    values, indices = result
+    where = names.index("dim")
+    dim = kwargs.get("dim", args[where] if where < len(args) else -1)
+    if not values.dim() or not values.numel():
+        return result
+    equal = values.amax(dim, keepdim=True) == values.amin(dim, keepdim=True)
+    n = args[0].shape[dim]
+    indices.copy_(torch.where(equal, n - 1 - indices, indices))
+    return result
 
 
 _CONSTANTS: dict[str, float] = {

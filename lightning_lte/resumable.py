@@ -170,6 +170,9 @@ class Resumable(_Base):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         explorer = self._explorer
         assert explorer is not None
+        if any(clock.step for clock in explorer.clocks):
+            # LearningRateFinder trains within `fit`, and goes back: as a run does that is resumed.
+            explorer = self._begin_anew()
         for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
             if not explorer.substitution.load_plain_state(optimizer, saved):
                 self._warn(
@@ -201,6 +204,10 @@ class Resumable(_Base):
             )
         if undecided and explorer.execution != "auto":
             self._announce()
+
+    def _begin_anew(self) -> Explorer:
+        """Take the heads out and put new ones in."""
+        raise NotImplementedError
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -418,20 +418,35 @@ class HeadsStrategy(Resumable):
             _check_manual_optimization(module, config, config.most_heads // self.world_size)
         if config.most_heads > self.world_size:
             _check_split_batch(module)
-        self._check_averaging(trainer)
-        explorer = Explorer(module, self.optimizers, config, self._transport)
+        self._check_callbacks(trainer)
+        self._split_batch = getattr(module, "split_batch", None)
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> Explorer:
+        """Put heads into the module as it is now."""
+        explorer = Explorer(self._module, self.optimizers, self.config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
         # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
         logs = torch.tensor([[bool(trainer.loggers)]], dtype=torch.uint8, device=self.root_device)
         self.measure = bool(self._transport.stack(logs).any())
-        self._split_batch = getattr(module, "split_batch", None)
         self._manual = None
         self._share_device()
         explorer.on_growth = self._share_device
         self._hook_in(trainer, explorer)
         # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
         explorer.rest()
+        return explorer
+
+    def _begin_anew(self) -> Explorer:
+        """Take the heads out and put new ones in, where a checkpoint is loaded into a run that trains already."""
+        assert self._explorer is not None
+        for flight in self._explorer.flights:
+            flight.wait()
+        while self._undo:
+            self._undo.pop()()
+        self._explorer.close(keep_state=False)
+        return self._begin(self._module.trainer)
 
     def _share_device(self) -> None:
         """Settle how local heads share the device, where no trial is to show it."""
@@ -456,8 +471,8 @@ class HeadsStrategy(Resumable):
         if text is not None:
             self._warn(text)
 
-    def _check_averaging(self, trainer: Trainer) -> None:
-        """Refuse callbacks that average weights which are nowhere in full.
+    def _check_callbacks(self, trainer: Trainer) -> None:
+        """Refuse callbacks that average weights which are nowhere in full, or prune what differs between devices.
 
         Raises:
             ValueError: with rule, value and remedy.
@@ -470,6 +485,13 @@ class HeadsStrategy(Resumable):
                 "To average weights, a callback has to read them, and with low-precision bases they can be read only"
                 f" where the CPU has a copy; received {', '.join(sorted(kinds.intersection(averaging)))} and"
                 f" base_copy={self._config.base_copy!r}. Give base_copy='cpu'."
+            )
+        if "ModelPruning" in kinds and self._world_size > 1 and self._config.replicas == "merge":
+            raise ValueError(
+                "A weight that is pruned loses its heads, and each device would take its masks from a replica of its"
+                f" own, which differs between merges; received ModelPruning on {self._world_size} devices with"
+                " replicas='merge'. Give replicas='step', which keeps replicas equal on all devices, or prune after"
+                " training."
             )
 
     def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
@@ -766,6 +788,11 @@ class HeadsStrategy(Resumable):
         super().on_validation_start()
         # LTECallback has done so already, unless a user took it away.
         self.merge_before_validation()
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self._explorer is not None:
+            self._explorer.guard.after_swaps()
 
     def final_merge(self) -> MergeRecord | None:
         """Merge what heads have learned since the last merge; None if there is nothing. No training follows."""

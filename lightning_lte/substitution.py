@@ -159,6 +159,11 @@ class Substitution:
         )
         (self._states[number] if hidden else optimizer.state)[param] = state
 
+    def drop_state(self, optimizer: Optimizer, param: nn.Parameter) -> None:
+        """Take a parameter's state away, as it had none in a checkpoint."""
+        optimizer.state.pop(param, None)
+        self._states[self.optimizers.index(optimizer)].pop(param, None)
+
     def plain_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state_dict in terms of the user's own parameters: its settings, and no moments."""
         index, groups = 0, []

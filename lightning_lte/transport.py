@@ -29,8 +29,10 @@ _STORE_GRACE_S = 2.0
 
 _T = TypeVar("_T")
 
-# Questions put to `Transport.agree`, numbered alike on all devices: an answer to an earlier one must not count.
+# Questions put to all devices, numbered alike on all of them: an answer to an earlier one must not count.
 _questions = itertools.count()
+# What they begin with, so that who asks something else meanwhile is known for it.
+_AGREE, _UNION = "agree: ", "union: "
 
 
 class Transport:
@@ -278,6 +280,7 @@ class Transport:
 
     def agree(self, value: str, timeout_s: float) -> bool:
         """Whether all devices arrive here with the same value before the time is out."""
+        value = f"{_AGREE}{value}"
         answers = self._exchange(value, timeout_s)
         return answers is not None and all(answer == value for answer in answers)
 
@@ -287,12 +290,13 @@ class Transport:
         Raises:
             TimeoutError: a device does not arrive in time.
         """
-        answers = self._exchange(json.dumps(dict(values)), timeout_s)
-        if answers is None:
+        answers = self._exchange(f"{_UNION}{json.dumps(dict(values))}", timeout_s)
+        # One that is about to end asks another question.
+        if answers is None or not all(answer.startswith(_UNION) for answer in answers):
             raise TimeoutError(f"Rank {self.device} waited {timeout_s:g} s for the other devices in vain.")
         together: dict[str, str] = {}
         for answer in answers:
-            together = {**json.loads(answer), **together}
+            together = {**json.loads(answer.removeprefix(_UNION)), **together}
         return dict(sorted(together.items()))
 
     def _exchange(self, value: str, timeout_s: float) -> list[str] | None:

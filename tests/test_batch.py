@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from lightning_lte.batch import Layout
+from lightning_lte.batch import Layout, copied
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -33,7 +34,7 @@ def numbers(n: int) -> torch.Tensor:
     [
         numbers(6),
         (numbers(6), torch.zeros(6, 3)),
-        [numbers(6), 3.5, None],
+        [numbers(6), 3.5, None, np.int64(3), np.float32(0.5)],
         {"x": numbers(6), "nested": {"y": [torch.zeros(6, 2, 2)]}, "mode": "train"},
         OrderedDict(x=numbers(6)),
         Pair(numbers(6), torch.ones(6)),
@@ -205,3 +206,24 @@ def test_mappings_of_other_classes() -> None:
     assert isinstance(first, Encoding) and second["ids"].tolist() == [[4, 5], [6, 7]]
     first, _ = halves(MappingProxyType({"x": numbers(4)}))
     assert first["x"].tolist() == [0, 1]
+
+
+def test_a_copy_may_be_written_to() -> None:
+    kept = {"x": numbers(6).double(), "rows": [torch.ones(6, 2), "text"], "mask": tv_tensors.Mask(torch.ones(6, 4, 4))}
+    copy = copied(kept)
+    copy["x"].zero_()
+    copy["rows"][0].zero_()
+    copy["rows"].append(3)
+    assert type(copy["mask"]) is tv_tensors.Mask and copy.pop("mask") is not kept["mask"]
+    assert kept["x"].sum() == 15 and kept["rows"][0].sum() == 12 and len(kept["rows"]) == 2 and "mask" in kept
+
+
+def test_slices_are_tensors_of_their_own_to_autograd() -> None:
+    """And all of them lie in the batch, which sees what is written to them."""
+    x = torch.ones(6, 2)
+    first, second = Layout(x).split(x, 2)
+    weight = torch.ones(2, requires_grad=True)
+    loss = (first * weight).sum()
+    second.div_(2)
+    loss.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [3, 3] and x[3:].sum() == 3

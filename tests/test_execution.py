@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte import Explorer, LTEConfig
-from lightning_lte.execution import combined, run_in_turn
+from lightning_lte.execution import combined, run, run_in_turn
 from tests.modules import RANK, Net, clone, make_data, make_net, sgd, train_step
 
 
@@ -54,6 +54,24 @@ def test_parts_are_as_many_as_heads() -> None:
     explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK))
     with pytest.raises(ValueError, match="each of the 4 local heads; received 3 parts"):
         run_in_turn(explorer, lambda batch: batch, [1, 2, 3])
+
+
+@pytest.mark.parametrize(("execution", "size"), [("batched", 2), ("sequential", 2), ("sequential", 7)])
+def test_outputs_have_a_row_for_each_sample_once(execution: Any, size: int) -> None:
+    net = make_net()
+    explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK, execution=execution))
+    x, y = make_data(size)
+
+    def step(batch: Any) -> dict[str, Any]:
+        out = net(batch["x"])
+        batch["out"] = out  # the step may add to its batch
+        return {"loss": nn.functional.cross_entropy(out, batch["y"]), "inputs": batch["x"], "three": torch.ones(3)}
+
+    batches = {"x": make_data(8)[0], "y": make_data(8)[1]}, {"x": x, "y": y}
+    run(explorer, step, batches[0], fill_up=True)
+    output = run(explorer, step, batches[1], fill_up=True)
+    assert torch.equal(output["inputs"], x)
+    explorer.close()
 
 
 def test_outputs_of_heads_become_one() -> None:

@@ -422,12 +422,16 @@ class TrainOnly(nn.Module):
                 x = nn.functional.batch_norm(x.mT, None, None, training=True).mT
             elif self.how == "mixed up":
                 x = 0.7 * x + 0.3 * x[torch.randperm(len(x))]
+            elif self.how == "sorted by chance":
+                x = 0.7 * x + 0.3 * x[torch.rand(len(x)).argsort()]
+            elif self.how == "picked by chance":
+                x = 0.7 * x + 0.3 * x[torch.rand(len(x)).topk(len(x)).indices]
             else:
                 x = 0.5 * x + 0.5 * x.roll(1, 0)
         return self.inner(x)
 
 
-@pytest.mark.parametrize("how", ["centred", "normalised", "mixed up", "rolled"])
+@pytest.mark.parametrize("how", ["centred", "normalised", "mixed up", "sorted by chance", "picked by chance", "rolled"])
 def test_samples_that_meet_in_train_mode_alone_are_sequential(how: str) -> None:
     assert verdict(Pooled(TrainOnly(how)), images())[0] == "sequential"
 
@@ -456,11 +460,24 @@ def test_layers_that_start_at_zero_hide_nothing() -> None:
         lambda: SelfAttention(),
         lambda: DropPath(),
         lambda: Noisy(),
+        lambda: MaskedOut(),
     ],
-    ids=["dropout", "transformer", "attention", "drop path", "noise"],
+    ids=["dropout", "transformer", "attention", "drop path", "noise", "masked out"],
 )
 def test_chance_is_no_reason_against_batched(body: Callable[[], nn.Module]) -> None:
     assert verdict(Pooled(body()), images())[0] == "batched"
+
+
+class MaskedOut(nn.Module):
+    """Leaves half of the patches of each sample out, as masked autoencoders draw them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(x.shape[:2]).argsort(dim=1)[:, : x.shape[1] // 2]
+        return self.inner(x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
 
 
 class DropPath(nn.Module):

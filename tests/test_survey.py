@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
@@ -943,3 +950,151 @@ def test_second_order_optimizers_run_with_one_head() -> None:
     trainer(strategy, max_epochs=8, callbacks=[losses]).fit(module, loader(16))
     assert role(strategy, "net.first.weight")[0] == "factored"
     assert losses.seen[-1] < 0.8 * losses.seen[0]
+
+
+class Writes(Module):
+    """Writes to its batch, as a good part of all training steps do."""
+
+    def __init__(self, how: str, body: Callable[[], nn.Module] = nn.Identity) -> None:
+        net = make_net()
+        net.body = body().double()
+        super().__init__(net, sgd)
+        self.how = how
+        self.seen: list[tuple[float, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        if self.how == "assigns":
+            batch[0] = x = batch[0] / 3
+        else:
+            x.div_(3)
+            y[y == 0] = 1
+        self.seen.append((float(x.abs().max()), int(y.min())))
+        return cross_entropy(self.net.body(self.net(x)), y)
+
+
+class Named(Module):
+    """Takes its labels out of the batch, as code for transformers does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        y = batch.pop("y")
+        return cross_entropy(self.net(batch["x"]), y)
+
+
+def named(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    x, y = zip(*samples, strict=True)
+    return {"x": torch.stack(x), "y": torch.stack(y)}
+
+
+@pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
+def test_labels_may_be_taken_out_of_the_batch(execution: Any) -> None:
+    strategy = LTEStrategy(4, 3, rank=RANK, execution=execution)
+    trainer(strategy, max_steps=4).fit(Named(optimizer=sgd), loader(64, collate_fn=named))
+    assert strategy.explorer is None and strategy.report().entries
+    assert ("proved on the first batch" in str(strategy.report())) == (execution == "auto")
+
+
+@pytest.mark.parametrize("how", ["assigns", "writes in place"])
+@pytest.mark.parametrize("body", [nn.Identity, lambda: nn.BatchNorm1d(3)], ids=["batched", "in turn"])
+def test_what_a_step_writes_to_its_batch_is_written_once(how: str, body: Callable[[], nn.Module]) -> None:
+    """And not by the trial as well; nor does it reach what autograd keeps of other heads' slices."""
+    results = []
+    for execution in ("auto", "sequential"):
+        module = Writes(how, body)
+        strategy = LTEStrategy(4, 3, rank=RANK, execution=execution)  # type: ignore[arg-type]
+        trainer(strategy, max_steps=4).fit(module, loader(64))
+        results.append(clone(module.state_dict()))
+        largest = max(float(x.abs().max()) for x, _ in loader(64)) / 3
+        assert max(size for size, _ in module.seen) == pytest.approx(largest)
+        assert how == "assigns" or all(least == 1 for _, least in module.seen)
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-9, atol=1e-11)
+
+
+class Swapping(Module):
+    """Has other weights in its net, or in a part of it, while it validates."""
+
+    def __init__(self, part: str | None) -> None:
+        super().__init__(optimizer=sgd)
+        self.part = part
+
+    def on_validation_start(self) -> None:
+        if self.part is not None:
+            self.kept = copy.deepcopy(self.get_submodule(self.part).state_dict())
+            self.get_submodule(self.part).load_state_dict({k: 0.9 * v for k, v in self.kept.items()})
+
+    def on_validation_end(self) -> None:
+        if self.part is not None:
+            self.get_submodule(self.part).load_state_dict(self.kept)
+
+
+def swapped_for_validation(devices: int, part: str | None) -> tuple[dict[str, Tensor], tuple[str, str]]:
+    module, strategy = Swapping(part), LTEStrategy(2, 3, rank=RANK)
+    # A validation after each step, the first two included.
+    t = trainer(strategy, devices=devices, max_steps=7, val_check_interval=1, num_sanity_val_steps=0)
+    t.fit(module, loader(160), loader(16))
+    return clone(module.state_dict()), role(strategy, "net.first.weight")
+
+
+@pytest.mark.parametrize("part", ["net", "net.first"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_weights_swapped_for_validation_and_back_are_as_they_were_from_the_first_step_on(
+    devices: int, part: str, recwarn: Any
+) -> None:
+    if devices == 1:
+        (plain, _), (swapped, (kind, _)) = swapped_for_validation(1, None), swapped_for_validation(1, part)
+    else:
+        (plain, _), _ = run(swapped_for_validation, 2, 2, None, group=False)
+        (swapped, (kind, _)), _ = run(swapped_for_validation, 2, 2, part, group=False)
+    assert kind == "factored"
+    assert not any("written from outside" in str(w.message) for w in recwarn)
+    assert all(torch.equal(value, swapped[name]) for name, value in plain.items())
+
+
+def test_writes_before_a_validation_count_in_the_first_steps() -> None:
+    class Clamping(Swapping):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.net.first.weight.clamp_(-100, 100)  # which changes nothing
+
+    module, strategy = Clamping("net"), LTEStrategy(1, 3, rank=RANK)
+    t = trainer(strategy, max_steps=4, val_check_interval=1, num_sanity_val_steps=0)
+    t.fit(module, loader(160), loader(16))
+    assert role(strategy, "net.first.weight")[0] == "replica"
+
+
+def pruned_on_two(replicas: Any) -> tuple[str, dict[str, Tensor]]:
+    module = Module(optimizer=sgd)
+    prune = ModelPruning("l1_unstructured", amount=0.3, parameters_to_prune=[(module.net.first, "weight")])
+    t = trainer(LTEStrategy(2, 3, rank=RANK, replicas=replicas), devices=2, max_epochs=3, callbacks=[prune])
+    try:
+        t.fit(module, loader(160))
+    except ValueError as error:
+        return str(error), clone(module.state_dict())
+    return "", clone(module.state_dict())
+
+
+def test_pruning_on_two_devices_is_refused_or_takes_the_same_masks() -> None:
+    for words, _ in run(pruned_on_two, 2, "merge", group=False):
+        assert "received ModelPruning on 2 devices with replicas='merge'. Give replicas='step'" in words
+    (words, own), (_, other) = run(pruned_on_two, 2, "step", group=False)
+    assert not words and torch.equal(own["net.first.weight"], other["net.first.weight"])
+    assert float((own["net.first.weight"] == 0).double().mean()) > 0.3
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"heads": 4, "execution": "sequential", "overlap": 2}, {"full_rank_steps": 5}, {"grow_heads": {5: 4}}],
+    ids=str,
+)
+def test_a_sweep_of_learning_rates_leaves_no_trace(choices: dict[str, Any], tmp_path: Path) -> None:
+    def fitted(*callbacks: Callback) -> dict[str, Tensor]:
+        module = Module(optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
+        module.lr = 0.01
+        strategy = LTEStrategy(**{"heads": 2, "merge_every": 3, "rank": RANK, **choices})
+        t = trainer(strategy, max_steps=9, callbacks=list(callbacks), default_root_dir=tmp_path)
+        t.fit(module, loader(320))
+        return clone(module.state_dict())
+
+    plain, swept = fitted(), fitted(LearningRateFinder(num_training_steps=14, update_attr=False))
+    assert all(torch.equal(value, swept[name]) for name, value in plain.items())

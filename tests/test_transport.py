@@ -175,6 +175,22 @@ def test_a_device_that_does_not_answer_ends_the_wait_and_old_answers_do_not_coun
     assert before and not after and 0.4 < waited < 10
 
 
+def one_ends() -> tuple[str, float]:
+    """One device asks what the others have, and the other whether all are to end."""
+    t, rank = here(), dist.get_rank()
+    start = time.monotonic()
+    try:
+        found = str(t.union({"here": "there"}, timeout_s=20)) if rank == 0 else str(t.agree("the end", timeout_s=20))
+    except TimeoutError as error:
+        found = f"TimeoutError: {error}"
+    return found, time.monotonic() - start
+
+
+def test_devices_that_ask_different_questions_know_at_once() -> None:
+    (found, waited), (other, _) = run(one_ends, 2)
+    assert found.startswith("TimeoutError: Rank 0 waited") and waited < 10 and other == "False"
+
+
 # ---- fewer bits
 
 
