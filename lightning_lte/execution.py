@@ -49,13 +49,13 @@ def run(
         with explorer.heads():
             return step(batch)
     layout = explorer.layout = explorer.layout or Layout(batch)
-    even = layout.size(batch) % explorer.count == 0
+    samples = layout.size(batch)
+    even = samples % explorer.count == 0
     # A loader may begin with a batch of odd size; on one device, the trial can wait for another.
     if explorer.execution == "auto" and (even or explorer.transport.world_size > 1):
         with trial():
             # Steps may write to their batch.
             decide(explorer, step, copied(batch), layout.split(copied(batch), explorer.count) if even else None)
-    samples = layout.size(batch)
     if explorer.execution == "batched":
         if fill_up and not even:
             batch, even = layout.filled_up(batch, explorer.count), True
