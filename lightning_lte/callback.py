@@ -53,7 +53,7 @@ class HeadsCallback(_Base):
         if explorer.merges_before_validation and _validation_is_next(trainer):
             # Now already: a run that goes on from a checkpoint saved after this batch skips its validation.
             _strategy(trainer).merge_before_validation()
-        pl_module.log("lte/merges", float(explorer.merges), prog_bar=True, logger=False)
+        pl_module.log("lte/merges", float(explorer.merges), prog_bar=True, logger=False, batch_size=1)
         self._log_merges(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

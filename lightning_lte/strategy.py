@@ -418,6 +418,7 @@ class HeadsStrategy(Resumable):
             _check_manual_optimization(module, config, config.most_heads // self.world_size)
         if config.most_heads > self.world_size:
             _check_split_batch(module)
+            _check_takes_batches(module)
         self._check_callbacks(trainer)
         self._split_batch = getattr(module, "split_batch", None)
         self._begin(trainer)
@@ -975,6 +976,20 @@ def _check_split_batch(module: nn.Module) -> None:
         "Where heads share a device, `split_batch(self, batch, heads)` in the LightningModule returns a batch for each"
         f" of them; received {received}. If it is for something else, give it another name, or use one head per device."
     )
+
+
+def _check_takes_batches(module: LightningModule) -> None:
+    """Raise for a `training_step` that takes batches from the loader by itself.
+
+    Raises:
+        TypeError: with rule, value and remedy.
+    """
+    signature = inspect.signature(module.training_step)
+    if "dataloader_iter" in signature.parameters:
+        raise TypeError(
+            "Local heads share a device by splitting each batch, so training_step must be given it; received"
+            f" training_step{signature}. Take `batch` in place of `dataloader_iter`, or use one head per device."
+        )
 
 
 def _length(loader: Any) -> int:

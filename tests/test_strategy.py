@@ -419,6 +419,22 @@ def test_a_split_batch_for_something_else_is_refused(module: type[Module], recei
     trainer(strategy(heads=1), max_steps=1).fit(own, loader())  # where nobody asks for it
 
 
+class FromTheLoader(Module):
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        (x, y), _, _ = next(dataloader_iter)
+        return torch.nn.functional.cross_entropy(self.net(x), y)
+
+
+def test_a_step_that_takes_batches_from_the_loader_has_one_head_per_device() -> None:
+    module = FromTheLoader()
+    with pytest.raises(
+        TypeError, match=r"received training_step\(dataloader_iter.*\. Take `batch`.*one head per device"
+    ):
+        trainer(LTEStrategy(2, 3, rank=RANK), max_steps=2).fit(module, loader())
+    assert type(module.net.first) is torch.nn.Linear
+    trainer(LTEStrategy(1, 3, rank=RANK), max_steps=2).fit(module, loader())
+
+
 @pytest.mark.parametrize(
     ("choices", "error", "words"),
     [
