@@ -107,6 +107,9 @@ class Resumable(_Base):
         return super().lightning_module_state_dict() if self._explorer is None else self._explorer.module_state()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._explorer is not None and any(clock.step for clock in self._explorer.clocks):
+            # LearningRateFinder trains within `fit`, and goes back: as a run does that is resumed.
+            self._begin_anew()
         if self._sharding is None:
             super().load_model_state_dict(checkpoint, strict)
         else:
@@ -170,9 +173,6 @@ class Resumable(_Base):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         explorer = self._explorer
         assert explorer is not None
-        if any(clock.step for clock in explorer.clocks):
-            # LearningRateFinder trains within `fit`, and goes back: as a run does that is resumed.
-            explorer = self._begin_anew()
         for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
             if not explorer.substitution.load_plain_state(optimizer, saved):
                 self._warn(
@@ -205,7 +205,7 @@ class Resumable(_Base):
         if undecided and explorer.execution != "auto":
             self._announce()
 
-    def _begin_anew(self) -> Explorer:
+    def _begin_anew(self) -> None:
         """Take the heads out and put new ones in."""
         raise NotImplementedError
 

@@ -423,7 +423,7 @@ class HeadsStrategy(Resumable):
         self._split_batch = getattr(module, "split_batch", None)
         self._begin(trainer)
 
-    def _begin(self, trainer: Trainer) -> Explorer:
+    def _begin(self, trainer: Trainer) -> None:
         """Put heads into the module as it is now."""
         explorer = Explorer(self._module, self.optimizers, self.config, self._transport)
         self._explorer, self._report, self._finished = explorer, explorer.report, None
@@ -437,9 +437,8 @@ class HeadsStrategy(Resumable):
         self._hook_in(trainer, explorer)
         # Between batches optimizers show the user's own parameters, for callbacks that look each up by its name.
         explorer.rest()
-        return explorer
 
-    def _begin_anew(self) -> Explorer:
+    def _begin_anew(self) -> None:
         """Take the heads out and put new ones in, where a checkpoint is loaded into a run that trains already."""
         assert self._explorer is not None
         for flight in self._explorer.flights:
@@ -447,7 +446,7 @@ class HeadsStrategy(Resumable):
         while self._undo:
             self._undo.pop()()
         self._explorer.close(keep_state=False)
-        return self._begin(self._module.trainer)
+        self._begin(self._module.trainer)
 
     def _share_device(self) -> None:
         """Settle how local heads share the device, where no trial is to show it."""

@@ -1084,7 +1084,14 @@ def test_pruning_on_two_devices_is_refused_or_takes_the_same_masks() -> None:
 
 @pytest.mark.parametrize(
     "choices",
-    [{}, {"heads": 4, "execution": "sequential", "overlap": 2}, {"full_rank_steps": 5}, {"grow_heads": {5: 4}}],
+    [
+        {},
+        {"heads": 4, "execution": "sequential", "overlap": 2},
+        {"full_rank_steps": 5},
+        {"grow_heads": {5: 4}},
+        {"base": "int8", "base_copy": "error-feedback"},
+        {"base": "bf16", "weight_decay": "weights"},
+    ],
     ids=str,
 )
 def test_a_sweep_of_learning_rates_leaves_no_trace(choices: dict[str, Any], tmp_path: Path) -> None:
