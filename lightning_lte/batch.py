@@ -30,6 +30,13 @@ def copied(batch: Any) -> Any:
     return _map(copied_leaf, batch, (), set())
 
 
+def _unshared(tensor: Tensor) -> Tensor:
+    """The same memory, whose writes autograd counts by themselves."""
+    data = tensor.data
+    vars(data).update(vars(tensor))
+    return data
+
+
 class Layout:
     """Where the samples lie in the batches of a run, as its first batch shows.
 
@@ -89,8 +96,8 @@ class Layout:
 
         def take(path: Path, leaf: Any) -> Any:
             if path in self._rows:
-                # Autograd is to take slices for tensors of their own: a write to one is none to the others.
-                whole = leaf if leaf.requires_grad else leaf.data
+                # Autograd is to take slices for tensors of their own: a step may write to one that others lie beside.
+                whole = leaf if leaf.requires_grad else _unshared(leaf)
                 part = whole[index[0] : index[0] + len(index)] if contiguous else whole[rows.to(leaf.device)]
                 return _in_class_of(leaf, part)
             if path in self._items:
@@ -113,7 +120,8 @@ class Layout:
         if samples == 0:
             return [batch] * count
         order = torch.arange(max(samples, count * least)) % samples
-        return [self.take(batch, rows) for rows in order.tensor_split(count)]
+        parts = [self.take(batch, rows) for rows in order.tensor_split(count)]
+        return parts if len(order) == samples else list(map(copied, parts))
 
     def filled_up(self, batch: Any, count: int) -> Any:
         """Repeat samples from the start of a batch until `count` divides it."""

@@ -559,7 +559,7 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
     if state["flights"] and state["stagger"] != config.stagger:
         problems.append(f"stagger={state['stagger']} there, with merges on their way, stagger={config.stagger} here")
     if state["full_rank"] and not explorer.full_rank and any(clock.step for clock in explorer.clocks):
-        problems.append("heads have not begun there, and have here: make a new Explorer")
+        problems.append("heads have not begun there, and have here")
     kinds = [type(optimizer).__name__ for optimizer in explorer.optimizers]
     if state["optimizer_kinds"] != kinds:
         problems.append(f"optimizers {', '.join(state['optimizer_kinds'])} there, {', '.join(kinds)} here")

@@ -62,13 +62,13 @@ def run(
         if even:
             rows = layout.size(batch)  # the step may change what it is given
             with explorer.heads():
-                return _per_head(_of_samples(step(batch), rows, samples), explorer)
+                return _per_head(_without_repeats(step(batch), rows, samples), explorer)
     # Batch norm takes no statistics of a single sample.
     least = 2 if any(isinstance(m, _BatchNorm) and m.training for m in explorer.module.modules()) else 1
     parts = layout.split(batch, explorer.count, least)
     rows = sum(map(layout.size, parts))
     with turns():
-        return _of_samples((take_turns or run_in_turn)(explorer, step, parts), rows, samples)
+        return _without_repeats((take_turns or run_in_turn)(explorer, step, parts), rows, samples)
 
 
 def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any] | None) -> None:
@@ -183,8 +183,9 @@ def combined(outputs: Sequence[Any]) -> Any:
     return {**together, "loss": loss}
 
 
-def _of_samples(output: Any, rows: int, samples: int) -> Any:
-    """The output of a step on a batch whose samples were repeated, for these once: the rows of the first `samples`."""
+def _without_repeats(output: Any, rows: int, samples: int) -> Any:
+    """The output of a step on a batch whose samples were repeated, for these once: of tensors under its keys that have
+    as many rows as it, those of the first `samples`."""
     if rows == samples or not isinstance(output, Mapping):
         return output
     of_rows = {k for k, v in output.items() if isinstance(v, Tensor) and v.dim() and len(v) == rows and k != "loss"}

@@ -312,15 +312,14 @@ class Explorer(Merging):
         """Merge what is not merged yet, and give the module and the optimizers back.
 
         Raises:
-            RuntimeError, FloatingPointError: see `step`. The module and the optimizers are given back all the same,
-                with the weights of the merge before.
+            RuntimeError, FloatingPointError: see `step`. The module and the optimizers are given back all the same.
         """
         try:
             if self.unmerged:
                 self.merge()
             self.gather_bases()
         finally:
-            self.close()
+            self.close(keep_state=not self.transport.lost)
 
     def close(self, keep_state: bool = True) -> None:
         """Give the module and the optimizers back without a merge.

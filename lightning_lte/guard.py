@@ -77,7 +77,7 @@ class Guard:
         self._unwritten = [w for w in self._watched if local(w.param)._version == w.version]
 
     def after_swaps(self) -> None:
-        """Take what was swapped for others and back for what nobody has written to."""
+        """Accept weights that nobody had written to before, and whose bits are what they were."""
         swapped = [w for w in self._unwritten if local(w.param)._version != w.version]
         self._accept([w for w, value in zip(swapped, _checksums(swapped), strict=True) if value == w.checksum])
         self._unwritten = []

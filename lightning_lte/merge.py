@@ -81,7 +81,7 @@ class Merge:
         device: where it is computed; None for that of the factors.
         others: factors of weights that merge at other times. A head is bad if they are not finite, too; it starts anew
             in all of them, by `restart_elsewhere`.
-        other_replicas: likewise.
+        other_replicas: likewise replicas. All heads take their mean then, ahead of time, with `replicas="merge"`.
     """
 
     def __init__(
@@ -348,7 +348,7 @@ class Merge:
         for f in self._others:
             _restart(f, states, ~self._good, self.number)
         if self._config.replicas == "merge":
-            # All heads take the mean, ahead of time: a device may have nothing else that is finite.
+            # Not the bad heads alone: a device may have nothing else that is finite.
             self._other_replicas.take(self._transport, self._good, apart=False)
             self._other_replicas.exchange(self._transport)
             self._other_replicas.land(self._good_total)
@@ -455,7 +455,8 @@ def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> T
     trained = [p for f in factors for p in f.trained.values()]
     trained += [r.trained for r in replicas if r.count == replicas.count]
     for moment in (moment for p in trained for moment in _moments(p, states.get(p, {}), replicas.count)):
-        checks.append(moment.isfinite().reshape(replicas.count, -1).all(1).to(checks[0].device))
+        own = moment.isfinite().reshape(replicas.count, -1).all(1)
+        checks.append(own.to((checks or [own])[0].device))
     return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
 
 

@@ -76,7 +76,7 @@ class Merging(Trainees):
         # Merges on their way must not get mixed up with what devices exchange meanwhile.
         self._beside = transport.beside() if config.overlap else transport
         self.records: deque[MergeRecord] = deque(maxlen=1000)
-        # Those of merges that are not in one of `records` yet.
+        # Those of single merges that `_noted` has not combined yet.
         self._done: list[MergeRecord] = []
         self.flags = {"late": False, "taken": False, "terminated": False}
         self.groups: dict[nn.Parameter, int] = {}

@@ -53,7 +53,7 @@ class Payload:
         self._copies: dict[str, Pair] = {}
         self._deltas: list[Tensor] = []
         self._sent: list[list[Tensor]] = []
-        # What is sent in full precision after it.
+        # Anchors that are sent in full precision after that.
         self._anchors: dict[str, list[Tensor]] = {}
         # Of frozen factors: A of the local heads where not all devices have it, and what they had when this started.
         self._sent_A: dict[str, Tensor] = {}
@@ -84,6 +84,7 @@ class Payload:
         errors: Any = [f.error for f in self._dense] if self._wire == "int8" else None
         self._transport.sum_(self._deltas, self._wire, errors)
         # What was sent is kept: on CUDA it may be read only after this has returned.
+        self._check_alike()
         flat = self._transport.stack_all([t for sent in self._sent for t in sent], self._wire)
         self._stacked = [[flat.pop(0) for _ in sent] for sent in self._sent]
         if self._anchors:
@@ -93,6 +94,21 @@ class Payload:
         if self._sent_A:
             all_A = self._transport.stack_all(list(self._sent_A.values()), "float32")
             self._all_A.update(zip(self._sent_A, all_A, strict=True))
+
+    def _check_alike(self) -> None:
+        """Raise where devices would send different tensors, as anchors were changed on some of them since they merged.
+
+        Others have told each other so before they send anything; a merge on its way can't.
+        """
+        if not self._apart or self._wire == "float32" or not self._others:
+            return
+        own = torch.tensor([[f.name in self._anchors for f in self._others]], dtype=torch.uint8)
+        all_ = self._transport.stack(own.to(self._others[0].A.device))
+        if bool((all_ != all_[:1]).any()):
+            raise RuntimeError(
+                "Whoever writes to all weights has to do so on all devices alike; they were written on some ranks only"
+                " since the last merge. Write them in a hook that runs on every rank."
+            )
 
     def total(self, f: Factors, good_all: Tensor) -> Tensor:
         """s * sum over all good heads of B A - B' A', in the shape of a weight; bit-equal on all devices.

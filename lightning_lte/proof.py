@@ -85,6 +85,8 @@ def reason_against_batched(
         return f"it could not be tried: {type(error).__name__}: {error}"
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
         return "the step returned no loss on the first batch"
+    if not all(own is not None and bool(own.isfinite()) for own in (loss, *losses)):
+        return "the loss of the first batch is not finite, which proves nothing"
     each = torch.stack([own.detach().float().reshape(()) for own in losses if own is not None])
     reduced = each.sum() if loss_reduction == "sum" else each.mean()
     if loss is not None and not torch.isclose(loss.detach().float().reshape(()), reduced, rtol=tolerance, atol=1e-6):

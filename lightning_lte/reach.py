@@ -29,6 +29,9 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
         explorer: whose heads are meant where parameters of its module are; for others all is as always.
     """
 
+    # Who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own afterwards.
+    ended = False
+
     def norm(
         parameters: Any,
         max_norm: float,
@@ -62,8 +65,6 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
             for param in explorer.trained_for(self.parameters()):
                 param.grad = None
 
-    # Who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own afterwards.
-    ended = False
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
     package = __name__.partition(".")[0]
     places = [

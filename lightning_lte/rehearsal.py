@@ -55,9 +55,9 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
         try:
             yield again
         finally:
-            again()
             for m, training in modes:
                 m.training = training
+            again()
 
 
 class _CopyOnWrite(TorchDispatchMode):
@@ -120,7 +120,7 @@ class Determined(TorchDispatchMode):
             return result.copy_(torch.arange(len(result) - 1, -1, -1, device=result.device))
         if name.partition(".")[0] in ("sort", "topk"):
             # The order of equal numbers is anyone's: draws that are sorted to be a permutation turn everything round.
-            return _with_equals_turned_round(result, names, args, kwargs)
+            return _with_equals_turned_round(args[0], result, names, args, kwargs)
         constant = _CONSTANTS.get(name)
         if constant is None or not isinstance(result, Tensor):
             return result
@@ -134,16 +134,14 @@ class Determined(TorchDispatchMode):
         return result.fill_(constant)
 
 
-def _with_equals_turned_round(result: Any, names: list[str], args: Any, kwargs: Any) -> Any:
-    """The values and indices of a sort, with the order of those that are all equal turned round along its dimension."""
-    values, indices = result
+def _with_equals_turned_round(sorted_: Tensor, result: Any, names: list[str], args: Any, kwargs: Any) -> Any:
+    """The values and indices of a sort, with the order of those turned round that are equal all along its dimension."""
+    _, indices = result
     where = names.index("dim")
     dim = kwargs.get("dim", args[where] if where < len(args) else -1)
-    if not values.dim() or not values.numel():
-        return result
-    equal = values.amax(dim, keepdim=True) == values.amin(dim, keepdim=True)
-    n = args[0].shape[dim]
-    indices.copy_(torch.where(equal, n - 1 - indices, indices))
+    if sorted_.dim() and sorted_.numel():
+        equal = sorted_.amax(dim, keepdim=True) == sorted_.amin(dim, keepdim=True)
+        indices.copy_(torch.where(equal, sorted_.shape[dim] - 1 - indices, indices))
     return result
 
 

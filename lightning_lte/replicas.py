@@ -130,7 +130,7 @@ class Replicas:
         return some
 
     def besides(self, others: Replicas) -> Replicas:
-        """All but some others."""
+        """All but those of `others`."""
         params = {replica.param for replica in others}
         return self.of(replica.param for replica in self._replicas if replica.param not in params)
 

@@ -107,7 +107,8 @@ class Resumable(_Base):
         return super().lightning_module_state_dict() if self._explorer is None else self._explorer.module_state()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._explorer is not None and any(clock.step for clock in self._explorer.clocks):
+        trains = self._explorer is not None and any(clock.step for clock in self._explorer.clocks)
+        if trains and "optimizer_states" in checkpoint:
             # LearningRateFinder trains within `fit`, and goes back: as a run does that is resumed.
             self._begin_anew()
         if self._sharding is None:

@@ -418,7 +418,7 @@ class HeadsStrategy(Resumable):
             _check_manual_optimization(module, config, config.most_heads // self.world_size)
         if config.most_heads > self.world_size:
             _check_split_batch(module)
-            _check_takes_batches(module)
+            _check_is_given_batches(module)
         self._check_callbacks(trainer)
         self._split_batch = getattr(module, "split_batch", None)
         self._begin(trainer)
@@ -430,7 +430,8 @@ class HeadsStrategy(Resumable):
         self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
         # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
         logs = torch.tensor([[bool(trainer.loggers)]], dtype=torch.uint8, device=self.root_device)
-        self.measure = bool(self._transport.stack(logs).any())
+        within = self._transport.within
+        self.measure = bool(self._transport.stack(logs if within is None else within.stack(logs).amax(0, True)).any())
         self._manual = None
         self._share_device()
         explorer.on_growth = self._share_device
@@ -977,7 +978,7 @@ def _check_split_batch(module: nn.Module) -> None:
     )
 
 
-def _check_takes_batches(module: LightningModule) -> None:
+def _check_is_given_batches(module: LightningModule) -> None:
     """Raise for a `training_step` that takes batches from the loader by itself.
 
     Raises:

@@ -288,11 +288,12 @@ class Transport:
         """What any device has; all devices receive the same, in the same order.
 
         Raises:
-            TimeoutError: a device does not arrive in time.
+            TimeoutError: a device does not arrive in time, or has come to its end.
         """
         answers = self._exchange(f"{_UNION}{json.dumps(dict(values))}", timeout_s)
-        # One that is about to end asks another question.
-        if answers is None or not all(answer.startswith(_UNION) for answer in answers):
+        if answers is not None and not all(answer.startswith(_UNION) for answer in answers):
+            raise TimeoutError(f"Rank {self.device} asked the other devices, of which one has come to its end.")
+        if answers is None:
             raise TimeoutError(f"Rank {self.device} waited {timeout_s:g} s for the other devices in vain.")
         together: dict[str, str] = {}
         for answer in answers:

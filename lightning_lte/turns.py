@@ -39,8 +39,8 @@ class MeanLog:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        parameters = inspect.signature(log).parameters.values()
-        self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
+        parameters = list(inspect.signature(log).parameters.values())[2:]
+        self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._calls: dict[str, _Call] = {}
         # By the id of the metric, as its hash changes with its state.
         self._inputs: dict[int, Inputs] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Wire = Literal["float32", "bfloat16", "int8"]
-# Names of dtypes as Lightning's `precision` writes them, which users may give, too.
+# Users may give these for the long names.
 ShortDtype = Literal["fp32", "bf16"]
 # What a merge sends for a weight: its dense mean delta, the factors of all heads, or whichever is fewer bytes.
 PayloadKind = Literal["auto", "dense", "factors"]

@@ -21,6 +21,17 @@ class TimeFirst(Net):
         return super().forward(steps).mean(0)
 
 
+class Normed(Net):
+    """With batch norm, which takes no statistics of a single sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch_norm(super().forward(x))
+
+
 def fit(net: nn.Module, sizes: list[int], **choices: Any) -> Explorer:
     opt = sgd(net.parameters())
     explorer = Explorer(net, opt, LTEConfig(4, 2, rank=RANK, **choices))
@@ -72,6 +83,28 @@ def test_outputs_have_a_row_for_each_sample_once(execution: Any, size: int) -> N
     output = run(explorer, step, batches[1], fill_up=True)
     assert torch.equal(output["inputs"], x)
     explorer.close()
+
+
+@pytest.mark.parametrize("least", [Net, Normed])
+def test_samples_that_are_repeated_are_each_heads_own_to_write_to(least: type[Net]) -> None:
+    gradients = []
+    for in_place in (False, True):
+        net = make_net(least)
+        explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK, execution="sequential"))
+        x, y = make_data(3)
+
+        def step(batch: Any, in_place: bool = in_place, net: nn.Module = net) -> Tensor:
+            own, labels = batch
+            own = own.mul_(3) if in_place else own * 3
+            return nn.functional.cross_entropy(net(own), labels)
+
+        with explorer.backward():
+            run(explorer, step, [x, y]).backward()
+        explorer.after_backward()
+        gradients.append([f.B.grad for f in explorer.injection.factors.values()])
+        explorer.close()
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_outputs_of_heads_become_one() -> None:

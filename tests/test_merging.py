@@ -163,6 +163,49 @@ def test_a_merge_that_lands_others_leaves_none_behind() -> None:
     assert all(torch.equal(value, other[name]) for name, value in own.items())
 
 
+def _written_on_the_second() -> str:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    loop = Loop(transport, overlap=2, wire="int8", payload="factors")
+    loop.steps(9)
+    if transport.rank == 1:
+        loop.write(0.5)
+    try:
+        loop.steps(8)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_devices_whose_weights_were_written_apart_say_so_though_their_merges_travel() -> None:
+    for words in run(_written_on_the_second, 2):
+        assert "Whoever writes to all weights has to do so on all devices alike" in words
+
+
+def test_what_another_optimizer_trains_may_be_frozen_at_a_merge() -> None:
+    """As `toggle_optimizer` does it, where the other trains no weight with heads."""
+    net = make_net()
+    optimizers = [torch.optim.Adam([*net.first.parameters(), *net.second.parameters()])]
+    optimizers.append(torch.optim.Adam([*net.norm.parameters(), *net.out.parameters()]))
+    explorer = Explorer(net, optimizers, LTEConfig(1, 2, rank=RANK))
+    for step in range(4):
+        x, y = make_data(16, seed=step)
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        loss.backward()
+        explorer.after_backward()
+        for optimizer, other in zip(optimizers, optimizers[::-1], strict=True):
+            frozen = [p for group in other.param_groups for p in group["params"]]
+            for param in frozen:
+                param.requires_grad_(False)
+            optimizer.step()
+            explorer.step(optimizer)
+            for param in frozen:
+                param.requires_grad_(True)
+            optimizer.zero_grad()
+    assert explorer.merges == 4
+    explorer.finish()
+
+
 def test_the_spread_of_heads_is_that_of_all_that_a_record_tells_of() -> None:
     net = make_net()
     optimizers = [sgd(net.first.parameters()), sgd([*net.second.parameters(), *net.out.parameters()])]

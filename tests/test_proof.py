@@ -187,6 +187,17 @@ def test_losses_over_pairs_of_samples_are_sequential() -> None:
     assert execution == "sequential" and "is not the mean of the losses" in why
 
 
+def test_losses_that_are_not_finite_prove_nothing() -> None:
+    class Infinite(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) / 0.0
+
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    with pytest.warns(UserWarning), pytest.raises(FloatingPointError):
+        trainer(strategy, max_steps=3).fit(Infinite(), loader())
+    assert "the loss of the first batch is not finite" in str(strategy.report())
+
+
 def test_losses_that_are_sums_are_sequential() -> None:
     def summed(net: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(net(batch[0]), batch[1], reduction="sum")

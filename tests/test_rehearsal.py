@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte import LTEStrategy
-from lightning_lte.rehearsal import untouched
+from lightning_lte.rehearsal import Determined, untouched
 from tests.modules import IN, RANK, Module, loader, trainer
 
 
@@ -120,9 +120,20 @@ def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:
     with pytest.raises(RuntimeError, match="sealed"), untouched(module), torch.no_grad():
         module.weight.add_(torch.rand(2))
         module.inner.seen.append(2)
+        module.eval()
 
-    assert module.weight.tolist() == [1, 1] and module.inner.seen == [1]
+    assert module.weight.tolist() == [1, 1] and module.inner.seen == [1] and module.training
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_only_the_order_of_equal_numbers_is_turned_round() -> None:
+    with Determined():
+        assert torch.rand(4).argsort().tolist() == [3, 2, 1, 0]
+        assert torch.rand(4).topk(4).indices.tolist() != [0, 1, 2, 3]
+        assert torch.rand(2, 3).sort(0).indices[:, 0].tolist() == [1, 0]
+        assert torch.tensor([0.1, 0.9, 0.3]).topk(1).indices.tolist() == [1]
+        assert sorted(torch.tensor([0.0, 1.0, 0.0, 1.0]).topk(2).indices.tolist()) == [1, 3]
+        assert torch.rand(0).argsort().tolist() == [] and torch.tensor(1.0).sort().indices == 0
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
