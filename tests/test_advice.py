@@ -16,7 +16,7 @@ from lightning_lte.injection import inject
 from tests.modules import Module, Net, loader, make_data, make_net, trainer
 from tests.processes import run
 
-SIZE, SAMPLES = "at least the width of the widest layer", "at least 8 samples in a step"
+SIZE, SAMPLES = "at least the width of the widest layer", "at least 2 samples in a step"
 
 
 def said(
@@ -88,33 +88,33 @@ def test_the_defaults_on_one_device_are_told_of() -> None:
 
 
 def test_small_slices_are_told_of_once() -> None:
-    [words] = said(LTEStrategy(4, 3, rank=4), batch_size=28)
-    assert SAMPLES in words and "received 7, as 28 samples go to 4 heads of this device" in words
+    [words] = said(LTEStrategy(4, 3, rank=4), batch_size=4)
+    assert SAMPLES in words and "received 1, as 4 samples go to 4 heads of this device" in words
 
 
 def test_a_head_alone_on_its_device_has_the_whole_batch() -> None:
-    assert [SAMPLES in words for words in said(LTEStrategy(1, 3, rank=4), batch_size=7)] == [False, True]
-    assert [SAMPLES in words for words in said(LTEStrategy(1, 3, rank=4), batch_size=8)] == [False]
+    assert [SAMPLES in words for words in said(LTEStrategy(1, 3, rank=4), batch_size=1)] == [False, True]
+    assert [SAMPLES in words for words in said(LTEStrategy(1, 3, rank=4), batch_size=2)] == [False]
 
 
 @pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
-def test_slices_of_eight_samples_are_not_told_of(execution: Any) -> None:
-    assert said(LTEStrategy(4, 3, rank=4, execution=execution), batch_size=32) == []
+def test_slices_of_two_samples_are_not_told_of(execution: Any) -> None:
+    assert said(LTEStrategy(4, 3, rank=4, execution=execution), batch_size=8) == []
 
 
 def test_accumulated_batches_count_together() -> None:
     strategy = dict(heads=4, merge_every=3, rank=4)
-    assert said(LTEStrategy(**strategy), batch_size=16, accumulate_grad_batches=2) == []
-    assert len(said(LTEStrategy(**strategy), batch_size=12, accumulate_grad_batches=2)) == 1
+    assert said(LTEStrategy(**strategy), batch_size=4, accumulate_grad_batches=2) == []
+    assert len(said(LTEStrategy(**strategy), batch_size=4, accumulate_grad_batches=1)) == 1
 
 
 def test_loaders_without_a_batch_size_count_what_comes() -> None:
     class Stream(IterableDataset):
         def __iter__(self) -> Any:
-            yield from (make_data(16, seed=seed) for seed in range(3))
+            yield from (make_data(4, seed=seed) for seed in range(3))
 
     [words] = said(LTEStrategy(4, 3, rank=4), data=DataLoader(Stream(), batch_size=None))
-    assert "received 4, as 16 samples go to 4 heads" in words
+    assert "received 1, as 4 samples go to 4 heads" in words
 
 
 class Sealed:
@@ -136,18 +136,18 @@ def test_a_batch_that_cannot_be_counted_trains_as_ever() -> None:
 
 
 def test_heads_that_begin_later_are_told_of_then() -> None:
-    assert len(said(LTEStrategy(4, 3, rank=4, full_rank_steps=2), batch_size=16, max_epochs=1)) == 0
-    assert len(said(LTEStrategy(4, 3, rank=4, full_rank_steps=2), batch_size=16, max_epochs=2)) == 1
+    assert len(said(LTEStrategy(4, 3, rank=4, full_rank_steps=2), batch_size=4, max_steps=2)) == 0
+    assert len(said(LTEStrategy(4, 3, rank=4, full_rank_steps=2), batch_size=4, max_steps=4)) == 1
 
 
 def _on_two_devices() -> list[str]:
-    return said(LTEStrategy(4, 3, rank=3), batch_size=4, devices=2)
+    return said(LTEStrategy(4, 3, rank=3), batch_size=2, devices=2)
 
 
 def test_one_device_tells_for_all() -> None:
     first, second = run(_on_two_devices, 2, group=False)
     assert [SIZE in first[0], SAMPLES in first[1]] == [True, True] and len(first) == 2
-    assert "received 2, as 4 samples go to 2 heads of this device" in first[1]
+    assert "received 1, as 2 samples go to 2 heads of this device" in first[1]
     assert second == []
 
 
