@@ -8,8 +8,8 @@ from lightning_lte.heads import Factors
 
 PAGE = "docs/choosing.md"
 
-# The fewest that were tried: 32 heads with 2 samples each learned as well as with 8, at the batch of each. Many heads lose
-# by their number, whatever they see (`python -m benchmarks.learning samples`).
+# The fewest that were tried: 32 heads with 2 samples each learned as well as with 8, at the batch of each. Many heads
+# lose by their number, whatever they see (`python -m benchmarks.learning samples`).
 LEAST_SAMPLES = 2
 
 
