@@ -423,7 +423,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"base": "fp32"}, "base must be one of"),
+        ({"base": "fp16"}, "base must be one of"),
         ({"base": "int8", "base_copy": "gpu"}, "base_copy must be one of"),
         ({"base_copy": "sharded"}, "received base_copy='sharded'. Give base='nf4'"),
         ({"base": "int8", "base_copy": "sharded", "overlap": 2}, "received overlap=2"),
