@@ -57,10 +57,11 @@ def run(
             # Steps may write to their batch.
             decide(explorer, step, copied(batch), layout.split(copied(batch), explorer.count) if even else None)
     if explorer.execution == "batched":
+        rows = samples
         if fill_up and not even:
-            batch, even = layout.filled_up(batch, explorer.count), True
-        if even:
-            rows = layout.size(batch)  # the step may change what it is given
+            batch = layout.filled_up(batch, explorer.count)
+            rows = layout.size(batch)
+        if rows % explorer.count == 0:
             with explorer.heads():
                 return _per_head(_without_repeats(step(batch), rows, samples), explorer)
     # Batch norm takes no statistics of a single sample.

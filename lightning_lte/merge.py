@@ -66,6 +66,7 @@ class Merge:
     the merged weights with what they have learned since the start.
 
     Attributes:
+        restarted: numbers of the heads, over all devices, that were not finite, once it has exchanged which are.
         flags: what else devices tell each other with it, (1, flags) uint8, and after the exchange (devices, flags).
 
     Args:
@@ -249,16 +250,16 @@ class Merge:
 
     def _check_good(self) -> None:
         self._good_total = int(self._good_all.sum())
-        self._restarted = tuple(int(h) for h in (~self._good_all).nonzero().flatten())
+        self.restarted = tuple(int(h) for h in (~self._good_all).nonzero().flatten())
         if self._good_total == 0:
             raise FloatingPointError(
                 f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, replicas and"
                 " optimizer moments, so there is nothing to merge; the base weights stay as they were at the merge"
                 " before. Lower the learning rate or `alpha`, or clip gradients, and go on from the last checkpoint."
             )
-        if self._restarted and self._config.bad_heads == "stop":
+        if self.restarted and self._config.bad_heads == "stop":
             raise FloatingPointError(
-                f"At merge {self.number}, after step {self.step}, heads {', '.join(map(str, self._restarted))} of"
+                f"At merge {self.number}, after step {self.step}, heads {', '.join(map(str, self.restarted))} of"
                 f" {len(self._good_all)} are not finite in their factors, replicas or optimizer moments, and"
                 " bad_heads='stop' was given; the base weights stay as they were at the merge before. Lower the"
                 " learning rate or `alpha`, or clip gradients, and go on from the last checkpoint; or give"
@@ -275,7 +276,7 @@ class Merge:
             self._squared_heads = sum((f.squared_norms(self._good) for f in factors), self._squared_heads)
 
     def _land_weights(self, payload: Payload, states: States, outer: OuterOptimizer | None) -> None:
-        bad = ~self._good if self._restarted else None
+        bad = ~self._good if self.restarted else None
         left = _named(self.factors, self._left)
         for f in payload.factors:
             # Settled one by one, so that a merge that was interrupted can be run, or landed, again.
@@ -310,7 +311,7 @@ class Merge:
     def _finish(self, states: States, start: float) -> MergeRecord:
         if self._mean_replicas:
             self.replicas.land(self._good_total)
-            if self._restarted:
+            if self.restarted:
                 _restart_replicas(self.replicas, states, ~self._good)
         self.statistics.land()
         _mend_shared_moments(self.replicas, states)
@@ -331,7 +332,7 @@ class Merge:
             wait_s=self._wait_s,
             bytes_sent=sent,
             ddp_bytes=0,
-            restarted=self._restarted,
+            restarted=self.restarted,
             delta_norm=norm,
             disagreement=disagreement,
             heads=len(self._good_all),
@@ -340,11 +341,9 @@ class Merge:
     def restart_elsewhere(self, states: States) -> None:
         """Let heads that were not finite start anew in what merges at other times, too; or these would be spoilt again.
 
-        Call it when this has landed, and all else that is on its way. A collective where there are such heads, which
-        all devices know.
+        Call it if there are some, which all devices know, when this has landed and all else that is on its way. A
+        collective.
         """
-        if not self._restarted:
-            return
         for f in self._others:
             _restart(f, states, ~self._good, self.number)
         if self._config.replicas == "merge":

@@ -306,7 +306,7 @@ class Merging(Trainees):
             raise
 
     def _merged(self, merge: Merge) -> None:
-        if self._done[-1].restarted:
+        if merge.restarted:
             # What is on its way of these heads was taken before they start anew.
             self._land_all(self.flights)
             self.merging = True  # those have ended, and this has not

@@ -120,7 +120,7 @@ class Determined(TorchDispatchMode):
             return result.copy_(torch.arange(len(result) - 1, -1, -1, device=result.device))
         if name.partition(".")[0] in ("sort", "topk"):
             # The order of equal numbers is anyone's: draws that are sorted to be a permutation turn everything round.
-            return _with_equals_turned_round(args[0], result, names, args, kwargs)
+            return _with_equals_turned_round(result, names, args, kwargs)
         constant = _CONSTANTS.get(name)
         if constant is None or not isinstance(result, Tensor):
             return result
@@ -134,14 +134,14 @@ class Determined(TorchDispatchMode):
         return result.fill_(constant)
 
 
-def _with_equals_turned_round(sorted_: Tensor, result: Any, names: list[str], args: Any, kwargs: Any) -> Any:
+def _with_equals_turned_round(result: Any, names: list[str], args: Any, kwargs: Any) -> Any:
     """The values and indices of a sort, with the order of those turned round that are equal all along its dimension."""
-    _, indices = result
+    given, (_, indices) = args[0], result
     where = names.index("dim")
     dim = kwargs.get("dim", args[where] if where < len(args) else -1)
-    if sorted_.dim() and sorted_.numel():
-        equal = sorted_.amax(dim, keepdim=True) == sorted_.amin(dim, keepdim=True)
-        indices.copy_(torch.where(equal, sorted_.shape[dim] - 1 - indices, indices))
+    if given.dim() and given.numel():
+        equal = given.amax(dim, keepdim=True) == given.amin(dim, keepdim=True)
+        indices.copy_(torch.where(equal, given.shape[dim] - 1 - indices, indices))
     return result
 
 

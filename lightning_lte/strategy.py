@@ -429,9 +429,9 @@ class HeadsStrategy(Resumable):
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
         # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
-        logs = torch.tensor([[bool(trainer.loggers)]], dtype=torch.uint8, device=self.root_device)
-        within = self._transport.within
-        self.measure = bool(self._transport.stack(logs if within is None else within.stack(logs).amax(0, True)).any())
+        logs = {str(self.global_rank): "logs"} if trainer.loggers else {}
+        with self._transport.meeting("the start of training"):
+            self.measure = bool(self._transport.union(logs, self._transport.timeout_s))
         self._manual = None
         self._share_device()
         explorer.on_growth = self._share_device

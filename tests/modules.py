@@ -137,6 +137,14 @@ def train_step(explorer: Explorer, net: nn.Module, opt: Optimizer, batch: tuple[
     after_backward(explorer, opt)
 
 
+def backward(explorer: Explorer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The first half of a step of a plain loop whose heads act at once, for what has a second half of its own."""
+    with explorer.heads():
+        loss = cross_entropy(net(x), y)
+    loss.backward()
+    explorer.after_backward()
+
+
 def after_backward(explorer: Explorer, opt: Optimizer, clip: float | None = None) -> MergeRecord | None:
     """The rest of a step of a plain loop; returns the merge that was due, if one was."""
     explorer.after_backward()

@@ -18,7 +18,20 @@ from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, MergeRecord, Transport
 from lightning_lte.heads import Factors
-from tests.modules import RANK, Module, Recorder, ScaledNet, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.modules import (
+    RANK,
+    Module,
+    Recorder,
+    ScaledNet,
+    adamw,
+    backward,
+    clone,
+    loader,
+    make_data,
+    make_net,
+    sgd,
+    trainer,
+)
 from tests.processes import run
 from tests.test_checkpoint import assert_equal
 
@@ -219,10 +232,7 @@ def test_a_head_starts_anew_once_in_what_other_optimizers_train_too() -> None:
     found = []
     for step in range(1, 5 * PERIOD):
         x, y = make_data(16, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(net(x.float()), y)
-        loss.backward()
-        explorer.after_backward()
+        backward(explorer, net, x.float(), y)
         if step == PERIOD + 2:
             break_head(explorer, BAD)
         for number, optimizer in enumerate(optimizers):
@@ -244,10 +254,7 @@ def _broken_on_the_second(choices: dict[str, Any]) -> tuple[list[tuple[int, ...]
     found = []
     for step in range(1, 5 * PERIOD):
         x, y = make_data(16, seed=2 * step + transport.rank)
-        with explorer.heads():
-            loss = cross_entropy(net(x.float()), y)
-        loss.backward()
-        explorer.after_backward()
+        backward(explorer, net, x.float(), y)
         if step == PERIOD + 2 and transport.rank == 1:
             break_head(explorer, 0)
         optimizer.step()
@@ -391,10 +398,7 @@ def _with_adafactor() -> list[tuple[tuple[int, ...], bool]]:
     seen = []
     for step in range(1, 7):
         x, y = make_data(8, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(model(x.float()), y)
-        loss.backward()
-        explorer.after_backward()
+        backward(explorer, model, x.float(), y)
         if step == 2 and transport.rank == 1:
             next(iter(explorer.injection.factors.values())).B.grad[0, 0, 0] = 1e30  # type: ignore[index]
         optimizer.step()

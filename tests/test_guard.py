@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
 from lightning_lte.optimizers import acts_per_element, check_optimizers
-from tests.modules import RANK, Module, Net, adamw, loader, make_data, make_net, sgd, train_step, trainer
+from tests.modules import RANK, Module, Net, adamw, backward, loader, make_data, make_net, sgd, train_step, trainer
 
 
 def params() -> list[nn.Parameter]:
@@ -159,10 +159,7 @@ def test_layers_that_take_no_part_are_not_named() -> None:
     explorer, opt = explorer_over(net)
     for step in range(4):
         x, y = make_data(16, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(net(x), y)
-        loss.backward()
-        explorer.after_backward()
+        backward(explorer, net, x, y)
         opt.step()
         explorer.step()
 
@@ -191,10 +188,7 @@ def test_gradients_from_before_are_not_taken_for_a_use_outside_the_layer() -> No
     x, y = make_data(16)
     cross_entropy(net(x), y).backward()
     explorer, _ = explorer_over(net)
-    with explorer.heads():
-        loss = cross_entropy(net(x), y)
-    loss.backward()
-    explorer.after_backward()
+    backward(explorer, net, x, y)
 
 
 def test_what_goes_wrong_while_it_is_set_up_leaves_everything_as_it_was() -> None:
@@ -216,10 +210,7 @@ def test_a_step_that_is_not_counted_yet_is_not_lost_with_the_heads_of_a_weight(p
     for step in range(3):
         train_step(explorer, net, opt, make_data(8, seed=step))
     x, y = make_data(8, seed=3)
-    with explorer.heads():
-        loss = cross_entropy(net(x), y)
-    loss.backward()
-    explorer.after_backward()
+    backward(explorer, net, x, y)
     opt.step()
     (f,) = [f for f in explorer.injection.factors.values() if f.name == "first"]
     expected = torch.stack([f.effective(h) for h in range(2)]).mean(0) + 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, Transport
-from tests.modules import RANK, clone, make_data, make_net, sgd, train_step
+from tests.modules import RANK, backward, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
 
 HEADS = 4
@@ -189,10 +189,7 @@ def test_what_another_optimizer_trains_may_be_frozen_at_a_merge() -> None:
     explorer = Explorer(net, optimizers, LTEConfig(1, 2, rank=RANK))
     for step in range(4):
         x, y = make_data(16, seed=step)
-        with explorer.heads():
-            loss = cross_entropy(net(x), y)
-        loss.backward()
-        explorer.after_backward()
+        backward(explorer, net, x, y)
         for optimizer, other in zip(optimizers, optimizers[::-1], strict=True):
             frozen = [p for group in other.param_groups for p in group["params"]]
             for param in frozen:
@@ -212,10 +209,7 @@ def test_the_spread_of_heads_is_that_of_all_that_a_record_tells_of() -> None:
     explorer = Explorer(net, optimizers, LTEConfig(HEADS, 100, rank=RANK, execution="batched"))
     x, y = make_data(16)
     for _ in range(4):
-        with explorer.heads():
-            loss = cross_entropy(net(x), y)
-        loss.backward()
-        explorer.after_backward()
+        backward(explorer, net, x, y)
         for optimizer in optimizers:
             optimizer.step()
             explorer.step(optimizer)
@@ -260,10 +254,7 @@ def test_merges_of_one_step_are_all_on_record() -> None:
 
 def step_of(explorer: Explorer, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
     """A step of one of several optimizers, by hand."""
-    with explorer.heads():
-        loss = cross_entropy(explorer.module(batch[0]), batch[1])
-    loss.backward()
-    explorer.after_backward()
+    backward(explorer, explorer.module, batch[0], batch[1])
     optimizer.step()
     explorer.module.zero_grad()
     explorer.step(optimizer)
