@@ -78,7 +78,7 @@ class _CopyOnWrite(TorchDispatchMode):
 
     def _keep(self, tensor: Any) -> None:
         # Sparse tensors have no storage, and no parameter's either.
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
+        if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.layout == torch.strided:
             address = tensor.untyped_storage().data_ptr()
             if address in self._params and address not in self._copies:
                 self._copies[address] = self._params[address].detach().clone()

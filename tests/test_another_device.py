@@ -1,0 +1,138 @@
+"""Training on another device than the CPU: nothing is left behind on the CPU, and no step waits for the device."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_lte import Explorer, LTEConfig, product
+from lightning_lte.execution import run
+from tests.another_device import DEVICE, Elsewhere, another_device, move_
+from tests.modules import Kinds, make_data, make_net
+
+PERIOD, STEPS = 3, 7
+# Weights are watched in the first two steps, and a merge comes with the third.
+QUIET = (3, 4)
+
+
+class WithStatistics(nn.Module):
+    """Batch norm, which has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(80, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.fixture(autouse=True)
+def heads_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It asks whether tensors are of torch's own classes, and whether autocast is on for their device.
+    applies = lambda x, weight, bias, A: x.dtype == torch.float64  # noqa: E731
+    monkeypatch.setattr(product, "applies", applies)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"heads": 1},
+        {"execution": "sequential"},
+        {"after_merge": "reset", "reset_a": "redraw", "reset_moments": 0.5},
+        {"freeze_a": True},
+        {"norms": "vector-scalar", "embeddings": "replica"},
+        {"replicas": "step"},
+        {"weight_decay": "weights"},
+        {"overlap": 1},
+        {"stagger": 2, "refresh": 1},
+        {"grow_heads": {1: 8}},
+        {"verify_every": 1},
+        {"full_rank_steps": 2},
+        {"outer_optimizer": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)},
+    ],
+    ids=str,
+)
+def test_training_on_another_device_is_the_same(chosen: dict[str, Any]) -> None:
+    _check(Kinds, {"execution": "batched", **chosen})
+
+
+def test_running_statistics_on_another_device_are_the_same() -> None:
+    _check(WithStatistics, {})
+
+
+def test_no_step_between_merges_waits_for_another_device() -> None:
+    waits: list[list[str]] = []
+    with another_device():
+        _train(Kinds, {"execution": "batched"}, there=True, waits=waits)
+    assert [waits[step] for step in QUIET] == [[], []]
+    assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    there, here = Elsewhere(torch.ones(2)), torch.ones(2)
+    with pytest.raises(RuntimeError, match="one device"):
+        there + here
+    with pytest.raises(RuntimeError, match="one device"):
+        here.add_(there)
+    with pytest.raises(RuntimeError, match="one device"):
+        here[there > 0]
+    with another_device(), pytest.raises(RuntimeError, match="generator"):
+        torch.randn(2, device=DEVICE, generator=torch.Generator())
+    assert (there + torch.tensor(1.0)).tolist() == [2, 2]  # a number of the CPU's may take part
+
+
+def _check(kind: type[nn.Module], chosen: dict[str, Any]) -> None:
+    here = _train(kind, chosen, there=False)
+    with another_device():
+        there = _train(kind, chosen, there=True)
+    for name, value in here.items():
+        torch.testing.assert_close(there[name].held, value, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _train(
+    kind: type[nn.Module], chosen: dict[str, Any], *, there: bool, waits: list[list[str]] | None = None
+) -> dict[str, Any]:
+    """The weights after some steps, between which a checkpoint is loaded into a new model.
+
+    Args:
+        kind: of net.
+        chosen: for its config.
+        there: whether it is on another device.
+        waits: what each step has waited for is added to it.
+    """
+    config = LTEConfig(**{"heads": 4, "merge_every": PERIOD, "rank": 3, **chosen})
+    net, optimizer, explorer = _made(kind, config, there)
+    for step in range(STEPS):
+        if step == PERIOD + 2:
+            weights, state = {k: v.clone() for k, v in net.state_dict().items()}, explorer.state_dict()
+            assert state is not None
+            net, optimizer, explorer = _made(kind, config, there)
+            net.load_state_dict(weights)
+            explorer.load_state_dict(state)
+        Elsewhere.waits.clear()
+        x, y = (Elsewhere(t) if there else t for t in make_data(16, seed=step, width=80))
+        loss = run(explorer, lambda own, net=net: cross_entropy(net(own[0]), own[1]), (x, y))
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        explorer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        explorer.step()
+        if waits is not None:
+            waits.append(list(Elsewhere.waits))
+    explorer.close()
+    return {name: value.detach() for name, value in net.state_dict().items()}
+
+
+def _made(kind: type[nn.Module], config: LTEConfig, there: bool) -> tuple[nn.Module, torch.optim.Optimizer, Explorer]:
+    net: nn.Module = make_net(kind)
+    net = move_(net) if there else net
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+    return net, optimizer, Explorer(net, optimizer, config)
