@@ -8,6 +8,9 @@ throw it away again: 2 m n + 2 r (m + n) and, for all tokens of a head together,
 
 With few tokens per head, reading and writing factors takes as long as multiplying by them. So their differences from
 anchors are written once, next to nothing else, and gradients come out in the size that optimizers are to see.
+
+In half precision, under autocast too, each gradient is one product, and so is rounded once. Differences are taken in
+the dtype of the factors. An effective weight is never made, as it would be rounded to nothing but W.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from torch.nn import functional
 
 # A, B and their anchors.
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+_HALF = {torch.float16, torch.bfloat16}
+# Autocast leaves float64 as it is.
+_CASTABLE = {torch.float32, *_HALF}
 
 # On a CPU, what is made of the factors is made for a few heads at a time, so that it is still in a core's cache when it
 # is read. Most cores have 1 MiB or more to themselves.
@@ -52,8 +59,14 @@ def product(
         gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
-    factors = _four_dimensional((A, B, anchor_A, anchor_B))
-    y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
+    factors, kind = _four_dimensional((A, B, anchor_A, anchor_B)), x.device.type
+    if not torch.is_autocast_enabled(kind):
+        y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
+        return y
+    dtype = torch.get_autocast_dtype(kind)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        y = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
 
 
@@ -64,16 +77,19 @@ def _four_dimensional(factors: PairAndAnchors) -> PairAndAnchors:
 def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
     """Whether `product` may be used here, and not plain operations have to be.
 
-    It is for plain tensors of one dtype in full precision: half precision would round a head's effective weight to
-    nothing but W. Autocast, torch.compile, transforms of torch.func and forward-mode derivatives look into operations.
+    It is for plain tensors of one dtype, or of those that autocast makes one of. torch.compile, transforms of
+    torch.func and forward-mode derivatives look into operations.
     """
+    dtypes = {t.dtype for t in (x, weight, bias, A) if t is not None}
+    if torch.is_autocast_enabled(x.device.type):
+        of_one_dtype = dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
+    else:
+        of_one_dtype = len(dtypes) == 1 and x.is_floating_point()
     return (
-        not torch.compiler.is_compiling()
+        of_one_dtype
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and not torch.is_autocast_enabled(x.device.type)
-        and x.dtype in (torch.float32, torch.float64)
-        and all(t is None or t.dtype == x.dtype for t in (weight, bias, A))
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight, A))
     )
 
@@ -170,7 +186,7 @@ class _Product(torch.autograd.Function):
             else:
                 y = functional.linear(x, weight, bias)
             inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
-            for heads, part, out, pairs in _pairs(factors):
+            for heads, part, out, pairs in _pairs(factors, x.dtype):
                 by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
                 for own, (_, second) in zip(by_A, pairs, strict=True):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
@@ -186,11 +202,18 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
             return (None,) * 10
+        if not torch.is_autocast_enabled(gradient.device.type):
+            return _Product._gradients(ctx, gradient)
+        with torch.autocast(gradient.device.type, enabled=False):
+            return _Product._gradients(ctx, gradient)
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, anchor_A, anchor_B, inner = ctx.saved_tensors
         if ctx.again is not None:
             A, B, anchor_A, anchor_B = _four_dimensional(ctx.again())
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
-        factors, size = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale
+        factors, size, half = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale, x.dtype in _HALF
         gradient = gradient.contiguous()  # once, and not in every product
         own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
         of_x = of_weight = of_bias = of_A = of_B = None
@@ -202,7 +225,7 @@ class _Product(torch.autograd.Function):
             A, B = (scaled_gradient(t, ctx.gradient_scale) for t in (A, B))
             inner = None
             if for_x:
-                first, second = stacked(A, B, anchor_A, anchor_B)
+                first, second = (t.to(x.dtype) for t in stacked(A, B, anchor_A, anchor_B))
                 of_x = torch.matmul(gradient, weight) + ctx.scale * (own @ second @ first).sum(1)
         elif for_x and ctx.folds:
             of_x = x.new_empty(x.shape)
@@ -210,18 +233,23 @@ class _Product(torch.autograd.Function):
                 of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
         elif for_x:
             of_x = torch.matmul(gradient, weight)
-            learning = x.new_zeros(*A.shape[:2], x.shape[1], A.shape[2])
-            for heads, part, _, pairs in _pairs(factors):
+            # In half precision a sum of two products is rounded more often than the one below.
+            learning = None if half else x.new_zeros(*A.shape[:2], x.shape[1], A.shape[2])
+            for heads, part, _, pairs in _pairs(factors, x.dtype):
                 for first, second in pairs:
                     by_B = torch.bmm(own[heads, part], second)
                     of_x[heads].baddbmm_(by_B, first, alpha=ctx.scale)
-                    learning[heads, part] += by_B
+                    if learning is not None:
+                        learning[heads, part] += by_B
         if for_A:
-            learning = own @ B if learning is None else learning
-            of_A = (learning * size).mT @ x.unsqueeze(1)
+            learning = own @ B.to(x.dtype) if learning is None else learning
+            of_A = (learning if half else learning * size).mT @ x.unsqueeze(1)
         if for_B:
-            inner = x.unsqueeze(1) @ A.mT if inner is None else inner
-            of_B = own.mT @ (inner * size)
+            inner = x.unsqueeze(1) @ A.mT.to(x.dtype) if inner is None else inner
+            of_B = own.mT @ (inner if half else inner * size)
+        if half:
+            # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
+            of_A, of_B = (None if t is None else t.to(A.dtype) * size for t in (of_A, of_B))
         if for_weight:
             # The largest of them comes last: only the first steps want it, and let it go at once.
             of_weight = gradient.reshape(-1, gradient.shape[-1]).mT @ x.flatten(0, 1)
@@ -230,23 +258,29 @@ class _Product(torch.autograd.Function):
 
 def _folds(x: Tensor, weight: Tensor, anchored: bool) -> bool:
     """Whether a head has so many rows that its effective weight pays: 4/3 m n / (m + n) with anchors, 2 m n / (m + n)
-    without, by the count of multiply-adds. On a CPU both took the same time there, too."""
+    without, by the count of multiply-adds. On a CPU both took the same time there, too. In half precision it never
+    does, as it would be rounded to nothing but W."""
+    if x.dtype in _HALF:
+        return False
     out_features, in_features = weight.shape
     rows = x.shape[1] * (out_features + in_features)
     return (3 if anchored else 2) * rows >= 4 * out_features * in_features
 
 
-def _pairs(factors: PairAndAnchors) -> Iterator[tuple[slice, int, slice, list[tuple[Tensor, Tensor]]]]:
-    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and matrices whose
-    products add up to B A - B' A': (A, B - B') and (A - A', B'), or (A, B) where there are no anchors."""
+def _pairs(
+    factors: PairAndAnchors, dtype: torch.dtype
+) -> Iterator[tuple[slice, int, slice, list[tuple[Tensor, Tensor]]]]:
+    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and matrices in
+    `dtype` whose products add up to B A - B' A': (A, B - B') and (A - A', B'), or (A, B) where there are no anchors."""
     A, B, *_ = factors
     for heads, part, out in _pieces(A, B, A.shape[2] * (B.shape[2] + A.shape[3])):
         own_A, own_B, old_A, old_B = (None if t is None else t[heads, part] for t in factors)
         assert own_A is not None and own_B is not None
         if old_A is None or old_B is None:
-            yield heads, part, out, [(own_A, own_B)]
+            pairs = [(own_A, own_B)]
         else:
-            yield heads, part, out, [(own_A, own_B - old_B), (own_A - old_A, old_B)]
+            pairs = [(own_A, own_B - old_B), (own_A - old_A, old_B)]
+        yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in pairs]
 
 
 def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[slice, int, slice, Tensor]]:

@@ -63,6 +63,56 @@ def test_value_and_gradients_are_those_of_the_literal_formula(
 @pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("parts", [None, 3])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_half_precision_is_float64_but_for_its_rounding(
+    rows: int, anchored: bool, parts: int | None, mixed: bool, differentiated: bool
+) -> None:
+    exact: Any = tensors(rows, anchored, "per head", parts)
+    dtype = torch.float32 if mixed else torch.bfloat16
+    own: Any = [None if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad) for t in exact]
+
+    def gradients(inputs: Any, autocast: bool) -> tuple[Tensor, ...]:
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = product(*inputs, SCALE, 4)
+            loss = y.double().square().mean()
+            if differentiated:
+                loss = loss + torch.autograd.grad(loss, inputs[0], create_graph=True)[0].double().square().sum()
+            # Autocast is on in here, as it is where users call it in a training step.
+            return (y.detach(), *torch.autograd.grad(loss, wanted))
+
+    found, expected = gradients(own, mixed), gradients(exact, False)
+    assert [t.dtype for t in found] == [torch.bfloat16, *[dtype] * (len(found) - 1)]
+    for half, literal in zip(found, expected, strict=True):
+        assert float((half.double() - literal).norm() / literal.norm()) < 0.05
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_under_autocast_differences_are_those_of_the_factors_and_a_scaled_loss_has_room(anchored: bool) -> None:
+    x, weight, bias, A, B, *anchors = (
+        None if t is None else t.detach().float() for t in tensors(MANY, anchored, "none")
+    )
+    assert x is not None and A is not None and B is not None
+    if anchored:
+        anchors = [A - 1e-6, B - 1e-6]
+    A.requires_grad_(), B.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        y = product(x, torch.zeros_like(weight), bias, A, B, *anchors, SCALE, 64)  # type: ignore[arg-type]
+    if anchored:  # in float16 the factors are their anchors
+        assert float(y.detach().norm()) > 0
+    y.backward(torch.full_like(y, 2.0**9))
+    expected = torch.autograd.grad(literally(x, torch.zeros_like(weight), bias, A, B, *anchors).sum(), (A, B))  # type: ignore[arg-type]
+    for factor, gradient in zip((A, B), expected, strict=True):
+        assert factor.grad is not None
+        # Times 64, some are larger than what float16 can hold.
+        torch.testing.assert_close(factor.grad, 2.0**15 * gradient, rtol=0.01, atol=2.0**15 * 0.01)
+    assert float(A.grad.abs().max()) > torch.finfo(torch.float16).max  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("parts", [None, 3])
 def test_it_has_second_derivatives(rows: int, anchored: bool, parts: int | None) -> None:
     inputs: Any = tensors(rows, anchored, "per head", parts)
     assert torch.autograd.gradcheck(lambda *own: product(*own, SCALE), inputs)
@@ -154,14 +204,16 @@ def test_a_weight_that_a_first_layer_writes_to_later_breaks_no_backward() -> Non
     assert B is not None and B.grad is not None
 
 
-def test_it_is_left_to_plain_operations_where_it_would_round_or_hide_something() -> None:
+def test_it_is_left_to_plain_operations_where_it_would_hide_something() -> None:
     x, weight, bias, A, *_ = (None if t is None else t.detach().float() for t in tensors(FEW))
     own: Any = (x, weight, bias, A)
     assert applies(*own) and applies(x, nn.Parameter(weight), None, A)  # type: ignore[arg-type]
-    assert not applies(*(t.bfloat16() for t in own))
+    assert applies(*(t.bfloat16() for t in own)) and applies(*(t.double() for t in own))
     assert not applies(x, weight.double(), bias, A)  # type: ignore[arg-type, union-attr]
+    assert not applies(own[0].bfloat16(), *own[1:])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not applies(*own)
+        assert applies(*own) and applies(own[0].bfloat16(), *own[1:])
+        assert not applies(*(t.double() for t in own))  # autocast would leave them alone
     with torch.autograd.forward_ad.dual_level():
         assert not applies(*own)
     seen = []
