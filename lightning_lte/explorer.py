@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -311,15 +312,33 @@ class Explorer(Merging):
     def finish(self) -> None:
         """Merge what is not merged yet, and give the module and the optimizers back.
 
+        What heads have learned in steps that nobody counted is merged, too, with a warning.
+
         Raises:
             RuntimeError, FloatingPointError: see `step`. The module and the optimizers are given back all the same.
         """
         try:
-            if self.unmerged:
+            if self.unmerged or self._moved_uncounted():
                 self.merge()
             self.gather_bases()
         finally:
             self.close(keep_state=not self.transport.lost)
+
+    def _moved_uncounted(self) -> bool:
+        """Whether heads of any device have learned something though no step was counted since the last merge."""
+        if self.full_rank or self.config.wire != "float32":
+            return False  # in fewer bits anchors are what was sent, and not where heads were
+        factors = list(self.injection.factors.values())
+        moved = torch.tensor([[any(f.moved() for f in factors)]], dtype=torch.uint8, device=factors[0].A.device)
+        if not bool(self.transport.stack(moved).any()):
+            return False
+        warnings.warn(
+            f"The heads have learned something since the last merge, but no step was counted ({self.where}), so merges"
+            " that were due did not come. It is merged now. Step an optimizer with its own `step`; in a loop without"
+            " Lightning, call explorer.step() after it.",
+            stacklevel=3,
+        )
+        return True
 
     def close(self, keep_state: bool = True) -> None:
         """Give the module and the optimizers back without a merge.

@@ -373,6 +373,14 @@ class Factors:
         return checksum(self.shard) if self.rounded is None else self.rounded.checksum()
 
     @torch.no_grad()
+    def moved(self) -> bool:
+        """Whether any head is elsewhere than at the last merge."""
+        start_A = self._own(self.A) if self.anchor_A is None else self._own(self.anchor_A)
+        B = self._own(self.B)
+        start_B = torch.zeros_like(B) if self.anchor_B is None else self._own(self.anchor_B)
+        return not (torch.equal(self._own(self.A), start_A) and torch.equal(B, start_B))
+
+    @torch.no_grad()
     def finite(self) -> Tensor:
         """(n,) bool: whether a local head's factors are finite, and so small that their product can't overflow."""
         return self._finite(self.A, self.B)

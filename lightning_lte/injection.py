@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lte.config import LTEConfig
@@ -144,6 +145,8 @@ class Injection:
         # Hooks on a parameter, and sparse gradients, are of the user's own parameter alone.
         hooked = bool(role.param._backward_hooks or role.param._post_accumulate_grad_hooks)
         shared = hooked or getattr(owner.module, "sparse", False)
+        # Scripted modules keep the parameters they were compiled with.
+        shared = shared or any(isinstance(o.module, torch.jit.ScriptModule) for o in role.owners)
         replica = Replica(role.name, role.param, list(role.owners), shared)
         self.replicas.add(replica)
         self.report.entry(role.name).copies = 1

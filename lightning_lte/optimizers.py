@@ -71,6 +71,11 @@ def check_outer_optimizer(make: Any) -> None:
         )
 
 
+def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """Those that an optimizer holds in attributes, as SAM and Lookahead do."""
+    return [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+
+
 def acts_per_element(optimizer: Optimizer) -> bool:
     """Whether two matrices stacked in one parameter are updated as they are in two optimizers.
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 # A, B and their anchors.
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -60,7 +59,7 @@ def product(
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
     factors, kind = _four_dimensional((A, B, anchor_A, anchor_B)), x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _autocasts(kind):
         y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
         return y
     dtype = torch.get_autocast_dtype(kind)
@@ -81,7 +80,7 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
     torch.func and forward-mode derivatives look into operations.
     """
     dtypes = {t.dtype for t in (x, weight, bias, A) if t is not None}
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x.device.type):
         of_one_dtype = dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
     else:
         of_one_dtype = len(dtypes) == 1 and x.is_floating_point()
@@ -92,6 +91,10 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight, A))
     )
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def is_batched(gradient: Tensor) -> bool:
@@ -179,12 +182,17 @@ class _Product(torch.autograd.Function):
                     own = bias[heads, out].unsqueeze(1) if per_head else bias[out]
                     torch.baddbmm(own, x[heads], effective.mT, out=y[heads, :, out])
         else:
+            # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
+            y = x.new_empty(*x.shape[:2], weight.shape[0])
+            rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
             if per_head:
                 assert bias is not None
-                y = bias.unsqueeze(1).repeat(1, x.shape[1], 1)
-                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.mT)
+                y.copy_(bias.unsqueeze(1))
+                flat.addmm_(rows, weight.mT)
+            elif bias is None:
+                torch.mm(rows, weight.mT, out=flat)
             else:
-                y = functional.linear(x, weight, bias)
+                torch.addmm(bias, rows, weight.mT, out=flat)
             inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
             for heads, part, out, pairs in _pairs(factors, x.dtype):
                 by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
@@ -202,7 +210,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
             return (None,) * 10
-        if not torch.is_autocast_enabled(gradient.device.type):
+        if not _autocasts(gradient.device.type):
             return _Product._gradients(ctx, gradient)
         with torch.autocast(gradient.device.type, enabled=False):
             return _Product._gradients(ctx, gradient)

@@ -61,6 +61,10 @@ class Replica:
     def show(self, head: int | None) -> None:
         """Let the module see one head's own in place of the user's parameter; None undoes it."""
         assert self.stack is not None
+        if self._turns[0].data_ptr() != self.stack.data_ptr():
+            # An optimizer has put another tensor in (`param.data = ...`).
+            for own, row in zip(self._turns, self.stack.detach(), strict=True):
+                own.data = row
         for owner in self.owners:
             if owner.key not in owner.module._parameters:
                 continue  # pruned, or parametrized since

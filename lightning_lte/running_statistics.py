@@ -25,6 +25,7 @@ class _Statistic:
         trained_by: number of the optimizer that trains the layer, and with whose merges it is averaged: one of another
             may come between a layer's forward and its backward.
         version: autograd's count of writes to the buffer, after the last of ours.
+        written: a copy of the buffer, after the last write of ours; None while heads share it.
     """
 
     name: str
@@ -34,6 +35,12 @@ class _Statistic:
     trained_by: int = 0
     own: list[Tensor] = field(default_factory=list)
     version: int = 0
+    written: Tensor | None = None
+
+    def accept(self) -> None:
+        """Take the buffer as it is for written by us."""
+        self.version = self.buffer._version
+        self.written = self.buffer.clone() if self.own else None
 
 
 class RunningStatistics:
@@ -47,7 +54,8 @@ class RunningStatistics:
     def __init__(self, module: nn.Module, trained_by: Mapping[nn.Parameter, int] | None = None) -> None:
         self._statistics: list[_Statistic] = []
         for name, layer in module.named_modules():
-            found = {key: buffer for key in _KEYS if (buffer := layer._buffers.get(key)) is not None}
+            buffers = dict(layer.named_buffers(recurse=False))  # of scripted modules, `_buffers` is no dictionary
+            found = {key: buffers[key] for key in _KEYS if key in buffers}
             number = _trainer_of(module, name, trained_by or {}) if found else 0
             self._statistics += [_Statistic(f"{name}.{k}".lstrip("."), layer, k, b, number) for k, b in found.items()]
         # While a merge lasts: those averaged, with their copies as they were; their sums, then counts of finite ones.
@@ -63,8 +71,10 @@ class RunningStatistics:
     def split(self, count: int) -> None:
         """Give each local head its own."""
         for s in self._statistics:
+            if isinstance(s.module, torch.jit.ScriptModule):
+                continue  # which keeps the buffers it was compiled with
             s.own = s.own or [s.buffer.clone() for _ in range(count)]
-            s.version = s.buffer._version
+            s.accept()
 
     def grow(self, factor: int) -> None:
         """Put `factor` heads in the place of each, which all go on with what that head had."""
@@ -76,8 +86,11 @@ class RunningStatistics:
         for s in self._statistics:
             if s.own:
                 if s.buffer._version != s.version:
-                    # Someone else has reset or loaded them, and means every head's.
-                    self._give(s)
+                    if s.written is not None and not torch.equal(s.buffer, s.written):
+                        # Someone else has reset or loaded them, and means every head's.
+                        self._give(s)
+                    # Or they were swapped out and in again, as averaged weights are for a validation.
+                    s.version = s.buffer._version
                 s.module._buffers[s.key] = s.buffer if head is None else s.own[head]
 
     @torch.no_grad()
@@ -118,7 +131,7 @@ class RunningStatistics:
             if s.own and not s.buffer.is_floating_point():
                 s.buffer.copy_(s.own[0])
                 self._give(s)
-            s.version = s.buffer._version
+            s.accept()
         self._taken, self._sums = [], []
 
     @torch.no_grad()
@@ -126,7 +139,7 @@ class RunningStatistics:
         """Give every head what the user's buffer has."""
         for own in s.own:
             own.copy_(s.buffer)
-        s.version = s.buffer._version
+        s.accept()
 
     def taken_state(self) -> dict[str, dict[str, Tensor]]:
         """What a merge has exchanged and not landed: sums over all heads, and the local ones as they were."""
@@ -164,7 +177,7 @@ class RunningStatistics:
                 for own, saved in zip(s.own or [s.buffer], rows[s.name], strict=True):
                     own.copy_(saved)
                 # Or the next turn would take the buffers for written by someone who means every head's.
-                s.version = s.buffer._version
+                s.accept()
 
 
 def _trainer_of(module: nn.Module, name: str, trained_by: Mapping[nn.Parameter, int]) -> int:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -44,6 +45,7 @@ from lightning_lte.config import (
 from lightning_lte.explorer import Explorer
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
+from lightning_lte.optimizers import wrapped_optimizers
 from lightning_lte.reach import gradient_functions_reach_heads
 from lightning_lte.resumable import CheckpointKind, Resumable
 from lightning_lte.rounded import Base, BaseCopy
@@ -506,9 +508,11 @@ class HeadsStrategy(Resumable):
         reaching.__enter__()
         undo.append(lambda: reaching.__exit__(None, None, None))
         for optimizer in explorer.optimizers:
-            before = optimizer.register_step_pre_hook(self._before_raw_step)
-            after = optimizer.register_step_post_hook(self._after_raw_step)
-            undo += [before.remove, after.remove]
+            # One that it wraps may be stepped past it (SAM's second_step does so).
+            for stepped in (optimizer, *wrapped_optimizers(optimizer)):
+                before = stepped.register_step_pre_hook(partial(self._before_raw_step, optimizer))
+                after = stepped.register_step_post_hook(partial(self._after_raw_step, optimizer))
+                undo += [before.remove, after.remove]
         if self._world_size > 1:
             # Lightning asks all devices before every batch whether one was told to terminate. Between merges devices
             # don't talk; they ask each other when they merge.
@@ -704,7 +708,7 @@ class HeadsStrategy(Resumable):
         self._step(self._bare(optimizer))
         return output
 
-    def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    def _before_raw_step(self, optimizer: Optimizer, stepped: Optimizer, args: Any, kwargs: Any) -> Any:
         if self._stepping or self._explorer is None:
             return None
         thread = threading.get_ident()
@@ -715,17 +719,21 @@ class HeadsStrategy(Resumable):
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
 
             def step(closure: Callable[[], Any] | None) -> Any:
-                return optimizer.step() if closure is None else optimizer.step(closure)
+                return stepped.step() if closure is None else stepped.step(closure)
 
             self._manual.step(optimizer, closure, step, counted=False)
             self._manual.hold_back(optimizer)
-            return (optimizer,), {}
+            return (stepped,), {}
         self._explorer.act()
         self._explorer.before_step()
         return None
 
     def _after_raw_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count a step that went past Lightning, as in manual optimization `optimizer.optimizer.step()` does."""
+        """Count a step that went past Lightning, as in manual optimization `optimizer.optimizer.step()` does.
+
+        Args:
+            optimizer: the user's.
+        """
         if self._stepping or self._explorer is None:
             return
         thread = threading.get_ident()

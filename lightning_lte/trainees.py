@@ -13,6 +13,7 @@ from lightning_lte.gradients import scale_gradient
 from lightning_lte.guard import Guard, Watched
 from lightning_lte.heads import Factors
 from lightning_lte.injection import eject, inject
+from lightning_lte.optimizers import wrapped_optimizers
 from lightning_lte.report import Report
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.substitution import Substitution
@@ -291,7 +292,7 @@ class Trainees:
                     f"Optimizer {number} ({kind}) holds no heads: it trains no factored weight. If it should, lower"
                     " `rank`, or change target_modules or exclude_modules; the reasons are above."
                 )
-            inner = [type(v).__name__ for v in vars(optimizer).values() if isinstance(v, Optimizer)]
+            inner = [type(wrapped).__name__ for wrapped in wrapped_optimizers(optimizer)]
             if inner:
                 self.report.notes.append(
                     f"Optimizer {number} wraps {', '.join(inner)}, whose own state checkpoints don't keep: a resumed"

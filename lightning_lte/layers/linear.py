@@ -86,7 +86,8 @@ def project(
     rows = slices(layer, x, state.count) if state.head is None else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
     added = bias if own_bias is None else own_bias
     if factors is not None and factors.applies(rows, weight, added, part):
-        return factors.multiply(rows, weight, added, state.head, part).reshape(*x.shape[:-1], weight.shape[0])
+        y = factors.multiply(rows, weight, added, state.head, part)
+        return in_shape(y, *x.shape[:-1], weight.shape[0])
     if own_bias is not None:
         bias = None
     if factors is not None:
