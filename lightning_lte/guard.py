@@ -51,6 +51,8 @@ class Guard:
         self._watched: list[Watched] = []
         self._seen_backward = False
         self._unwritten: list[Watched] = []
+        # Names of what was written to when `found` looked last, with other bits or with the same.
+        self._touched: set[str] = set()
         self.watch(watched)
 
     def watch(self, watched: Iterable[Watched]) -> None:
@@ -91,8 +93,8 @@ class Guard:
             look_at_bits: also for writes that went past autograd (`weight.data`).
         """
         reasons: dict[str, str] = {}
-        versions = {w.name for w in self._watched if local(w.param)._version != w.version} if settling else set()
-        changed = versions | self._changed(look_at_bits)
+        self._touched = {w.name for w in self._watched if local(w.param)._version != w.version}
+        changed = self._changed(look_at_bits) | (self._touched if settling else set())
         for w in self._watched:
             reason = WRITTEN if w.name in changed else USED if w.param.grad is not None else None
             if settling and w.factors is not None and w.factors.trial is not None:
@@ -104,9 +106,14 @@ class Guard:
         return reasons
 
     def all_written(self, reasons: Mapping[str, str]) -> bool:
-        """Whether that is so for all weights, as when a checkpoint is loaded or averaged weights are put in."""
+        """Whether that is so for all weights, as when a checkpoint is loaded or averaged weights are put in.
+
+        Some may have been as they were written: those of a layer that is never used are.
+        """
         factored = [w.name for w in self._watched if w.factors is not None]
-        return len(factored) > 1 and all(reasons.get(name) == WRITTEN for name in factored)
+        written = {name for name, reason in reasons.items() if reason == WRITTEN}
+        alike = self._touched - reasons.keys()
+        return len(factored) > 1 and not written.isdisjoint(factored) and written | alike >= set(factored)
 
     def changed(self) -> set[str]:
         """Names of parameters whose bits are not as they were accepted."""

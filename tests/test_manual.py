@@ -108,6 +108,63 @@ def test_manual_optimization_equals_automatic(kind: type[Manual], heads: int) ->
     torch.testing.assert_close(manual, automatic, rtol=0 if kind is Manual else 1e-12, atol=0)
 
 
+class SAM(Optimizer):
+    """Sharpness-aware minimisation, as it is widely copied: a step goes past the optimizer to the one that it wraps."""
+
+    def __init__(self, params: Any, rho: float) -> None:
+        super().__init__(params, {"rho": rho})
+        self.base_optimizer = sgd(self.param_groups)  # type: ignore[arg-type]
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in held]).norm()
+        for p in held:
+            self.state[p]["before"] = p.data.clone()
+            p.add_(p.grad * self.param_groups[0]["rho"] / norm)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.data = self.state[p]["before"]
+        self.base_optimizer.step()
+
+
+class Sharp(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(batch))
+        opt.first_step()
+        self.manual_backward(self.loss(batch))
+        opt.second_step()
+
+
+class SharpByOverride(Module):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.first_step()
+        optimizer_closure()
+        optimizer.second_step()
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("kind", [Sharp, SharpByOverride])
+def test_steps_of_an_optimizer_that_another_one_wraps_count(kind: Any, heads: int, execution: Any) -> None:
+    """Without a perturbation SAM is what it wraps."""
+    recorder = Recorder(lambda t, _: t.strategy.explorer.merges)
+    s = strategy(heads, execution=execution)
+    sharp = fitted(kind(make_net(), partial(SAM, rho=0.0)), s, callbacks=[recorder])
+    assert recorder.seen == [step // PERIOD for step in range(1, 13)]
+    plain = fitted(Module(optimizer=sgd), strategy(heads, execution=execution))
+    torch.testing.assert_close(sharp, plain)
+    perturbed = fitted(kind(make_net(), partial(SAM, rho=0.05)), strategy(heads, execution=execution))
+    assert not torch.equal(perturbed["net.second.weight"], plain["net.second.weight"])
+
+
 @pytest.mark.parametrize("execution", ["auto", "batched", "sequential"])
 def test_a_batch_split_by_hand_is_dealt_out_in_lockstep_whatever_execution_says(execution: Any) -> None:
     class Split(Manual):

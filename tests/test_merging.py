@@ -78,6 +78,33 @@ def test_weights_written_in_half_precision_are_all_that_is() -> None:
     explorer.close()
 
 
+def test_heads_go_on_from_weights_of_which_some_are_what_they_were() -> None:
+    """As those of a layer that is never used, when weights of before are loaded."""
+    loop = Loop(merge_every=3)
+    before = clone(loop.net.state_dict())
+    loop.steps(4)
+    with torch.no_grad():
+        loop.net.load_state_dict({**before, "second.weight": loop.net.second.weight.clone()})
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        loop.steps(1)
+    assert not loop.explorer.made_replicas
+
+
+def test_what_heads_learn_in_steps_that_nobody_counts_is_merged_in_the_end() -> None:
+    loop = Loop(merge_every=3)
+    before = loop.weights()
+    for seed in range(5):
+        backward(loop.explorer, loop.net, *make_data(16, seed=seed))
+        loop.opt.step()  # and no explorer.step()
+    factors = list(loop.explorer.injection.factors.values())
+    with pytest.warns(UserWarning, match="no step was counted"):
+        loop.explorer.finish()
+    for f in factors:
+        mean = f.scale * sum(f.B[h] @ f.A[h] for h in range(HEADS)) / HEADS
+        torch.testing.assert_close(f.weight.detach(), before[f.name] + mean.detach())
+        assert mean.detach().norm() > 0
+
+
 def test_forwards_see_weights_that_were_written_since_the_last_step() -> None:
     """As in the epoch without steps in which a callback that averaged weights computes running statistics."""
     loop = Loop(merge_every=30)
