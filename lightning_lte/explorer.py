@@ -477,7 +477,8 @@ class Explorer(Merging):
     def _before_merge(self) -> None:
         if not self._is_settling:
             self._look(look_at_bits=True)
-        self.flags.update(late=bool(self._late), taken=self._taken)
+        buffers = self.transport.devices > 1 and bool(self.buffers.found())
+        self.flags.update(late=bool(self._late), taken=self._taken, buffers=buffers)
         self._taken = False
 
     def _hear(self, flags: Mapping[str, Tensor]) -> None:
@@ -489,6 +490,10 @@ class Explorer(Merging):
                 f" {taken.nonzero().flatten().tolist()} only. Write them in a hook that runs on every rank."
             )
         self.terminated = bool(flags["terminated"].any())
+        if self.transport.devices > 1:
+            told = bool(flags["buffers"].any())
+            written = self.transport.union(self.buffers.found(), self.transport.timeout_s) if told else {}
+            self.buffers.take_first(self.transport, written)
         if late.any():
             found, self._late = self._late, {}
             self._demote(self.transport.union(found, self.transport.timeout_s))

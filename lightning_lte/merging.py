@@ -78,7 +78,7 @@ class Merging(Trainees):
         self.records: deque[MergeRecord] = deque(maxlen=1000)
         # Those of single merges that `_noted` has not combined yet.
         self._done: list[MergeRecord] = []
-        self.flags = {"late": False, "taken": False, "terminated": False}
+        self.flags = {"late": False, "taken": False, "buffers": False, "terminated": False}
         self.groups: dict[nn.Parameter, int] = {}
         self._counted_bytes = self._ddp_bytes = 0
         self._reduced: set[nn.Parameter] = set()
@@ -268,7 +268,8 @@ class Merging(Trainees):
         number, group, saved = state["number"], state["group"], state["merge"]
         merge = self._made_merge(number, group, saved["step"], saved["number"] - 1, saved["measure"], apart=True)
         merge.load_state_dict(saved)
-        merge.flags.zero_()  # what devices told in the run before
+        # What devices told in the run before, maybe of other things.
+        merge.flags = merge.flags.new_zeros(len(merge.flags), len(self.flags))
         self.flights.append(Flight(merge, number, group, state["lands_at"], exchanged=True))
 
     def _land_all(self, flights: Iterable[Flight]) -> None:

@@ -132,7 +132,8 @@ class HeadsStrategy(Resumable):
         checkpoint: "gathered" on rank 0, which writes one file; or "sharded", where each device writes what it has
             into a directory that all of them see.
         shard: k, neighbouring devices that share out one head's work and memory with FSDP2.
-        **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect.
+        **kwargs: what `DDPStrategy` takes. Its arguments for the DistributedDataParallel wrapper have no effect, but
+            for `broadcast_buffers=False`, which leaves each device its own buffers, if not its running statistics.
 
     Raises:
         TypeError, ValueError: see `LTEConfig`.
@@ -428,6 +429,7 @@ class HeadsStrategy(Resumable):
     def _begin(self, trainer: Trainer) -> None:
         """Put heads into the module as it is now."""
         explorer = Explorer(self._module, self.optimizers, self.config, self._transport)
+        explorer.buffers.shared = bool(self._ddp_kwargs.get("broadcast_buffers", True))
         self._explorer, self._report, self._finished = explorer, explorer.report, None
         self._synchronise, self._generators, self._interrupted, self._apart = True, None, False, False
         # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
@@ -931,7 +933,7 @@ class HeadsStrategy(Resumable):
                     f" {name}={kwargs[name]!r}. {hint}"
                 )
         # Command lines fill in the defaults of all arguments they know.
-        idle = {n: p.default for n, p in of_wrapper.items() if n not in ("self", "module")}
+        idle = {n: p.default for n, p in of_wrapper.items() if n not in ("self", "module", "broadcast_buffers")}
         idle |= {n: of_ddp[n].default for n in of_ddp if n.startswith("ddp_comm") or n == "model_averaging_period"}
         without_effect = sorted(n for n, v in kwargs.items() if n in idle and v is not None and v != idle[n])
         if without_effect:

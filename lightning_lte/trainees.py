@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lte.buffers import Buffers
 from lightning_lte.config import LTEConfig
 from lightning_lte.gradients import scale_gradient
 from lightning_lte.guard import Guard, Watched
@@ -35,6 +36,7 @@ class Trainees:
         substitution: what optimizers hold.
         guard: watches the parameters that heads train in place of the user's own.
         statistics: running statistics of the module.
+        buffers: its other buffers.
         trained_by: user's parameter -> number of the optimizer that trains it, the first one that holds it.
         borrowed: for each optimizer, what it holds that is merged by the clock of another one.
         frozen: what an optimizer holds and `replicas="freeze"` leaves as it is.
@@ -71,6 +73,7 @@ class Trainees:
             self._note_optimizers()
             self._scale_gradients()
             self.statistics = RunningStatistics(module, self.trained_by)
+            self.buffers = Buffers(module, self.statistics.copies())
             if config.execution == "sequential" and count > 1:
                 self.statistics.split(count)
             self.guard = Guard(self._watched())
