@@ -448,7 +448,11 @@ class Explorer(Merging):
             self.round_bases(state["bases"] if same else None)
 
     def _average_gradients(self) -> None:
-        """Average over devices the gradients of replicas, or of all parameters before heads begin."""
+        """Average over devices the gradients of replicas, or of all parameters before heads begin.
+
+        These are then equal on all devices, infinite ones too, so that gradient scalers, which look at them afterwards,
+        stay equal as well. Those of replicas alone don't see to that: scalers look at the factors of a device, too.
+        """
         if self.transport.world_size > 1:
             params = self.trained_by if self.full_rank else (r.param for r in self.injection.replicas)
             with self.transport.meeting(f"the averaging of gradients {self.where}"):
