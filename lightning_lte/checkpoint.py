@@ -384,6 +384,8 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         explorer: whose state it is.
         closing: leave out merges that have not landed, and may never do: heads still have what they took.
     """
+    # First of all, as an exchange leaves in `Factors.error` what rounding takes.
+    flights = [] if closing else [flight.state_dict() for flight in explorer.flights]
     injection = explorer.injection
     stacked = explorer.per_head
     optimizers = []
@@ -415,7 +417,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "left": {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64)} for f in factors if decays},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
-        "flights": [] if closing else [flight.state_dict() for flight in explorer.flights],
+        "flights": flights,
         "stagger": explorer.config.stagger,
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},

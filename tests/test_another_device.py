@@ -91,6 +91,23 @@ def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_o
     assert bases and all(isinstance(part, Elsewhere) for base in bases for part in base._parts)
 
 
+def test_a_checkpoint_waits_for_merges_before_it_copies_what_rounding_took() -> None:
+    """An exchange that ends meanwhile leaves something else there."""
+    net = make_net()
+    explorer = Explorer(net, torch.optim.SGD(net.parameters(), lr=0.1), LTEConfig(1, 10, rank=3))
+    f = next(iter(explorer.injection.factors.values()))
+    f.error = Elsewhere(torch.zeros(f.weight.shape))
+
+    class Travelling:
+        def state_dict(self) -> dict[str, Any]:
+            assert f.error is not None
+            f.error.add_(1)
+            return {}
+
+    explorer.flights = [Travelling()]  # type: ignore[list-item]
+    assert explorer.local_state()["wire_errors"][f.name]["value"].eq(1).all()
+
+
 def test_tensors_of_two_devices_are_refused() -> None:
     there, here = Elsewhere(torch.ones(2)), torch.ones(2)
     with pytest.raises(RuntimeError, match="one device"):
