@@ -326,10 +326,11 @@ class Explorer(Merging):
 
     def _moved_uncounted(self) -> bool:
         """Whether heads of any device have learned something though no step was counted since the last merge."""
-        if self.full_rank or self.config.wire != "float32":
-            return False  # in fewer bits anchors are what was sent, and not where heads were
-        factors = list(self.injection.factors.values())
-        moved = torch.tensor([[any(f.moved() for f in factors)]], dtype=torch.uint8, device=factors[0].A.device)
+        if self.full_rank:
+            return False
+        # Heads with a residual are elsewhere than their anchors in any case.
+        factors = [f for f in self.injection.factors.values() if not f.has_residual]
+        moved = torch.tensor([[any(f.moved() for f in factors)]], dtype=torch.uint8, device=self._device)
         if not bool(self.transport.stack(moved).any()):
             return False
         warnings.warn(
