@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_lte.metrics import effective_rank, merge_metrics
 
 if TYPE_CHECKING:
@@ -53,7 +55,9 @@ class HeadsCallback(_Base):
         if explorer.merges_before_validation and _validation_is_next(trainer):
             # Now already: a run that goes on from a checkpoint saved after this batch skips its validation.
             _strategy(trainer).merge_before_validation()
-        pl_module.log("lte/merges", float(explorer.merges), prog_bar=True, logger=False, batch_size=1)
+        # Lightning keeps a tensor where it is. It would copy a number to the module's device, and wait for that.
+        merges = torch.tensor(float(explorer.merges))
+        pl_module.log("lte/merges", merges, prog_bar=True, logger=False, batch_size=1)
         self._log_merges(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,7 @@ differ between heads or devices have these as dimension 0, over all devices in t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +58,24 @@ def gather_state(local: State, transport: Transport) -> State | None:
         **{key: _joined(parts[key]) for key in ("factors", "replicas", "statistics", "wire_errors", "left")},
         "flights": [_joined_flight(each) for each in zip(*parts["flights"], strict=True)],
         "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
+        "holders": [holders(each) for each in zip(*parts["optimizers"], strict=True)],
         "buffers": parts["buffers"],
         # The first of the devices that share out a head has those of all of them.
         "generators": parts["generators"] if within is None else [s for own in parts["generators"] for s in own or ()],
     }
+
+
+def holders(parts: Sequence[Collection[str]]) -> dict[str, list[int]]:
+    """Which devices have moments of what others have none of, as it had no gradient there yet: experts, for instance.
+
+    Args:
+        parts: of each device, the names of what an optimizer has moments of.
+
+    Returns:
+        The numbers of these devices by name, of what some of them lack.
+    """
+    names = {name: [device for device, own in enumerate(parts) if name in own] for part in parts for name in part}
+    return {name: devices for name, devices in names.items() if len(devices) < len(parts)}
 
 
 def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
@@ -182,13 +196,19 @@ def _take_remainder(f: Factors, saved: Tensor | None) -> None:
 def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
     """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it."""
     stacked, averaged = explorer.per_head, []
-    for optimizer, saved_fields in zip(explorer.optimizers, state["optimizers"], strict=True):
+    before = layout.devices_before(state["devices"])
+    had_some = state.get("holders", [{}] * len(explorer.optimizers))  # checkpoints of before have none
+    for optimizer, saved_fields, of_some in zip(explorer.optimizers, state["optimizers"], had_some, strict=True):
         held = explorer.substitution.held(optimizer)
         for name in held.keys() - saved_fields.keys():
             explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
             param = held.get(name)
             if param is None:
+                continue
+            having = [device for device in of_some.get(name, before) if device in before]
+            if not having:
+                explorer.substitution.drop_state(optimizer, param)
                 continue
             had_heads = any(isinstance(value, Mapping) and "heads" in value for value in fields.values())
             here: State = {}
@@ -201,6 +221,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 of_heads = whose == "heads" or (
                     not had_heads and rows.dim() == param.dim() and key not in _COUNTS_OF_A_DEVICE
                 )
+                if name in of_some and key in _COUNTS_OF_A_DEVICE:
+                    rows = torch.stack([rows[having[0]]] * layout.world_size)  # others have counted nothing
                 copies = explorer.count if param in stacked and of_heads else 1
                 if layout.must_merge(rows, copies) and name not in averaged:
                     averaged.append(name)
@@ -242,6 +264,10 @@ class _Layout:
         rows = rows[:]
         mean = _mean(rows) if rows.is_floating_point() or rows.is_complex() else rows[:1]
         return mean.expand(self.world_size, *rows.shape[1:])
+
+    def devices_before(self, devices: int) -> range:
+        """Which of the devices of the run that was saved held heads that this one has."""
+        return range(self.device_of_first_head(devices), -(-(self.rank + 1) * devices // self.world_size))
 
     def device_of_first_head(self, devices: int) -> int:
         """Which of the devices of the run that was saved held this one's first head."""
@@ -384,6 +410,8 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         explorer: whose state it is.
         closing: leave out merges that have not landed, and may never do: heads still have what they took.
     """
+    # First of all, as an exchange leaves in `Factors.error` what rounding takes.
+    flights = [] if closing else [flight.state_dict() for flight in explorer.flights]
     injection = explorer.injection
     stacked = explorer.per_head
     optimizers = []
@@ -415,7 +443,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "left": {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64)} for f in factors if decays},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
-        "flights": [] if closing else [flight.state_dict() for flight in explorer.flights],
+        "flights": flights,
         "stagger": explorer.config.stagger,
         "groups": explorer.groups_by_name(),
         "merged_steps": {f.name: f.merged_step for f in factors},
@@ -463,18 +491,26 @@ def _place_step(optimizer: Optimizer, param: nn.Parameter, state: State) -> None
 
 
 def _joined(parts: Sequence[State]) -> State:
-    """Put the rows of all devices below each other; keep rank 0's of what has none."""
+    """Put the rows of all devices below each other, zeros for those that lack a name; keep the first one's of what has
+    no rows."""
     joined: State = {}
-    for name in parts[0]:
+    for name, first in {name: own for part in reversed(parts) for name, own in part.items()}.items():
         joined[name] = {}
-        for key, value in parts[0][name].items():
-            found = [part[name][key] for part in parts if name in part]
+        for key, value in first.items():
+            found = [part[name][key] if name in part else _blank(value) for part in parts]
             if isinstance(value, Mapping):
                 value = {whose: torch.cat([own[whose] for own in found]) for whose in value}
             elif isinstance(value, Tensor):
                 value = torch.cat(found)
             joined[name][key] = value
     return joined
+
+
+def _blank(value: Any) -> Any:
+    """Zeros in the place of tensors."""
+    if isinstance(value, Mapping):
+        return {whose: _blank(rows) for whose, rows in value.items()}
+    return torch.zeros_like(value) if isinstance(value, Tensor) else value
 
 
 def _joined_flight(parts: Sequence[State]) -> State:

@@ -326,10 +326,11 @@ class Explorer(Merging):
 
     def _moved_uncounted(self) -> bool:
         """Whether heads of any device have learned something though no step was counted since the last merge."""
-        if self.full_rank or self.config.wire != "float32":
-            return False  # in fewer bits anchors are what was sent, and not where heads were
-        factors = list(self.injection.factors.values())
-        moved = torch.tensor([[any(f.moved() for f in factors)]], dtype=torch.uint8, device=factors[0].A.device)
+        if self.full_rank:
+            return False
+        # Heads with a residual are elsewhere than their anchors in any case.
+        factors = [f for f in self.injection.factors.values() if not f.has_residual]
+        moved = torch.tensor([[any(f.moved() for f in factors)]], dtype=torch.uint8, device=self._device)
         if not bool(self.transport.stack(moved).any()):
             return False
         warnings.warn(
@@ -448,7 +449,11 @@ class Explorer(Merging):
             self.round_bases(state["bases"] if same else None)
 
     def _average_gradients(self) -> None:
-        """Average over devices the gradients of replicas, or of all parameters before heads begin."""
+        """Average over devices the gradients of replicas, or of all parameters before heads begin.
+
+        These are then equal on all devices, infinite ones too, so that gradient scalers, which look at them afterwards,
+        stay equal as well. Those of replicas alone don't see to that: scalers look at the factors of a device, too.
+        """
         if self.transport.world_size > 1:
             params = self.trained_by if self.full_rank else (r.param for r in self.injection.replicas)
             with self.transport.meeting(f"the averaging of gradients {self.where}"):

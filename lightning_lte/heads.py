@@ -372,6 +372,11 @@ class Factors:
         """A number, on the device of the factors, that changes when the bits of W do."""
         return checksum(self.shard) if self.rounded is None else self.rounded.checksum()
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether rounding took something at the last merge, which stays here for the next one."""
+        return self.error is not None or self.anchored not in (None, "float32")
+
     @torch.no_grad()
     def moved(self) -> bool:
         """Whether any head is elsewhere than at the last merge."""

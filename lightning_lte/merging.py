@@ -106,8 +106,17 @@ class Merging(Trainees):
 
     @property
     def unmerged(self) -> bool:
-        """Whether heads have learned something since the last merge."""
-        return bool(self.flights) or any(clock.unmerged for clock in self.clocks)
+        """Whether heads have learned something since the last merge, or have what rounding took at it."""
+        return bool(self.flights) or any(map(self._is_unmerged, range(len(self.clocks))))
+
+    def _is_unmerged(self, number: int) -> bool:
+        """`unmerged`, of what one optimizer trains and has landed."""
+        return self.clocks[number].unmerged or any(map(self._has_residual, self._factors_of(number)))
+
+    def _has_residual(self, f: Factors) -> bool:
+        """Whether a merge is worthwhile for what rounding took alone. An outer optimizer would make a step of full size
+        for it, by its momentum."""
+        return self.outer is None and f.has_residual
 
     @property
     def merges_before_validation(self) -> bool:
@@ -122,8 +131,7 @@ class Merging(Trainees):
     def merge(self, measure: bool = True, everything: bool = False) -> MergeRecord:
         """Merge now. A collective: every device has to call it.
 
-        With several optimizers, what each of them trains is merged if it made a step since its last merge; or all, if
-        none did.
+        With several optimizers, what each of them trains is merged if it is `unmerged`; or all, if nothing is.
 
         Args:
             measure: whether to compute what `MergeRecord` calls norm and disagreement. The same on all devices.
@@ -139,8 +147,8 @@ class Merging(Trainees):
         if self.full_rank:
             # Heads and replicas have nothing of what the weights have learned.
             self.take_weights({w.name for w in self._watched()})
-        numbers = [number for number, clock in enumerate(self.clocks) if clock.unmerged and not everything]
         self._land_all(self.flights)
+        numbers = [number for number in range(len(self.clocks)) if self._is_unmerged(number) and not everything]
         if everything:
             # They may have stopped on both sides of an exchange of A, which is sent once.
             for f in self.injection.factors.values():
@@ -247,7 +255,7 @@ class Merging(Trainees):
         factors, replicas = self._grouped(number, group)
         if group is None:
             # An outer optimizer would move weights that have learned nothing since.
-            factors = [f for f in factors if f.merged_step < self.clocks[number].step]
+            factors = [f for f in factors if f.merged_step < self.clocks[number].step or self._has_residual(f)]
         return Merge(
             factors,
             replicas,

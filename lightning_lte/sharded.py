@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_lte import files
-from lightning_lte.checkpoint import EQUAL
+from lightning_lte.checkpoint import EQUAL, holders
 from lightning_lte.rows import Part, Rows
 from lightning_lte.transport import Transport
 
@@ -72,6 +72,11 @@ def save(
     if own is not None:
         streams, own = own["generators"], {key: value for key, value in own.items() if key != "generators"}
         rest["lte"] = _without_tensors(own)
+        plain = transport.gather(rest["lte"]["optimizers"])
+        if plain is not None:
+            of_each = list(zip(*plain, strict=True))
+            rest["lte"]["optimizers"] = [{n: v for own in reversed(each) for n, v in own.items()} for each in of_each]
+            rest["lte"]["holders"] = [holders(each) for each in of_each]
         tensors[SHARDS] = _dealt(own, str(transport.rank))
         _put(tensors[SHARDS], (str(transport.rank), "generators"), _as_tensor(streams))
     partial_path = files.partial_of(path)
@@ -213,6 +218,7 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
             _put(state, path[1:], part[1]())
         else:
             rows.setdefault(path[1:], {})[int(path[0])] = part
+    of_some = state.get("holders", [{}] * len(state["optimizers"]))  # checkpoints of before have none
     buffers: list[dict[str, Callable[[], Tensor]]] = [{} for _ in range(state["devices"])]
     for keys, parts in rows.items():
         if keys == ("generators",):
@@ -222,6 +228,9 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
             for device, (_, read) in parts.items():
                 buffers[device][keys[1]] = read
         else:
+            if keys[0] == "optimizers" and keys[2] in of_some[int(keys[1])]:
+                blank = _blank(next(iter(parts.values())))
+                parts = {**dict.fromkeys(range(state["devices"]), blank), **parts}
             _put(state, keys, Rows([parts[device] for device in sorted(parts)]))
     state["buffers"] = [Lazy(own) for own in buffers]
     return state
@@ -256,6 +265,12 @@ def _put(tree: Any, path: Iterable[Any], value: Any) -> None:
     for key in outer:
         tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
     tree[last] = value
+
+
+def _blank(part: Part) -> Part:
+    """Zeros in the place of the rows of a device that has none."""
+    count, read = part
+    return count, lambda: torch.zeros_like(read())
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -322,6 +322,8 @@ class HeadsStrategy(Resumable):
         super().connect(model)
         trainer = model.trainer
         self._check_validation(trainer)
+        if trainer.state.fn == "fit":
+            self._check_scalers(model)
         if self._config.shard > 1 and trainer.state.fn == "fit" and not model.automatic_optimization:
             raise ValueError(
                 "Devices that share out a head run its backward when its forward is over; received shard="
@@ -348,6 +350,23 @@ class HeadsStrategy(Resumable):
                 "To merge before validations, all devices must validate after the same step; received"
                 f" merge_every={self._config.merge_every!r} with a val_check_interval in time, which each of the"
                 f" {self._world_size} devices measures by itself. Give val_check_interval as a number of batches."
+            )
+
+    def _check_scalers(self, module: LightningModule) -> None:
+        """Refuse to average gradients that each device scales by itself, and whose step it may skip by itself.
+
+        Raises:
+            ValueError: `replicas="step"` with a GradScaler on each of several devices.
+        """
+        precision = f"precision={self.precision_plugin.precision!r}"
+        scalers = [] if getattr(self.precision_plugin, "scaler", None) is None else [precision]
+        scalers += _scalers_of(module)
+        if scalers and self._world_size > 1 and self._config.replicas == "step":
+            raise ValueError(
+                "A GradScaler leaves out the step of a device whose factors overflow, and changes the scale of this"
+                " device alone, so replicas whose gradients are averaged would not stay equal; received replicas='step'"
+                f" with {', '.join(scalers)} on {self._world_size} devices. Give precision='bf16-mixed', which needs"
+                " no GradScaler, or replicas='merge'."
             )
 
     def _check_shard(self) -> None:
@@ -955,13 +974,18 @@ def _check_manual_optimization(module: nn.Module, config: LTEConfig, count: int)
             f" all local heads can't be told; received execution='batched' and loss_reduction='sum' with {count} heads"
             " on a device. Give execution='sequential', or take the mean."
         )
-    scalers = [name for name, value in vars(module).items() if isinstance(value, torch.amp.GradScaler)]
+    scalers = _scalers_of(module)
     if count > 1 and config.execution != "batched" and scalers:
         raise ValueError(
             "Heads that take turns in manual optimization can't share a GradScaler, which is told once for each step"
             f" what the gradients are; received {', '.join(scalers)} with {count} heads on a device. Let"
             " Trainer(precision='16-mixed') scale, or use one head per device."
         )
+
+
+def _scalers_of(module: nn.Module) -> list[str]:
+    """Names of the attributes in which a module keeps gradient scalers of its own."""
+    return [name for name, value in vars(module).items() if isinstance(value, torch.amp.GradScaler)]
 
 
 def _check_split_batch(module: nn.Module) -> None:

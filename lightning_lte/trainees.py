@@ -262,7 +262,8 @@ class Trainees:
             for f in self.injection.factors.values():
                 if f.name in names:
                     if f.rounded is not None and not f.rounded.released:
-                        f.rounded.write(f.weight)
+                        # The user's parameter is on the CPU, and what forwards read is not.
+                        f.rounded.write(f.weight.to(f.rounded.device))
                     f.settle()
                     f.anchored = "float32"
                     f.left = 1.0

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from lightning_lte import Explorer, LTEConfig, product
 from lightning_lte.execution import run
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
-from tests.modules import Kinds, make_data, make_net
+from tests.modules import Kinds, make_data, make_net, train_step
 
 PERIOD, STEPS = 3, 7
 # Weights are watched in the first two steps, and a merge comes with the third.
@@ -72,6 +72,40 @@ def test_no_step_between_merges_waits_for_another_device() -> None:
         _train(Kinds, {"execution": "batched"}, there=True, waits=waits)
     assert [waits[step] for step in QUIET] == [[], []]
     assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
+
+
+def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_other_device() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    explorer = Explorer(net, optimizer, LTEConfig(1, 10, rank=3, base="int8"))
+    for seed in range(3):
+        train_step(explorer, net, optimizer, make_data(16, seed=seed))
+    bases = [f.rounded for f in explorer.injection.factors.values() if f.rounded is not None]
+    with torch.no_grad():
+        for param in net.parameters():
+            param.mul_(1.1)
+    for base in bases:
+        base.device = DEVICE  # as if forwards ran there
+    with another_device(), pytest.warns(UserWarning, match="All weights were written from outside"):
+        explorer.act()
+    assert bases and all(isinstance(part, Elsewhere) for base in bases for part in base._parts)
+
+
+def test_a_checkpoint_waits_for_merges_before_it_copies_what_rounding_took() -> None:
+    """An exchange that ends meanwhile leaves something else there."""
+    net = make_net()
+    explorer = Explorer(net, torch.optim.SGD(net.parameters(), lr=0.1), LTEConfig(1, 10, rank=3))
+    f = next(iter(explorer.injection.factors.values()))
+    f.error = Elsewhere(torch.zeros(f.weight.shape))
+
+    class Travelling:
+        def state_dict(self) -> dict[str, Any]:
+            assert f.error is not None
+            f.error.add_(1)
+            return {}
+
+    explorer.flights = [Travelling()]  # type: ignore[list-item]
+    assert explorer.local_state()["wire_errors"][f.name]["value"].eq(1).all()
 
 
 def test_tensors_of_two_devices_are_refused() -> None:

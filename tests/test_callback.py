@@ -105,6 +105,30 @@ def test_the_progress_bar_shows_the_count_of_merges() -> None:
     assert seen == [0, 0, 1, 1, 1, 2, 2]
 
 
+def test_no_batch_copies_the_count_of_merges_to_the_device() -> None:
+    """Lightning would copy a number there, for which a GPU is waited for; a tensor it keeps where it is."""
+    logged: list[Any] = []
+
+    class Watched(Module):
+        def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            logged.append((name, value))
+            super().log(name, value, *args, **kwargs)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0]).square().mean()
+
+    kept: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, t: Trainer, *args: Any) -> None:
+            kept.append(t.fit_loop.epoch_loop._results["on_train_batch_end.lte/merges"].value)
+
+    trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4, callbacks=[Look()]).fit(Watched(), loader(160, 16))
+    assert [name for name, _ in logged] == ["lte/merges"] * 4
+    for value in (*(own for _, own in logged), *kept):
+        assert isinstance(value, torch.Tensor) and value.device.type == "cpu"
+
+
 def test_one_comes_by_itself_and_a_users_own_is_kept() -> None:
     t = trainer(LTEStrategy(4, rank=RANK), max_steps=1)
     t.fit(Module(), loader())

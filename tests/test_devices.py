@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from lightning_lte import LTEStrategy, Transport
-from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_net, sgd, trainer
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_data, make_net, sgd, trainer
 from tests.processes import run
 
 COLLECTIVES = (
@@ -281,3 +283,54 @@ def test_closures_may_run_more_often_on_one_device_than_on_another() -> None:
     first, second = run(_newton, 2, group=False)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def _scaled_alone(own: bool) -> str:
+    """Each device with a gradient scaler: of the module's own, or that of 16-mixed."""
+    scaler = torch.amp.GradScaler("cpu")
+    module = Module()
+    if own:
+        module.scaler = scaler  # type: ignore[assignment]
+    plugins = [] if own else [MixedPrecision("16-mixed", "cpu", scaler)]
+    t = trainer(LTEStrategy(2, 3, rank=RANK, replicas="step"), devices=2, max_steps=1, plugins=plugins)
+    with pytest.raises(ValueError, match="A GradScaler leaves out the step of a device") as refused:
+        t.fit(module, loader(320))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("own", "received"), [(False, "precision='16-mixed'"), (True, "scaler")])
+def test_gradients_that_each_device_scales_by_itself_are_not_averaged(own: bool, received: str) -> None:
+    for words in run(_scaled_alone, 2, own, group=False):
+        assert f"received replicas='step' with {received} on 2 devices" in words
+
+
+def _scaled_before_heads_begin() -> tuple[list[float], dict[str, Tensor]]:
+    """An infinite gradient on the second device alone."""
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    explorer = Explorer(net, optimizer, LTEConfig(2, 3, rank=RANK, full_rank_steps=9), transport)
+    scaler, scales = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    for step in range(4):
+        x, y = make_data(8, seed=2 * step + transport.rank)
+        with explorer.heads():
+            loss = cross_entropy(net(x), y)
+        scaler.scale(loss).backward()
+        if step == 1 and transport.rank == 1:
+            net.first.weight.grad[0, 0] = torch.inf
+        explorer.after_backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        explorer.step()
+        scales.append(scaler.get_scale())
+    weights = clone(net.state_dict())
+    explorer.close()
+    return scales, weights
+
+
+def test_scalers_stay_equal_before_heads_begin() -> None:
+    (scales, weights), (other_scales, other_weights) = run(_scaled_before_heads_begin, 2)
+    assert scales == other_scales and scales[1] < scales[0]
+    for name, value in weights.items():
+        assert torch.equal(value, other_weights[name]) and value.isfinite().all()

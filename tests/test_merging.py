@@ -28,6 +28,7 @@ class Loop:
         self.opt = sgd(self.net.parameters())
         config = LTEConfig(heads, **{"merge_every": 4, "execution": "batched", **choices}, rank=RANK)
         self.explorer = Explorer(self.net, self.opt, config, transport)
+        self.factors = list(self.explorer.injection.factors.values())
         self.done = 0
 
     def steps(self, count: int) -> None:
@@ -90,8 +91,9 @@ def test_heads_go_on_from_weights_of_which_some_are_what_they_were() -> None:
     assert not loop.explorer.made_replicas
 
 
-def test_what_heads_learn_in_steps_that_nobody_counts_is_merged_in_the_end() -> None:
-    loop = Loop(merge_every=3)
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+def test_what_heads_learn_in_steps_that_nobody_counts_is_merged_in_the_end(wire: str) -> None:
+    loop = Loop(merge_every=3, wire=wire)
     before = loop.weights()
     for seed in range(5):
         backward(loop.explorer, loop.net, *make_data(16, seed=seed))
@@ -150,6 +152,15 @@ def test_an_outer_optimizer_does_not_move_what_has_learned_nothing() -> None:
     torch.testing.assert_close(loop.weights(), before, rtol=0, atol=0)
 
 
+ROUNDED = (
+    {"wire": "int8", "payload": "factors"},
+    {"wire": "int8", "payload": "dense"},
+    {"wire": "bfloat16", "payload": "factors"},
+    {"wire": "int8", "payload": "factors", "overlap": 2},
+    {"wire": "int8", "payload": "factors", "stagger": 2},
+)
+
+
 def test_in_the_end_nothing_stays_in_heads_that_rounding_took() -> None:
     for own in run(_rounded_to_the_end, 2):
         for weight, expected in own:
@@ -157,20 +168,34 @@ def test_in_the_end_nothing_stays_in_heads_that_rounding_took() -> None:
 
 
 def _rounded_to_the_end() -> list[tuple[Tensor, Tensor]]:
+    """Training that ends with the step of a merge, and after it."""
     transport = Transport(dist.get_world_size(), dist.get_rank())
     found = []
-    for choices in ({"wire": "int8", "payload": "factors"}, {"wire": "int8", "payload": "dense"}, {"wire": "bfloat16"}):
-        loop = Loop(transport, **choices)
-        start = loop.weights()
-        loop.steps(13)
-        factors = list(loop.explorer.injection.factors.values())
-        loop.explorer.finish()
-        for f in factors:
-            total = f.scale * sum(f.B[h] @ f.A[h] for h in range(f.count)).detach()
-            transport.sum_([total])
-            if choices != {"wire": "bfloat16"}:
+    for choices in ROUNDED:
+        for steps in (12, 13):
+            loop = Loop(transport, **choices)
+            start = loop.weights()
+            loop.steps(steps)
+            loop.explorer.finish()
+            for f in loop.factors:
+                total = f.scale * sum(f.B[h] @ f.A[h] for h in range(f.count)).detach()
+                transport.sum_([total])
                 found.append((f.weight.detach().float(), (start[f.name] + total / HEADS).float()))
     return found
+
+
+def test_an_outer_optimizer_makes_no_step_for_what_rounding_took_alone() -> None:
+    for before, after in run(_outer_to_the_end, 2):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def _outer_to_the_end() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    loop = Loop(transport, wire="int8", payload="factors", outer_optimizer=MOMENTUM)
+    loop.steps(8)
+    before = loop.weights()
+    loop.explorer.finish()
+    return before, {f.name: f.weight.detach().clone() for f in loop.factors}
 
 
 def _found_while_merges_travel() -> dict[str, Tensor]:

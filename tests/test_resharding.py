@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lte import LTEStrategy
-from tests.modules import RANK, Module, Net, Recorder, ScaledNet, Slices, adamw, clone, make_net, trainer
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport, sharded
+from tests.modules import (
+    IN,
+    RANK,
+    WIDTH,
+    Module,
+    Net,
+    Recorder,
+    ScaledNet,
+    Slices,
+    adamw,
+    after_backward,
+    clone,
+    make_data,
+    make_net,
+    trainer,
+)
 from tests.processes import run
 
 HEADS = 4
@@ -210,3 +228,84 @@ def test_running_statistics_follow_their_heads(folder: str, resumed: Any, saved:
         ]
         assert len(rows[0]) == len(rows[1]) == HEADS and torch.equal(*rows), name
         assert not torch.equal(rows[0][0], rows[0][1])
+
+
+# ---- experts
+
+
+class Experts(nn.Module):
+    """Each device trains one of them at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(IN, WIDTH)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, chosen: int) -> Tensor:
+        return self.experts[chosen](torch.tanh(self.first(x)))
+
+
+class ExpertsLoop:
+    def __init__(self, transport: Transport) -> None:
+        self.net, self.rank = make_net(Experts), transport.rank
+        self.opt = torch.optim.AdamW(self.net.parameters(), lr=0.01)
+        self.explorer = Explorer(self.net, self.opt, LTEConfig(2, 4, rank=RANK, execution="batched"), transport)
+
+    def steps(self, numbers: range) -> None:
+        for step in numbers:
+            x, _ = make_data(8, seed=2 * step + self.rank)
+            with self.explorer.heads():
+                # The first expert is of device 0 and the second of device 1, until all have the third.
+                loss = self.net(x, self.rank if step < 7 else 2).square().mean()
+            with self.explorer.backward():
+                loss.backward()
+            after_backward(self.explorer, self.opt)
+
+    def go_on_from(self, weights: dict[str, Tensor], state: Any) -> None:
+        self.net.load_state_dict(weights)
+        self.explorer.load_state_dict(state)
+
+    def moments(self) -> dict[str, Any]:
+        states = self.explorer.substitution.states(self.opt)
+        held = self.explorer.substitution.held(self.opt).items()
+        return {name: copy.deepcopy(states[param]) for name, param in held if param in states}
+
+
+def _experts(folder: str) -> list[Any]:
+    """What an uninterrupted run ends with, those that go on from either form, and the checkpoint."""
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    loop = ExpertsLoop(transport)
+    loop.steps(range(6))
+    weights = clone(loop.net.state_dict())
+    gathered = transport.gather(copy.deepcopy(loop.explorer.state_dict()))
+    own = loop.explorer.local_state()
+    sharded.save({"state_dict": weights}, own, loop.explorer.weight_names, f"{folder}/experts", transport)
+    loop.steps(range(6, 12))
+    state = [gathered[0] if gathered else None]
+    dist.broadcast_object_list(state, src=0)
+    ends = [loop.moments()]
+    for saved in (state[0], sharded.load(f"{folder}/experts")["lte"]):
+        other = ExpertsLoop(transport)
+        other.go_on_from(weights, saved)
+        other.steps(range(6, 12))
+        ends.append(other.moments())
+        torch.testing.assert_close(clone(other.net.state_dict()), clone(loop.net.state_dict()), rtol=0, atol=0)
+    return [ends, weights, state[0]]
+
+
+def test_moments_that_one_device_has_go_on(tmp_path: Path) -> None:
+    """What had no gradient on the other, it goes on without, as before."""
+    results = run(_experts, 2, str(tmp_path))
+    for (straight, *others), _, _ in results:
+        for end in others:
+            torch.testing.assert_close(end, straight, rtol=0, atol=0)
+    _, weights, state = results[0]
+    for saved in (state, sharded.load(str(tmp_path / "experts"))["lte"]):
+        alone = ExpertsLoop(Transport())
+        alone.go_on_from(weights, saved)
+        moments = alone.moments()
+        assert not any(name.startswith("experts.2") for name in moments)
+        for head in range(2):
+            own = moments[f"experts.{head}.weight.B"]
+            assert own["step"] == 6 and own["exp_avg"][head].any() and not own["exp_avg"][1 - head].any()
+        alone.steps(range(6, 8))
