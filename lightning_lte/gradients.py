@@ -60,7 +60,7 @@ def clip_grad_norm_(
     squared = torch.zeros(count, device=device)
     squared = squared.to(torch.promote_types(squared.dtype, (own or shared)[0].dtype))
     for gradient in own:
-        squared = squared + torch.linalg.vector_norm(gradient.flatten(1), dim=1).to(squared).square()
+        squared = squared + torch.linalg.vector_norm(gradient.reshape(count, -1), dim=1).to(squared).square()
     for gradient in shared:
         squared = squared + torch.linalg.vector_norm(gradient).to(squared).square()
     if transport.within is not None:
