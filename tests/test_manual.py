@@ -224,6 +224,25 @@ def test_clipping_in_the_step_clips_each_head() -> None:
     torch.testing.assert_close(manual, automatic, **EXACT)
 
 
+def test_what_heads_share_is_clipped_by_the_norm_of_the_head_whose_turn_it_is() -> None:
+    shares: list[tuple[Tensor, Tensor]] = []
+
+    class Clipping(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            held = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+            norm, before = torch.stack([p.grad.norm() for p in held]).norm(), self.net.norm.weight.grad.clone()
+            self.clip_gradients(opt, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            shares.append((self.net.norm.weight.grad / before, (0.1 / norm).expand_as(before)))
+            opt.step()
+
+    fitted(Clipping(optimizer=sgd), strategy(replicas="step"), epochs=1)
+    for share, wanted in shares:
+        torch.testing.assert_close(share, wanted, rtol=1e-4, atol=0)
+
+
 # ---- a GAN against workers
 
 
