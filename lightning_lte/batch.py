@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Layout:
         Raises:
             ValueError: it is made otherwise than the first one.
         """
-        sizes = {self._length(path, leaf) for path, leaf in self._visit(batch)} - {None}
+        sizes = {self._length(path, leaf) for path, leaf in _leaves(batch, whole=self._items)} - {None}
         if len(sizes) != 1:
             raise ValueError(
                 "All batches must be made as the first one is, and have one number of samples throughout; received"
@@ -127,11 +127,6 @@ class Layout:
         """Repeat samples from the start of a batch until `count` divides it."""
         samples = self.size(batch)
         return batch if samples % count == 0 else self.take(batch, torch.arange(-(-samples // count) * count) % samples)
-
-    def _visit(self, batch: Any) -> Iterator[tuple[Path, Any]]:
-        seen: list[tuple[Path, Any]] = []
-        _map(lambda path, leaf: seen.append((path, leaf)), batch, (), self._items)
-        yield from seen
 
     def _length(self, path: Path, leaf: Any) -> int | None:
         if path in self._rows:
@@ -216,13 +211,14 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    children = _children(value)
+def _leaves(value: Any, path: Path = (), whole: Collection[Path] = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a batch with their paths, and the lists whose paths are in `whole`."""
+    children = None if path in whole else _children(value)
     if children is None:
         yield path, value
     else:
         for key, child in children:
-            yield from _leaves(child, (*path, key))
+            yield from _leaves(child, (*path, key), whole)
 
 
 def _lengths(batch: Any) -> tuple[set[int], set[int], set[int]]:
@@ -254,13 +250,7 @@ def _map(function: Callable[[Path, Any], Any], value: Any, path: Path, whole: se
         return function(path, value)
     new = {key: _map(function, child, (*path, key), whole) for key, child in children}
     if isinstance(value, Mapping):
-        try:
-            result: Any = copy.copy(value)
-            for key, child in new.items():
-                result[key] = child
-            return result
-        except TypeError:  # one that can't be changed
-            return new
+        return _mapping_like(value, dict(children), new)
     if _is_list(value):
         return type(value)(new.values())
     if isinstance(value, tuple):
@@ -269,6 +259,27 @@ def _map(function: Callable[[Path, Any], Any], value: Any, path: Path, whole: se
     for key, child in new.items():
         object.__setattr__(replaced, key, child)
     return replaced
+
+
+def _mapping_like(value: Any, old: dict[Any, Any], new: dict[Any, Any]) -> Any:
+    """A copy of a mapping with other items, of its own class; a plain dict where there is no such copy.
+
+    Args:
+        value: the mapping.
+        old: its items.
+        new: those of the copy, under the same keys.
+    """
+    try:
+        result = copy.copy(value)
+        for key, item in new.items():
+            result[key] = item
+            if value[key] is not old[key]:
+                # The copy keeps its items in the same place, as one does that wraps a dict.
+                value[key] = old[key]
+                return new
+    except TypeError:  # one that can't be changed
+        return new
+    return result
 
 
 def _described(batch: Any) -> str:

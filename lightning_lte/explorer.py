@@ -266,8 +266,15 @@ class Explorer(Merging):
             trained = self.trained_for(params)
         else:
             trained = [p for opt in chosen for p in self.substitution.held(opt).values()]
+        position = self.injection.switch.position
         return clip_grad_norm_(
-            trained, self.per_head, max_norm, self.count, self.transport, synchronised=self.config.replicas == "step"
+            trained,
+            self.per_head,
+            max_norm,
+            self.count,
+            self.transport,
+            acting=position if isinstance(position, int) else None,
+            synchronised=self.config.replicas == "step",
         )
 
     def step(self, optimizer: Optimizer | None = None, measure: bool = True) -> MergeRecord | None:

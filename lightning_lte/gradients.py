@@ -32,6 +32,7 @@ def clip_grad_norm_(
     count: int,
     transport: Transport,
     *,
+    acting: int | None,
     synchronised: bool,
 ) -> Tensor:
     """Clip the gradients of each local head by that head's own norm, as separate workers would.
@@ -39,10 +40,13 @@ def clip_grad_norm_(
     Args:
         params: what an optimizer holds.
         per_head: those of them whose dimension 0 is the heads; the others are shared by all local heads. A shared
-            parameter counts in every head's norm and is scaled by the mean of the heads' coefficients.
+            parameter counts in every head's norm and is scaled by the mean of the heads' coefficients, or by that of
+            the head that acts alone.
         max_norm: largest 2-norm of a head's gradient.
         count: n, local heads.
         transport: to the other devices.
+        acting: the local head whose turn it is: all gradients are its own then, and other heads' rows are zero. None
+            where they are those of all heads.
         synchronised: whether shared gradients are equal on all devices and have to stay so, which takes the mean of
             the coefficients over all devices.
 
@@ -60,7 +64,7 @@ def clip_grad_norm_(
     squared = torch.zeros(count, device=device)
     squared = squared.to(torch.promote_types(squared.dtype, (own or shared)[0].dtype))
     for gradient in own:
-        squared = squared + torch.linalg.vector_norm(gradient.flatten(1), dim=1).to(squared).square()
+        squared = squared + torch.linalg.vector_norm(gradient.reshape(count, -1), dim=1).to(squared).square()
     for gradient in shared:
         squared = squared + torch.linalg.vector_norm(gradient).to(squared).square()
     if transport.within is not None:
@@ -70,10 +74,10 @@ def clip_grad_norm_(
     coefficients = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for gradient in own:
         gradient.mul_(coefficients.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
-    mean = coefficients.mean()
+    common = coefficients.mean() if acting is None else coefficients[acting].clone()
     if synchronised:
-        transport.sum_([mean])
-        mean /= transport.world_size
+        transport.sum_([common])
+        common /= transport.world_size
     for gradient in shared:
-        gradient.mul_(mean.to(gradient.dtype))
+        gradient.mul_(common.to(gradient.dtype))
     return norms

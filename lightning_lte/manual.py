@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lte.explorer import Explorer
 from lightning_lte.lockstep import Closure, Lockstep
+from lightning_lte.optimizers import wrapped_optimizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -40,7 +41,7 @@ class ManualOptimization:
 
     def run(self, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
         """Run the step on each head's part of the batch; see `Lockstep.run`."""
-        with self._counted_once():
+        with self._for_all_heads():
             return self._lockstep.run(step, parts)
 
     def step(
@@ -86,8 +87,9 @@ class ManualOptimization:
         self._held_back = {}
 
     @contextmanager
-    def _counted_once(self) -> Iterator[None]:
-        """Let Lightning count, and schedulers make, one step for all heads."""
+    def _for_all_heads(self) -> Iterator[None]:
+        """Let Lightning count, and schedulers make, one step for all heads; and optimizers zero what heads have of
+        their own, too."""
         undo: list[Callable[[], Any]] = []
 
         def exchange(owner: Any, name: str, new: Any) -> None:
@@ -100,6 +102,8 @@ class ManualOptimization:
             self._counts[optimizer._optimizer] = (optimizer._on_before_step, optimizer._on_after_step)
             exchange(optimizer, "_on_before_step", _nothing)
             exchange(optimizer, "_on_after_step", _nothing)
+            for own in (optimizer, optimizer._optimizer, *wrapped_optimizers(optimizer._optimizer)):
+                exchange(own, "zero_grad", partial(self._collected_before, own.zero_grad))
         for config in trainer.lr_scheduler_configs:
             exchange(config.scheduler, "step", partial(self._for_first_head, config.scheduler.step))
         try:
@@ -107,6 +111,10 @@ class ManualOptimization:
         finally:
             while undo:
                 undo.pop()()
+
+    def _collected_before(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        self._explorer.collect_gradients()  # of a backward that Lightning knows nothing of
+        zero_grad(*args, **kwargs)
 
     def _for_first_head(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self._lockstep.current

@@ -128,8 +128,9 @@ class Merging(Trainees):
         """How far training is, for messages."""
         return f"after step {max(clock.step for clock in self.clocks)} and merge {self.merges}"
 
+    @torch.inference_mode(False)  # what a merge makes lasts, and training goes on with it
     def merge(self, measure: bool = True, everything: bool = False) -> MergeRecord:
-        """Merge now. A collective: every device has to call it.
+        """Merge now, inside `torch.inference_mode` too. A collective: every device has to call it.
 
         With several optimizers, what each of them trains is merged if it is `unmerged`; or all, if nothing is.
 

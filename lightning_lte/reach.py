@@ -56,7 +56,10 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
 
     def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
         params = _listed(parameters)
-        _VALUE(params if ended else explorer.trained_for(params), clip_value, *args, **kwargs)
+        if not ended:
+            explorer.collect_gradients()
+            params = explorer.trained_for(params)
+        _VALUE(params, clip_value, *args, **kwargs)
 
     def zero(self: nn.Module, set_to_none: bool = True) -> None:
         _ZERO(self, set_to_none)

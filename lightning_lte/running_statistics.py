@@ -125,7 +125,12 @@ class RunningStatistics:
             for (s, before), total, count in zip(self._taken, sums, counts, strict=True):
                 mean = torch.where(count > 0, total / count, s.buffer)
                 for i, own in enumerate(s.own or [s.buffer]):
-                    own.copy_(mean if before is None else mean + (own - before[i]).nan_to_num(0, 0, 0))
+                    if before is None:
+                        own.copy_(mean)
+                    else:
+                        # Heads that have been given their own since then all began with the one that there was.
+                        start = before[min(i, len(before) - 1)]
+                        own.copy_(mean + (own - start).nan_to_num(0, 0, 0))
                 s.buffer.copy_(mean if s.own else s.buffer)
         for s in self._statistics:
             if s.own and not s.buffer.is_floating_point():

@@ -488,7 +488,7 @@ class HeadsStrategy(Resumable):
             explorer.gradient_scale = 1  # each head runs backward on a loss of its own
         if explorer.execution != "auto":
             self._announce()
-        self._advise(advice.of_size(explorer.injection.factors.values(), config.heads))
+        self._advise(advice.of_size(explorer.injection.factors.values(), explorer.config.heads))
         self._samples_known = False
 
     def _advise(self, text: str | None) -> None:

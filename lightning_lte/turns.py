@@ -124,13 +124,15 @@ def _alone() -> bool:
 def _reduced(values: list[Any], reduce_fx: Any) -> Tensor:
     """The values of all heads in one, by any of the reductions that Lightning takes: names, torch's and Python's."""
     name = reduce_fx.lower() if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", None)
-    together = torch.stack([_as_floating(value) for value in values])
+    # A head may log a number where others log tensors, which may be on another device than the CPU.
+    device = next((value.device for value in values if isinstance(value, Tensor)), None)
+    together = torch.stack([_as_floating(value, device) for value in values])
     return _REDUCTIONS.get(name, torch.mean)(together, dim=0)  # Lightning refuses others
 
 
-def _as_floating(value: Any) -> Tensor:
-    """A value in the precision in which Lightning keeps it."""
-    value = torch.as_tensor(value).detach()
+def _as_floating(value: Any, device: torch.device | None) -> Tensor:
+    """A value in the precision in which Lightning keeps it, on a device; None for the default."""
+    value = torch.as_tensor(value, device=device).detach()
     if value.dtype in (torch.float32, torch.float64):
         return value
     return value.to(torch.promote_types(torch.get_default_dtype(), torch.float32))

@@ -20,6 +20,8 @@ DEVICE = torch.device("meta")
 
 # Take tensors of two devices.
 _COPIES = ("aten._to_copy.", "aten.copy_.")
+# Take no number of the CPU's among tensors of another device.
+_TOGETHER = ("aten.cat.", "aten.stack.")
 # The host waits for their results: values, or how many there are.
 _WAITS = ("aten._local_scalar_dense.", "aten.is_nonzero.", "aten.equal.", "aten.nonzero.", "aten.masked_select.")
 _INDEX = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")
@@ -155,7 +157,7 @@ def _check_together(func: Any, args: Any, operands: list[Tensor]) -> None:
     indices = _tensors(args[1]) if name.startswith(_INDEX) and isinstance(args[0], Elsewhere) else []
     alone = [t for t in operands if not isinstance(t, Elsewhere) and not any(t is i for i in indices)]
     written = func._schema.is_mutable and not isinstance(args[0], Elsewhere) and isinstance(args[0], Tensor)
-    if written or any(t.dim() for t in alone):
+    if written or any(t.dim() or name.startswith(_TOGETHER) for t in alone):
         shapes = [tuple(t.shape) for t in operands]
         raise RuntimeError(f"{name}: expected all tensors on one device; found {DEVICE} and cpu, of shapes {shapes}")
 

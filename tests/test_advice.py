@@ -140,6 +140,11 @@ def test_heads_that_begin_later_are_told_of_then() -> None:
     assert len(said(LTEStrategy(4, 3, rank=4, full_rank_steps=2), batch_size=4, max_steps=4)) == 1
 
 
+def test_heads_that_grow_are_told_of_by_their_number() -> None:
+    told = [words for words in said(LTEStrategy(2, 1, rank=2, grow_heads={2: 4}), max_steps=4) if SIZE in words]
+    assert all(f"received heads={heads} of rank 2" in words for heads, words in zip((2, 4), told, strict=True))
+
+
 def _on_two_devices() -> list[str]:
     return said(LTEStrategy(4, 3, rank=3), batch_size=2, devices=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -206,6 +207,35 @@ def test_mappings_of_other_classes() -> None:
     assert isinstance(first, Encoding) and second["ids"].tolist() == [[4, 5], [6, 7]]
     first, _ = halves(MappingProxyType({"x": numbers(4)}))
     assert first["x"].tolist() == [0, 1]
+
+
+def test_a_mapping_whose_copies_share_its_items_is_left_as_it_is() -> None:
+    class Wrapping(MutableMapping):  # type: ignore[type-arg]
+        def __init__(self, **items: Any) -> None:
+            self.items_by_key = items
+
+        def __getitem__(self, key: str) -> Any:
+            return self.items_by_key[key]
+
+        def __setitem__(self, key: str, value: Any) -> None:
+            self.items_by_key[key] = value
+
+        def __delitem__(self, key: str) -> None:
+            del self.items_by_key[key]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.items_by_key)
+
+        def __len__(self) -> int:
+            return len(self.items_by_key)
+
+    name, x = "name", numbers(4)
+    batch = Wrapping(name=name, x=x)
+    assert Layout(batch).size(batch) == 4 and batch["name"] is name and batch["x"] is x
+    first, second = halves(batch)
+    assert (first["name"], first["x"].tolist(), second["x"].tolist()) == ("name", [0, 1], [2, 3])
+    copied(batch)["x"].zero_()
+    assert batch["x"] is x and x.tolist() == [0, 1, 2, 3]
 
 
 def test_a_copy_may_be_written_to() -> None:

@@ -344,6 +344,18 @@ def test_each_head_is_clipped_by_its_own_norm(execution: Any) -> None:
     train_both(LTEConfig(HEADS, 3, rank=RANK, execution=execution), sgd, clip=0.05, steps=10)
 
 
+def test_a_parameter_without_dimensions_is_clipped_as_all_others() -> None:
+    class Tempered(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.temperature
+
+    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), sgd, kind=Tempered, clip=0.05, steps=5)
+
+
 @pytest.mark.parametrize("replicas", ["freeze", "step"])
 def test_other_treatments_of_replicas_equal_the_oracle(replicas: Any) -> None:
     train_both(LTEConfig(HEADS, 3, rank=RANK, replicas=replicas), adamw, steps=10)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -222,6 +222,54 @@ def test_clipping_in_the_step_clips_each_head() -> None:
     manual = fitted(Clipping(optimizer=sgd), strategy())
     automatic = fitted(Module(optimizer=sgd), strategy(execution="sequential"), gradient_clip_val=0.1)
     torch.testing.assert_close(manual, automatic, **EXACT)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("by", ["zero_grad", "clip_gradients", "clip_grad_value_"])
+def test_gradients_of_a_backward_past_lightning_are_zeroed_and_clipped(by: str, bare: bool) -> None:
+    class PastLightning(Manual):
+        past = True
+
+        def backward_of(self, loss: Tensor) -> None:
+            loss.backward() if self.past else self.manual_backward(loss)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            opt = self.optimizers()
+            zeroing = opt.optimizer if bare else opt
+            zeroing.zero_grad()
+            if by == "zero_grad":
+                self.backward_of(100 * self.loss(batch))
+                zeroing.zero_grad()
+            self.backward_of(self.loss(batch))
+            if by == "clip_gradients":
+                self.clip_gradients(opt, gradient_clip_val=1e-3, gradient_clip_algorithm="value")
+            elif by == "clip_grad_value_":
+                clip_grad_value_(self.parameters(), 1e-3)
+            opt.step()
+
+    past, known = PastLightning(optimizer=sgd), PastLightning(optimizer=sgd)
+    known.past = False
+    found, expected = (fitted(module, strategy(), epochs=1) for module in (past, known))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_what_heads_share_is_clipped_by_the_norm_of_the_head_whose_turn_it_is() -> None:
+    shares: list[tuple[Tensor, Tensor]] = []
+
+    class Clipping(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            held = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+            norm, before = torch.stack([p.grad.norm() for p in held]).norm(), self.net.norm.weight.grad.clone()
+            self.clip_gradients(opt, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            shares.append((self.net.norm.weight.grad / before, (0.1 / norm).expand_as(before)))
+            opt.step()
+
+    fitted(Clipping(optimizer=sgd), strategy(replicas="step"), epochs=1)
+    for share, wanted in shares:
+        torch.testing.assert_close(share, wanted, rtol=1e-4, atol=0)
 
 
 # ---- a GAN against workers

@@ -471,3 +471,24 @@ def with_shared_replica() -> float:
 
 def test_a_replica_that_local_heads_share_counts_once_for_each_good_head() -> None:
     assert run(with_shared_replica, 2) == [(1 + 1 + 4) / 3] * 2
+
+
+def test_heads_that_get_statistics_of_their_own_while_a_merge_travels_keep_what_they_see() -> None:
+    """As where a run goes on on fewer devices, whose heads turn out to have to take turns."""
+    norm = torch.nn.BatchNorm1d(1)
+    statistics = RunningStatistics(norm)
+    one = torch.ones(())
+    statistics.load_taken_state(
+        {
+            "totals": {"running_mean": torch.tensor([6.0]), "running_var": torch.tensor([2.0])},
+            "counts": {"running_mean": 2 * one, "running_var": 2 * one},
+            "before": {"running_mean": torch.zeros(1, 1), "running_var": torch.ones(1, 1)},
+        }
+    )
+    statistics.split(2)
+    statistics.select(1)
+    norm.running_mean += 5  # type: ignore[operator]
+    statistics.select(None)
+    statistics.land()
+    assert norm.running_mean.tolist() == [3]  # type: ignore[union-attr, operator]
+    assert statistics.rows()["running_mean"].tolist() == [[3], [8]]

@@ -91,6 +91,22 @@ def test_heads_go_on_from_weights_of_which_some_are_what_they_were() -> None:
     assert not loop.explorer.made_replicas
 
 
+def test_a_merge_in_inference_mode_is_as_any_other() -> None:
+    def trained(inference: bool) -> dict[str, Tensor]:
+        net = make_net()
+        opt = sgd(net.parameters())
+        outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9)
+        explorer = Explorer(net, opt, LTEConfig(2, 100, rank=RANK, execution="batched", outer_optimizer=outer))
+        for step in range(6):
+            train_step(explorer, net, opt, make_data(8, seed=step))
+            with torch.inference_mode(inference):
+                explorer.merge()
+        explorer.finish()
+        return clone(net.state_dict())
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wire", ["float32", "int8"])
 def test_what_heads_learn_in_steps_that_nobody_counts_is_merged_in_the_end(wire: str) -> None:
     loop = Loop(merge_every=3, wire=wire)

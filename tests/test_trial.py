@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, trial
 from lightning_lte.trial import checksum
 from tests.allocations import peak
-from tests.modules import CLASSES, IN, RANK, Module, Net, clone, loader, make_net, sgd, trainer
+from tests.modules import CLASSES, IN, RANK, Module, Net, backward, clone, loader, make_net, sgd, trainer
 
 # Its weights are so large that all else is small beside one of them.
 WIDTH = 1024
@@ -171,6 +171,26 @@ def test_a_use_elsewhere_is_found_beside_transforms_and_no_gradient_is_lost(
     net.load_state_dict(start)
     expected, _ = penalised(jacobian, net, exclude_modules=["net.first"])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_padding_row_of_an_embedding_that_is_used_elsewhere_gets_no_gradient(heads: int) -> None:
+    class Reversing(nn.Module):
+        """Turns indices into vectors, and vectors into indices, but for that of the padding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(20, 16, padding_idx=0), nn.Linear(16, 16)
+
+        def forward(self, index: Tensor) -> Tensor:
+            return self.linear(self.embedding(index)).mean(1) @ self.embedding.weight[1:].mT
+
+    index, target = torch.tensor([[0, 1, 2], [3, 0, 0]]), torch.tensor([1, 2])
+    plain, net = make_net(Reversing), make_net(Reversing)
+    cross_entropy(plain(index), target).backward()
+    backward(Explorer(net, sgd(net.parameters()), LTEConfig(heads, rank=2, execution="batched")), net, index, target)
+    assert plain.embedding.weight.grad[0].count_nonzero() == 0
+    torch.testing.assert_close(net.embedding.weight.grad, plain.embedding.weight.grad, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("by_func", [False, True])

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
 
 from lightning_lte import LTEStrategy
 from lightning_lte.turns import MeanLog, _of_batch
+from tests.another_device import Elsewhere, another_device
 from tests.modules import CLASSES, Module, Recorder, loader, trainer
 
 HEADS, BATCH = 4, 12
@@ -163,3 +164,14 @@ def test_metrics_that_are_not_logged_at_steps_are_not_asked() -> None:
         return Counting.computed
 
     assert compute() == 2 and compute(on_step=False) == 1
+
+
+def test_numbers_and_tensors_of_another_device_have_one_mean() -> None:
+    seen: list[Any] = []
+    log = MeanLog(lambda name, value, batch_size=None: seen.append(value))
+    with another_device():
+        for value in (1.0, Elsewhere(torch.tensor(4.0)), torch.tensor(7)):
+            log("x", value)
+        log.flush()
+    [mean] = seen
+    assert isinstance(mean, Elsewhere) and mean.item() == 4

@@ -59,7 +59,7 @@ class HeadedEmbedding(HeadedLayer):
             y = _rows(own, index, own_weight)
         else:
             A, B = factors.acting(state.head)
-            y = functional.embedding(index, factors.base())
+            y = functional.embedding(index, factors.base(), own.padding_idx)
             # Autocast would narrow a product that began with y, which it leaves wide.
             y = torch.add(y, torch.bmm(_rows(own, index, B), A).to(y.dtype), alpha=factors.scale)
         return in_shape(y, *input.shape, y.shape[-1])
