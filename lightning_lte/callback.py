@@ -25,7 +25,8 @@ class HeadsCallback(_Base):
 
     Args:
         effective_rank: whether to log `lte/effective_rank`, too, the mean effective rank of all factored weights as a
-            merge leaves them. It decomposes each of them, which takes long where they are large.
+            merge leaves them, in full precision. It decomposes each of them on the first device, which takes long where
+            they are large, and is left out where nobody logs.
 
     Raises:
         TypeError: on `fit` with another strategy.
@@ -83,9 +84,12 @@ class HeadsCallback(_Base):
         explorer = _strategy(trainer).explorer
         while explorer is not None and explorer.records:
             metrics = merge_metrics(explorer.records.popleft())
-            factored = list(explorer.injection.factors)
-            if self.effective_rank and factored and trainer.is_global_zero and not explorer.records:
-                metrics["lte/effective_rank"] = sum(map(effective_rank, factored)) / len(factored)
+            # All devices agree on whether one of them logs.
+            if self.effective_rank and _strategy(trainer).measure and not explorer.records:
+                decomposes = trainer.is_global_zero and bool(trainer.loggers)
+                ranks = [effective_rank(weight) for weight in explorer.exact_weights() if decomposes]
+                if ranks:
+                    metrics["lte/effective_rank"] = sum(ranks) / len(ranks)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 

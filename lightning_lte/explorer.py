@@ -21,6 +21,7 @@ from lightning_lte.merge import MergeRecord, add_mean_deltas
 from lightning_lte.merging import Merging, restore_bases
 from lightning_lte.replicas import average_gradients
 from lightning_lte.report import excluding, listed
+from lightning_lte.shards import whole
 from lightning_lte.transport import Transport
 
 # Steps after which an optimizer that never steps is waited for no longer.
@@ -62,8 +63,8 @@ class Explorer(Merging):
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay` and `inject` refuse; the module
-            and the optimizers are as they were then.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
+            refuse; the module and the optimizers are as they were then.
     """
 
     def __init__(
@@ -439,6 +440,15 @@ class Explorer(Merging):
             if self.transport.rank == 0:
                 state[self._names[f.weight]] = exact.cpu()
         return state
+
+    def exact_weights(self) -> Iterator[Tensor]:
+        """Copies of all factored weights, each (out, in) or of its convolution's shape, whole and in full precision.
+
+        One after the other, as a device need not have room for all. A collective: every device has to go through them.
+        """
+        with self.transport.meeting(f"a look at the weights {self.where}"):
+            for f in self.injection.factors.values():
+                yield f.exact() if f.shard is f.weight else whole(f.weight.detach())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lte.heads import Factors
 from lightning_lte.report import excluding, listed
@@ -38,6 +38,12 @@ class Watched:
     factors: Factors | None = None
     version: int = 0
     checksum: int = 0
+
+    def bits(self) -> Tensor:
+        """A number, on the parameter's device, that changes with the bits of what it stands for."""
+        rounded = None if self.factors is None else self.factors.rounded
+        # One that is nowhere in full shows NaN, whatever it is.
+        return rounded.checksum() if rounded is not None and rounded.released else checksum(local(self.param))
 
 
 class Guard:
@@ -159,7 +165,7 @@ def _checksums(watched: list[Watched]) -> list[int]:
     sums = [0] * len(watched)
     for indices in by_device.values():
         # One wait for the device, not one for each parameter.
-        found = torch.stack([checksum(local(watched[i].param)) for i in indices]).tolist()
+        found = torch.stack([watched[i].bits() for i in indices]).tolist()
         for i, value in zip(indices, found, strict=True):
             sums[i] = value
     return sums

@@ -48,7 +48,8 @@ class Merging(Trainees):
         groups: parameter -> number of the group that it merges with.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay` and `inject` refuse.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
+            refuse.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,35 @@ def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
                 f"With {count} heads on a device the optimizer must update each element by itself, as SGD, Adam, AdamW"
                 f" and Adagrad do; received {name}, which mixes them. Choose another optimizer, or one head per device."
             )
+
+
+def check_modes(optimizers: Iterable[Optimizer], by_heads: Collection[nn.Parameter]) -> None:
+    """Refuse optimizers that train at one point and evaluate at another, as schedule-free ones do, where heads train.
+
+    Their `train` and `eval` move the parameters from one to the other. Weights change by merges alone, and what heads
+    have in their place is not to be seen between batches.
+
+    Args:
+        optimizers: the user's, with the user's own parameters.
+        by_heads: those that heads train in place of the optimizer.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    for optimizer in optimizers:
+        modes = [own for own in (optimizer, *wrapped_optimizers(optimizer)) if _has_modes(own)]
+        count = sum(p in by_heads for group in optimizer.param_groups for p in group["params"])
+        if modes and count:
+            raise ValueError(
+                "The train() and eval() of an optimizer move what it trains between the point of training and that of"
+                " evaluation, and can't move weights that heads train, so that evaluation would see another point than"
+                f" is meant; received {type(modes[0]).__name__}, which has both, and of whose parameters heads train"
+                f" {count}. Choose an optimizer with one point, such as AdamW with a learning-rate schedule."
+            )
+
+
+def _has_modes(optimizer: Optimizer) -> bool:
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
 def check_outer_optimizer(make: Any) -> None:

@@ -150,6 +150,9 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether a is b but for `tolerance` times (|b| + the root mean square of b), element by element."""
     if not b.numel():
         return True
+    if a.is_complex() or b.is_complex():
+        # Real and imaginary parts side by side: neither is to be ignored.
+        a, b = (torch.view_as_real(t.to(torch.complex128).resolve_conj()) for t in (a, b))
     if b.dtype not in (torch.float32, torch.float64) or a.dtype != b.dtype:
         a, b = a.double(), b.double()
     scale = torch.linalg.vector_norm(b, dtype=torch.float64) / math.sqrt(b.numel())

@@ -18,6 +18,8 @@ from lightning_lte.layers.embedding import HeadedEmbedding
 from lightning_lte.report import listed
 from lightning_lte.shards import local, users_class
 
+_HOOKED = "gradient hooks are registered on it"
+
 _BASES = (
     nn.Linear,
     nn.Conv1d,
@@ -124,9 +126,17 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
         for role in roles:
             by_reason[role.reason].append(role.name)
         seen = "\n".join(f"  {reason}: {listed(names)}" for reason, names in by_reason.items())
+        remedy = "Lower `rank`, or change target_modules or exclude_modules."
+        learning = [role for role in roles if role.kind != "untouched" and role.param.requires_grad]
+        untied = [role for role in learning if len(role.owners) == 1]
+        if untied and all(role.reason == _HOOKED for role in untied):
+            remedy = (
+                "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some"
+                " for log='gradients' and log='all'; give log=None."
+            )
         raise ValueError(
-            f"LTE needs at least one weight that can be factored; found none among {len(roles)} parameters. Lower"
-            f" `rank`, or change target_modules or exclude_modules. The reasons were:\n{seen}"
+            f"LTE needs at least one weight that can be factored; found none among {len(roles)} parameters. {remedy}"
+            f" The reasons were:\n{seen}"
         )
     if config.base != "float32" and not any(role.rounds for role in roles):
         seen = "\n".join(f"  {role.name}: {role.reason}" for role in roles if role.kind == "factored")
@@ -185,7 +195,7 @@ def _role(
     if twins:
         return role("replica", "tied: shares its storage with " + " and ".join(twins))
     if param._backward_hooks or param._post_accumulate_grad_hooks:
-        return role("replica", "gradient hooks are registered on it")
+        return role("replica", _HOOKED)
     matrices = _matrices(owner, config)
     if isinstance(matrices, str):
         return role("replica", matrices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,8 @@ class Substitution:
     Learning rate, weight decay and every other setting of a group carry over, and so do schedulers, which write to the
     same groups. The lists of parameters are changed, not exchanged, so that an optimizer that holds on to one (LBFGS)
     sees it, too. While it rests, groups and states show the user's parameters alone: callbacks such as BaseFinetuning
-    look each of them up by name.
+    look each of them up by name. Who clears or loads an optimizer's state then means that of all it trains: what is
+    hidden is forgotten, with a warning.
 
     Args:
         optimizers: the user's.
@@ -56,6 +58,8 @@ class Substitution:
         self._swaps: list[list[_Swap]] = [[] for _ in self.optimizers]
         # States of what is inside, while the optimizer does not show them.
         self._states: list[dict[Tensor, Any]] = [{} for _ in self.optimizers]
+        # While they rest: the state that each optimizer shows, and whether there was anything in it.
+        self._shown: list[tuple[Any, bool] | None] = [None for _ in self.optimizers]
         # Optimizers that make their state when they are constructed expect it for the user's parameters again.
         self._had_state: list[set[nn.Parameter]] = [set() for _ in self.optimizers]
         self.replace(replacements)
@@ -89,6 +93,8 @@ class Substitution:
     def act(self) -> None:
         """Put the replacements in. Does nothing where they are in."""
         for number, optimizer in enumerate(self.optimizers):
+            self._forget_if_reset(number)
+            self._shown[number] = None
             known = [swap.group for swap in self._swaps[number]]
             for group in optimizer.param_groups:
                 if any(group is own for own in known) or not any(p in self._replacements for p in group["params"]):
@@ -121,6 +127,30 @@ class Substitution:
             self._swaps[number] = []
             for param in ours & optimizer.state.keys():
                 self._states[number][param] = optimizer.state.pop(param)
+            self._forget_if_reset(number)
+            self._shown[number] = optimizer.state, bool(optimizer.state)
+
+    def _forget_if_reset(self, number: int) -> None:
+        """Forget the hidden states of an optimizer whose own was exchanged, as loading does it, or emptied meanwhile.
+
+        An empty state that is cleared stays the same, and nothing tells of it.
+        """
+        optimizer, shown = self.optimizers[number], self._shown[number]
+        if shown is None:
+            return
+        state, filled = shown
+        if optimizer.state is state and (state or not filled):
+            return
+        self._shown[number] = optimizer.state, bool(optimizer.state)
+        if self._states[number]:
+            self._states[number].clear()
+            kind = type(optimizer).__name__
+            warnings.warn(
+                f"The state of {kind} was cleared or loaded while training runs, so what it knew of the heads (moments"
+                " and the like) is gone, too, and starts anew. If only settings were to change, write them to its"
+                " param_groups.",
+                stacklevel=2,
+            )
 
     def forget(self) -> None:
         """Forget the states of what is inside, while the substitution rests."""
@@ -149,7 +179,9 @@ class Substitution:
 
     def states(self, optimizer: Optimizer) -> dict[Tensor, Any]:
         """The state of everything that an optimizer trains, whether it rests or not."""
-        return {**optimizer.state, **self._states[self.optimizers.index(optimizer)]}
+        number = self.optimizers.index(optimizer)
+        self._forget_if_reset(number)
+        return {**optimizer.state, **self._states[number]}
 
     def set_state(self, optimizer: Optimizer, param: nn.Parameter, state: dict[str, Any]) -> None:
         """Give a parameter the state it had in a checkpoint."""

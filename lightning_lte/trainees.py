@@ -14,7 +14,7 @@ from lightning_lte.gradients import scale_gradient
 from lightning_lte.guard import Guard, Watched
 from lightning_lte.heads import Factors
 from lightning_lte.injection import eject, inject
-from lightning_lte.optimizers import wrapped_optimizers
+from lightning_lte.optimizers import check_modes, wrapped_optimizers
 from lightning_lte.report import Report
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.substitution import Substitution
@@ -46,7 +46,7 @@ class Trainees:
         made_replicas: what lost its heads while training ran, and why.
 
     Raises:
-        ValueError: see `inject`; the module and the optimizers are as they were then.
+        ValueError: see `inject` and `check_modes`; the module and the optimizers are as they were then.
     """
 
     def __init__(
@@ -69,6 +69,10 @@ class Trainees:
             self.injection = inject(module, list(self.trained_by), config, count=count, first=first)
             kept = {*self.injection.factors, *(replica.param for replica in self.injection.replicas)}
             self.frozen = [p for p in self.trained_by if p not in kept]
+            # Heads that share a device may have replicas of their own, too, from the first batch on.
+            several = count > 1 or bool(config.grow_heads)
+            replicas = [replica.param for replica in self.injection.replicas] if several else []
+            check_modes(self.optimizers, {*self.injection.factors, *replicas})
             self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
             self._note_optimizers()
             self._scale_gradients()
@@ -79,6 +83,8 @@ class Trainees:
             self.guard = Guard(self._watched())
             if self.full_rank:
                 self.substitution.rest()
+                # Loading a state meanwhile means that of the user's own parameters.
+                self.substitution.forget()
             else:
                 self._begin_trials()
         except BaseException:

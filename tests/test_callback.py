@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lte import LTECallback, LTEStrategy
+from lightning_lte import callback as module_callback
 from lightning_lte.metrics import effective_rank
 from tests.modules import RANK, Module, clone, loader, sgd, trainer
 from tests.processes import run
@@ -32,11 +33,12 @@ NAMES = {
 }
 
 
-def fit(folder: Path, heads: int = 4, devices: int = 1, **kwargs: Any) -> tuple[list[dict[str, str]], Trainer]:
+def fit(
+    folder: Path, heads: int = 4, devices: int = 1, base: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[list[dict[str, str]], Trainer]:
     logger = CSVLogger(str(folder), name="", version="")
-    t = trainer(
-        LTEStrategy(heads, 3, rank=RANK), devices=devices, max_steps=7, logger=logger, log_every_n_steps=1, **kwargs
-    )
+    strategy = LTEStrategy(heads, 3, rank=RANK, **(base or {}))
+    t = trainer(strategy, devices=devices, max_steps=7, logger=logger, log_every_n_steps=1, **kwargs)
     t.fit(Module(optimizer=sgd), loader(160 * devices, 16))
     if t.global_rank != 0:
         return [], t
@@ -66,6 +68,28 @@ def test_the_effective_rank_is_logged_where_it_is_asked_for(tmp_path: Path) -> N
     rows, _ = fit(tmp_path, callbacks=[LTECallback(effective_rank=True), Look()])
     assert [float(row["lte/effective_rank"]) for row in rows[:2]] == pytest.approx([ranks[2], ranks[5]])
     assert ranks[0] == ranks[1] != ranks[2]  # of the weights as of the last merge
+
+
+def _effective_ranks(folder: str, devices: int) -> list[list[float]]:
+    found = []
+    for kept in ("cpu", "sharded", "error-feedback"):
+        base, own = {"base": "bfloat16", "base_copy": kept}, Path(folder, kept)
+        rows, _ = fit(own, devices=devices, base=base, callbacks=[LTECallback(effective_rank=True)])
+        found.append([float(row["lte/effective_rank"]) for row in rows])
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_effective_rank_is_that_of_weights_that_the_module_does_not_show(devices: int, tmp_path: Path) -> None:
+    ranks = run(_effective_ranks, devices, str(tmp_path), devices, group=False)[0]
+    assert len(ranks[0]) == 3 and ranks[0] == ranks[1]
+    assert ranks[2] == pytest.approx(ranks[0], rel=1e-3)
+
+
+def test_nothing_is_decomposed_where_nobody_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_callback, "effective_rank", lambda weight: pytest.fail("decomposed"))
+    callbacks: list[Callback] = [LTECallback(effective_rank=True)]
+    trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4, callbacks=callbacks).fit(Module(), loader(160, 16))
 
 
 def test_the_steps_are_those_of_lightnings_own_metrics(tmp_path: Path) -> None:

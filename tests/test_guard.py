@@ -111,6 +111,30 @@ def test_what_is_no_optimizer_is_refused() -> None:
         check_optimizers(["sgd"], 1)  # type: ignore[list-item]
 
 
+class ScheduleFree(torch.optim.SGD):
+    """One that trains at one point and evaluates at another."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def test_optimizers_with_two_points_are_refused_where_heads_train() -> None:
+    net = make_net()
+    with pytest.raises(ValueError, match=r"received ScheduleFree, which has both.*heads train 2"):
+        Explorer(net, ScheduleFree(net.parameters(), lr=0.1), LTEConfig(1, rank=RANK))
+    assert type(net.first) is nn.Linear
+
+    def parted(heads: int) -> Explorer:
+        weights = [p for p in net.parameters() if p.dim() > 1]
+        rest = [p for p in net.parameters() if p.dim() == 1]
+        return Explorer(net, [sgd(weights), ScheduleFree(rest, lr=0.1)], LTEConfig(heads, rank=RANK))
+
+    parted(1).close()
+    with pytest.raises(ValueError, match="heads train 4"):
+        parted(2)
+
+
 def explorer_over(net: nn.Module, heads: int = 4, **choices: Any) -> tuple[Explorer, torch.optim.Optimizer]:
     opt = sgd([p for p in net.parameters() if p.requires_grad])
     return Explorer(net, opt, LTEConfig(heads, 3, rank=RANK, **{"execution": "batched", **choices})), opt

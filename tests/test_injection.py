@@ -245,6 +245,17 @@ def test_an_error_names_its_cause_and_leaves_the_module_untouched(case: str) -> 
     assert _snapshot(model) == before and torch.equal(torch.get_rng_state(), random)
 
 
+def test_where_hooks_are_in_the_way_of_all_weights_their_removal_is_the_remedy() -> None:
+    model = Model()
+    hooks = [p.register_hook(lambda g: None) for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"Remove the hooks.*wandb\.watch.*give log=None") as caught:
+        injected(model)
+    assert "Lower `rank`" not in str(caught.value)
+    for hook in hooks:
+        hook.remove()
+    injected(model)
+
+
 def test_all_patterns_that_match_nothing_are_named_at_once_and_what_could_match_too() -> None:
     with pytest.raises(ValueError) as caught:
         injected(Model(), target_modules=["fc1", "nope"], exclude_modules=["gone"], rank_pattern={"lost": 1})

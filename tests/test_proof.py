@@ -159,6 +159,23 @@ def test_masks_of_other_samples_are_one() -> None:
     assert verdict(Pooled(Padded(shift=1)), images())[0] == "sequential"
 
 
+class Imaginary(nn.Module):
+    """Samples meet in the imaginary part of what a complex layer receives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, dtype=torch.cfloat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.inner(torch.complex(y, y.roll(1, 0))).real
+
+
+def test_samples_that_meet_in_imaginary_parts_are_seen() -> None:
+    execution, why = verdict(Pooled(Imaginary()), images())
+    assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
+
+
 @pytest.mark.parametrize("body", [Mixing, Flat])
 def test_samples_that_meet_are_sequential(body: type[nn.Module]) -> None:
     assert verdict(Pooled(body()), images())[0] == "sequential"

@@ -361,6 +361,58 @@ def test_heads_go_on_from_weights_that_are_loaded() -> None:
         torch.testing.assert_close(f.base(), expected, rtol=1e-6, atol=1e-7)
 
 
+def _loaded_while_training(copy: str) -> None:
+    several = dist.is_initialized()
+    transport = Transport(dist.get_world_size(), dist.get_rank()) if several else None
+    loop = Loop("int8", copy, transport)
+    loop.steps(4)
+    parameters = dict(loop.net.named_parameters())
+    other = {name: value.detach() * 0.5 + 0.1 for name, value in make_net().state_dict().items()}
+    loop.net.load_state_dict(other)
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        loop.explorer.act()
+    assert all(parameters[name] is p for name, p in loop.net.named_parameters())
+    factors = list(loop.explorer.injection.factors.values())
+    for f in factors:
+        loaded = other[f"{f.name}.weight"]
+        near: dict[str, Any] = {"rtol": 0, "atol": 1e-4} if copy == "error-feedback" else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(f.exact(), loaded, **near)
+        for head in range(f.count):
+            torch.testing.assert_close(
+                f.effective(head), literally_rounded(loaded, "int8").double(), rtol=1e-6, atol=1e-7
+            )
+    loop.steps(3)
+    loop.explorer.finish()
+    assert all(p.isfinite().all() for p in loop.net.parameters())
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_heads_go_on_from_a_state_dict_that_is_loaded_while_they_train(copy: str) -> None:
+    _loaded_while_training(copy)
+
+
+def test_so_they_do_where_devices_share_the_rows() -> None:
+    run(_loaded_while_training, 2, "sharded")
+
+
+@pytest.mark.parametrize("copy", COPIES[1:])
+def test_loading_takes_only_what_is_given_and_fits(copy: str) -> None:
+    loop = Loop("int8", copy)
+    loop.steps(4)
+    before, weight = loop.exact(), loop.net.first.weight
+    with pytest.raises(RuntimeError, match=r"size mismatch for first\.weight"):
+        loop.net.load_state_dict({"first.weight": torch.zeros(2, 2)}, strict=False)
+    result = loop.net.load_state_dict({"second.weight": before["second"] * 2}, strict=False)
+    assert "first.weight" in result.missing_keys and not result.unexpected_keys
+    assert loop.net.first.weight is weight and weight.isnan().all()
+    after = loop.exact()
+    assert torch.equal(after["first"], before["first"])
+    torch.testing.assert_close(after["second"], before["second"] * 2, rtol=0, atol=1e-3)
+    new = torch.ones_like(before["first"])
+    loop.net.load_state_dict({"first.weight": new}, strict=False, assign=True)
+    assert loop.net.first.weight.data_ptr() == new.data_ptr()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_run_resumes_exactly_in_the_middle_of_a_period(kind: Any, copy: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -223,6 +224,67 @@ def test_at_rest_groups_and_states_show_the_users_own_parameters_and_acting_puts
     assert case.optimizer.state[case.factors[0]]["exp_avg"] is moments
     assert all(own is group["params"] for own, group in zip(lists, case.groups, strict=True))
     step(case.optimizer)
+
+
+def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+
+
+def exchange(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def clear(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize("make", [AdamW, Adagrad])
+@pytest.mark.parametrize("reset", [load, exchange, clear])
+def test_who_resets_the_state_at_rest_resets_that_of_factors(
+    make: Callable[..., Optimizer], reset: Callable[..., None]
+) -> None:
+    if make is Adagrad and reset is not load:
+        pytest.skip("makes its state once, when it is constructed, and can't step without")
+    case = Case(make)
+    start = copy.deepcopy(case.before)
+    substitution = case.substitution()
+    for _ in range(2):
+        step(case.optimizer)
+    substitution.rest()
+    reset(case.optimizer, start)
+    with pytest.warns(UserWarning, match=f"The state of {make.__name__} was cleared or loaded"):
+        substitution.rest()
+    assert not set(case.factors) & substitution.states(case.optimizer).keys()
+    substitution.act()
+    step(case.optimizer)
+    assert {float(case.optimizer.state[p]["step"]) for p in case.factors} == {1.0}
+
+
+def test_a_checkpoint_asked_for_after_a_reset_has_nothing_of_the_factors() -> None:
+    case = Case(AdamW)
+    substitution = case.substitution()
+    step(case.optimizer)
+    substitution.rest()
+    clear(case.optimizer, {})
+    with pytest.warns(UserWarning, match="cleared or loaded"):
+        assert not substitution.states(case.optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_states_are_kept_where_nobody_resets_them() -> None:
+    case = Case(AdamW)
+    substitution = case.substitution()
+    step(case.optimizer)
+    case.optimizer.load_state_dict(case.optimizer.state_dict())  # what is to be seen is all of it
+    substitution.rest()
+    moments = {"exp_avg": torch.ones(1, 2)}
+    substitution.set_state(case.optimizer, case.factors[0], moments)  # as from a checkpoint
+    case.groups[0]["lr"] = 0.7
+    case.optimizer.state.pop(case.params[1])
+    substitution.rest()
+    substitution.act()
+    assert case.optimizer.state[case.factors[0]] is moments
+    assert set(case.factors) <= case.optimizer.state.keys()
 
 
 def test_what_is_added_while_it_acts_and_while_it_rests_is_kept() -> None:

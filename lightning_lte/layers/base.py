@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte.heads import Factors, Matrices
+from lightning_lte.rounded import Rounded
 from lightning_lte.switch import Switch
 
 # The attribute lives in the layer's __dict__, outside PyTorch's registries: state_dict() and parameters() never see it.
@@ -116,13 +117,33 @@ class HeadedLayer(nn.Module):
         for key, weight in self._released().items():
             destination[prefix + key] = weight
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A parameter that shows NaN has no memory to load into. It gives way for the time to one that has.
+        unshown = self._unshown()
+        empty = {key: torch.empty(r.shape, dtype=r.dtype, device=r.device) for key, r in unshown.items()}
+        places = {key: nn.Parameter(e, unshown[key].weight.requires_grad) for key, e in empty.items()}
+        self._parameters.update(places)
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            for key, rounded in unshown.items():
+                # With assign=True the user's own tensor is there now, as it is in every other layer.
+                if self._parameters[key] is places[key]:
+                    self._parameters[key] = rounded.weight
+                    if places[key]._version:
+                        rounded.write(places[key].detach())
+
     def _released(self) -> dict[str, Tensor]:
         """The weights that the layer's own parameters don't show while forwards read them in low precision."""
+        # On the CPU, as on the device there is no room for all of them.
+        return {key: rounded.merged().cpu() for key, rounded in self._unshown().items()}
+
+    def _unshown(self) -> dict[str, Rounded]:
+        """What has the weights of the layer's own parameters that show NaN."""
         state: LayerState | None = self.__dict__.get(STATE)
         factors = {} if state is None else state.factors
         rounded = {key: f.rounded for key, f in factors.items() if f.rounded is not None and f.rounded.released}
-        # On the CPU, as on the device there is no room for all of them.
-        return {key: r.merged().cpu() for key, r in rounded.items() if self._parameters.get(key) is r.weight}
+        return {key: r for key, r in rounded.items() if self._parameters.get(key) is r.weight}
 
 
 def check_not_split(layer: nn.Module, parts: int, why: str) -> None:
