@@ -102,7 +102,8 @@ class ManualOptimization:
             self._counts[optimizer._optimizer] = (optimizer._on_before_step, optimizer._on_after_step)
             exchange(optimizer, "_on_before_step", _nothing)
             exchange(optimizer, "_on_after_step", _nothing)
-            for own in (optimizer, optimizer._optimizer, *wrapped_optimizers(optimizer._optimizer)):
+            all_of_it: tuple[Any, ...] = (optimizer, optimizer._optimizer, *wrapped_optimizers(optimizer._optimizer))
+            for own in all_of_it:
                 exchange(own, "zero_grad", partial(self._collected_before, own.zero_grad))
         for config in trainer.lr_scheduler_configs:
             exchange(config.scheduler, "step", partial(self._for_first_head, config.scheduler.step))
