@@ -484,10 +484,12 @@ def _saved(param: nn.Parameter, value: Any, per_head: bool) -> Any:
 
 
 def _place_step(optimizer: Optimizer, param: nn.Parameter, state: State) -> None:
-    """Fused and capturable optimizers keep their count of steps on the parameter's device, as load_state_dict knows."""
+    """Fused and capturable optimizers keep what they count on the parameter's device."""
     group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
-    if isinstance(state.get("step"), Tensor) and (group.get("fused") or group.get("capturable")):
-        state["step"] = state["step"].to(device=param.device, dtype=torch.float32)
+    if group.get("fused") or group.get("capturable"):
+        for key in _COUNTS_OF_A_DEVICE:
+            if isinstance(state.get(key), Tensor):
+                state[key] = state[key].to(device=param.device, dtype=torch.float32 if key == "step" else None)
 
 
 def _joined(parts: Sequence[State]) -> State:

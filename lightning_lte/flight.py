@@ -6,11 +6,18 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 
 from lightning_lte.merge import Merge
+
+
+@cache
+def _stream_on(device: torch.device) -> torch.cuda.Stream:
+    """One for all flights: torch has 32, and its allocator keeps blocks for each that was used."""
+    return torch.cuda.Stream(device)
 
 
 class Flight:
@@ -42,7 +49,7 @@ class Flight:
         self.merge, self.number, self.group, self.lands_at = merge, number, group, lands_at
         self._error: BaseException | None = None
         self._device = devices[0] if devices else None
-        self._stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self._stream = None if self._device is None else _stream_on(self._device)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # Python does not wait for it at its end: a device that is gone would keep it for ever.

@@ -242,6 +242,8 @@ class Merge:
             self._good = within.stack(self._good.to(torch.uint8).unsqueeze(0)).bool().all(0)
 
     def _exchange_good(self) -> None:
+        # Of another stream than this may run in: they must live until what reads them here has run.
+        self._sent = self.flags, self._left
         self._good_all = self._transport.stack(self._good.to(torch.uint8)).bool()
         if self.flags.numel():
             self.flags = self._transport.stack(self.flags)
