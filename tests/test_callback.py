@@ -86,6 +86,22 @@ def test_the_effective_rank_is_that_of_weights_that_the_module_does_not_show(dev
     assert ranks[2] == pytest.approx(ranks[0], rel=1e-3)
 
 
+def _effective_ranks_of_shared_out(folder: str) -> list[list[float]]:
+    found = []
+    for shard in (1, 2):
+        own = Path(folder, str(shard))
+        callbacks = [LTECallback(effective_rank=True)]
+        rows, _ = fit(own, heads=2 // shard, devices=2, base={"shard": shard}, callbacks=callbacks)
+        found.append([float(row["lte/effective_rank"]) for row in rows])
+    return found
+
+
+def test_the_effective_rank_is_that_of_weights_that_devices_share_out(tmp_path: Path) -> None:
+    whole, shared_out = run(_effective_ranks_of_shared_out, 2, str(tmp_path), group=False)[0]
+    # Of one head in place of two, so merges are others; a half of a weight has a rank of some 8 at most.
+    assert shared_out == pytest.approx(whole, rel=0.1)
+
+
 def test_nothing_is_decomposed_where_nobody_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_callback, "effective_rank", lambda weight: pytest.fail("decomposed"))
     callbacks: list[Callback] = [LTECallback(effective_rank=True)]
