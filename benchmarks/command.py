@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import timm
 import torch
 
-from benchmarks.execution import counts_processor_time
 from benchmarks.table import Row, setting, table
+
+# Choices that are numbers: one, or several.
+_NUMBERS = ("batch", "heads", "rank", "ranks", "depth", "rounds", "threads", "devices")
 
 
 def of_one_model(
@@ -43,12 +46,44 @@ def of_one_model(
     options = parser.parse_args(arguments)
     if options.quick:
         options.model, options.depth, options.batch, options.heads, options.rounds = "test_vit", None, 4, 2, 2
+    check(parser, options)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
     rows = measure(options, device)
     show(rows, options, device, start)
     return rows
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with one of the parser's messages where the choices leave nothing to measure.
+
+    Args:
+        parser: of the command.
+        options: what it was given, of `model` or `models`, `depth`, `batch`, `heads` ... those that the command has.
+    """
+    given = vars(options).items()
+    chosen = {key: value if isinstance(value, list) else [value] for key, value in given if value is not None}
+    for key in _NUMBERS:
+        if any(number < 1 for number in chosen.get(key, ())):
+            parser.error(f"--{key} must be at least 1; received {', '.join(map(str, chosen[key]))}")
+    # Others take turns, and there is nothing to prove: what is measured would be something else.
+    if any(options.batch % heads for heads in chosen.get("heads", ())):
+        received = ", ".join(map(str, chosen["heads"]))
+        parser.error(f"--batch must be a multiple of all --heads; received {options.batch} and {received}")
+    for name in chosen.get("model", []) + chosen.get("models", []):
+        if not timm.is_model(name):
+            parser.error(f"no model of timm's has the name {name!r}; timm.list_models() has those there are")
+        if "depth" in chosen:
+            try:
+                timm.create_model(name, depth=options.depth)
+            except TypeError:
+                parser.error(f"--depth is for models that take one, as ViTs do; received {options.depth} for {name}")
+
+
+def counts_processor_time(device: torch.device) -> bool:
+    """Whether a process's time on the processor is what it takes where nothing else runs."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def show(rows: Sequence[Row], options: Any, device: torch.device, start: float) -> None:

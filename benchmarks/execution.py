@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.command import check, counts_processor_time
 from examples.demo import hardware
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.batch import Layout
@@ -318,11 +319,6 @@ def timed(device: torch.device) -> Iterator[list[float]]:
     seconds.append(clock() - start)
 
 
-def counts_processor_time(device: torch.device) -> bool:
-    """Whether a process's time on the processor is what it takes where nothing else runs."""
-    return device.type == "cpu" and torch.get_num_threads() == 1
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -351,8 +347,7 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(args)
-    if any(options.batch % heads for heads in options.heads):
-        parser.error(f"--batch must be a multiple of all --heads; received {options.batch} and {options.heads}")
+    check(parser, options)
 
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

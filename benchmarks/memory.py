@@ -37,6 +37,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bound import uses
+from benchmarks.command import check
 from benchmarks.execution import loss_of, make_batch
 from benchmarks.step import Heads, Plain, make_model
 from benchmarks.table import Row, setting, table
@@ -306,10 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.devices < 1:
-        parser.error(f"--devices must be at least 1; received {options.devices}")
     if options.quick:
         options.model, options.batch, options.rank, options.after_merge = "test_vit", 2, 4, ["keep"]
+    check(parser, options)
     torch.set_num_threads(options.threads)
     if options.one:
         _here(options.one, options)

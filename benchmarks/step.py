@@ -22,7 +22,7 @@ from torch.optim import AdamW
 from torch.profiler import profile
 
 from benchmarks.bound import Arithmetic, multiply_adds, uses
-from benchmarks.command import show
+from benchmarks.command import check, show
 from benchmarks.execution import NEVER, Batch, Seconds, loss_of, make_batch, step_of, timed
 from benchmarks.released import as_released
 from benchmarks.table import Row
@@ -241,8 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if options.quick:
         options.models, options.depth, options.batch, options.rounds = ["test_vit"], None, 4, 2
         options.heads, options.ranks = [1, 2], [4]
-    if any(options.batch % heads for heads in options.heads):
-        parser.error(f"--batch must be a multiple of all --heads; received {options.batch} and {options.heads}")
+    check(parser, options)
 
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,16 +90,19 @@ class Layout:
             )
         return sizes.pop()  # type: ignore[return-value]
 
-    def take(self, batch: Any, rows: Tensor) -> Any:
+    def take(self, batch: Any, index: Sequence[int]) -> Any:
         """A batch of some samples, by their numbers."""
-        index = rows.tolist()
-        contiguous = bool(index) and index == list(range(index[0], index[0] + len(index)))
+        contiguous = bool(index) and list(index) == list(range(index[0], index[0] + len(index)))
 
         def take(path: Path, leaf: Any) -> Any:
             if path in self._rows:
                 # Autograd is to take slices for tensors of their own: a step may write to one that others lie beside.
                 whole = leaf if leaf.requires_grad else _unshared(leaf)
-                part = whole[index[0] : index[0] + len(index)] if contiguous else whole[rows.to(leaf.device)]
+                part = (
+                    whole[index[0] : index[0] + len(index)]
+                    if contiguous
+                    else whole[torch.tensor(index, device=leaf.device)]
+                )
                 return _in_class_of(leaf, part)
             if path in self._items:
                 return type(leaf)(leaf[i] for i in index)
@@ -119,14 +123,19 @@ class Layout:
         samples = self.size(batch)
         if samples == 0:
             return [batch] * count
-        order = torch.arange(max(samples, count * least)) % samples
-        parts = [self.take(batch, rows) for rows in order.tensor_split(count)]
+        order = [i % samples for i in range(max(samples, count * least))]
+        # The first have one more where `count` does not divide them.
+        each, more = divmod(len(order), count)
+        starts = [each * part + min(part, more) for part in range(count + 1)]
+        parts = [self.take(batch, order[start:end]) for start, end in pairwise(starts)]
         return parts if len(order) == samples else list(map(copied, parts))
 
     def filled_up(self, batch: Any, count: int) -> Any:
         """Repeat samples from the start of a batch until `count` divides it."""
         samples = self.size(batch)
-        return batch if samples % count == 0 else self.take(batch, torch.arange(-(-samples // count) * count) % samples)
+        if samples % count == 0:
+            return batch
+        return self.take(batch, [i % samples for i in range(samples + -samples % count)])
 
     def _length(self, path: Path, leaf: Any) -> int | None:
         if path in self._rows:

@@ -56,9 +56,10 @@ class LTEConfig:
             "reset" sets B to zero (Algorithm 1).
         reset_a: with "reset", whether A is kept or drawn anew at each merge.
         freeze_a: train B alone, with A as it was drawn (LoRA-FA, arXiv 2308.03303). The layer's input need not be kept
-            for the backward of linear layers, and merges send a quarter as much. It is not the paper's algorithm: a
-            head's deltas stay within the r rows of its A, for ever with "keep", until the next merge with
-            `reset_a="redraw"`.
+            for the backward of linear layers. Where factors travel at merges, those of a square weight are a quarter as
+            much with "keep" (half with `refresh`, as A travels), half with "reset", and no less with
+            `reset_a="redraw"`. It is not the paper's algorithm: a head's deltas stay within the r rows of its A, for
+            ever with "keep", until the next merge with `reset_a="redraw"`.
         reset_moments: with "reset", the fraction of the factors' optimizer moments that is set to zero at each merge,
             the smallest first: 0 keeps all, 1 zeroes all. The paper found that resetting hurts.
         refresh: how many of the r vectors of each head, a row of A with its column of B, start anew at each merge, in

@@ -76,20 +76,26 @@ def _four_dimensional(factors: PairAndAnchors) -> PairAndAnchors:
 def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
     """Whether `product` may be used here, and not plain operations have to be.
 
-    It is for plain tensors of one dtype, or of those that autocast makes one of. torch.compile, transforms of
-    torch.func and forward-mode derivatives look into operations.
+    It is for plain tensors of one dtype, or of those that autocast makes one of; see `are_plain`, too.
     """
     dtypes = {t.dtype for t in (x, weight, bias, A) if t is not None}
     if _autocasts(x.device.type):
         of_one_dtype = dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
     else:
         of_one_dtype = len(dtypes) == 1 and x.is_floating_point()
+    return of_one_dtype and are_plain(x, weight, A)
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether nothing looks into the operations on these tensors, so that a function may take their place.
+
+    torch.compile, transforms of torch.func, forward-mode derivatives and classes of tensors do.
+    """
     return (
-        of_one_dtype
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight, A))
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
 

@@ -234,9 +234,14 @@ def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> N
     if not params:
         return
     # Every device must send the same tensors, also for a parameter that took no part on one of them.
-    had = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
+    had = torch.ones(len(params), device=params[0].device)
+    absent = [i for i, p in enumerate(params) if p.grad is None]
+    for i in absent:
+        had[i].zero_()
     transport.sum_([*gradients, had])
-    for param, gradient, devices in zip(params, gradients, had.tolist(), strict=True):
-        # One that took no part on any of them has none: optimizers pass it over.
-        param.grad = with_part(param, gradient / transport.world_size) if devices else None
+    # One that took no part on any of them has none: optimizers pass it over. The values are read, which waits for the
+    # device, only where one took no part on this one, as in data-parallel training.
+    nowhere = {i for i, devices in enumerate(had.tolist()) if not devices} if absent else ()
+    for i, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
+        param.grad = None if i in nowhere else with_part(param, gradient / transport.world_size)

@@ -95,7 +95,8 @@ class HeadsStrategy(Resumable):
         alpha: numerator of the scale s = alpha / r; s = 2 if not given.
         after_merge: "keep" factors and moments (the paper's appendix A.2) or "reset" B to zero (its Algorithm 1).
         reset_a: with "reset", "keep" A or "redraw" it.
-        freeze_a: train B alone, with A as it was drawn (LoRA-FA, not the paper's algorithm).
+        freeze_a: train B alone, with A as it was drawn (LoRA-FA, not the paper's algorithm). See `LTEConfig` for what
+            merges send then.
         reset_moments: with "reset", the fraction of moments set to zero, the smallest first.
         refresh: how many of the r vectors of each head start anew at each merge, one after the other.
         weight_decay: what the optimizers' weight decay pulls towards zero: "factors", or the "weights" at merges.

@@ -160,7 +160,7 @@ def test_classes_of_tensors_are_kept_with_what_they_know(rows: list[int]) -> Non
     image = tv_tensors.Image(torch.arange(16.0).view(4, 1, 2, 2))
     boxes = tv_tensors.BoundingBoxes(torch.arange(16).view(4, 4), format="CXCYWH", canvas_size=(5, 6))
     batch = {"image": image, "boxes": boxes, "plain": numbers(4)}
-    part = Layout(batch).take(batch, torch.tensor(rows))
+    part = Layout(batch).take(batch, rows)
     assert {name: type(value) for name, value in part.items()} == {k: type(v) for k, v in batch.items()}
     assert part["boxes"].format == boxes.format and part["boxes"].canvas_size == (5, 6)
     assert torch.equal(part["image"].as_subclass(torch.Tensor), image.as_subclass(torch.Tensor)[rows])

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 
-from benchmarks import base, links, memory, network, training
+from benchmarks import base, execution, links, memory, network, training
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.bound import Arithmetic, Use, multiply_adds, uses
 from benchmarks.namespaces import bits_per_second
@@ -216,8 +216,6 @@ def test_the_benchmark_of_memory_trains_in_several_processes(capsys: pytest.Capt
     held = "all but activations / full rank's"
     assert 0.4 <= ratios["full rank, under FSDP2", f"{held} under DDP"] < 0.45
     assert 0.5 <= ratios[shared, f"{held} under DDP"] / ratios[each, f"{held} under DDP"] < 0.6
-    with pytest.raises(SystemExit, match="2"):
-        memory.main(["--devices", "0"])
 
 
 @pytest.mark.usefixtures("settings_of_torch")
@@ -244,3 +242,29 @@ def test_an_unknown_benchmark_is_answered_with_those_there_are(capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])
     assert "step, memory, merge, startup" in capsys.readouterr().out
+
+
+TIMED = [*COMMANDS, "execution"]
+
+
+@pytest.mark.parametrize(
+    ("commands", "arguments", "message"),
+    [
+        (["step", "merge", "startup", "execution"], ["--batch", "4", "--heads", "3"], "a multiple of all --heads"),
+        (["step", "merge", "startup", "execution"], ["--heads", "0"], "--heads must be at least 1; received 0"),
+        (["step", "merge", "startup", "execution"], ["--rounds", "0"], "--rounds must be at least 1; received 0"),
+        (["step", "merge", "startup"], ["MODEL", "resnet18", "--depth", "2"], "--depth is for models that take one"),
+        (["memory"], ["--devices", "0"], "--devices must be at least 1; received 0"),
+        (TIMED, ["--batch", "0"], "--batch must be at least 1; received 0"),
+        (TIMED, ["MODEL", "vit_tiny"], "no model of timm's has the name 'vit_tiny'"),
+    ],
+)
+def test_choices_that_leave_nothing_to_measure_are_refused(
+    commands: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in commands:
+        model = "--models" if command in ("step", "execution") else "--model"
+        own = [model if argument == "MODEL" else argument for argument in arguments]
+        with pytest.raises(SystemExit, match="2"):
+            execution.main(own) if command == "execution" else COMMANDS[command](own)
+        assert message in capsys.readouterr().err, command

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lte import Explorer, LTEConfig, LTEStrategy
+from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.execution import run
+from tests import processes
 from tests.modules import RANK, Module, Net, adamw, loader, make_data, sgd, trainer
 
 # Two steps in which weights are watched, and a third one.
@@ -27,6 +30,22 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self._patches = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Waits:
+        own = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            self.seen.append("tolist")
+            return own(tensor)
+
+        self._patches.setattr(Tensor, "tolist", tolist)  # reads its values past all dispatch
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
@@ -62,6 +81,51 @@ def test_no_step_between_merges_waits_for_a_device(execution: Any, heads: int, a
         assert waits.seen == [] and explorer.merges == 0
         step()  # a merge decides by what it finds, so it shows that waits are seen
     assert waits.seen and explorer.merges == 1
+
+
+class Idle(Net):
+    """With a parameter that takes no part, and one that takes part on the device with an even rank alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nowhere, self.somewhere = (nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y if dist.get_rank() % 2 else y + self.somewhere.sum()
+
+
+def waits_of_averaged_steps(choices: dict[str, Any], idle: bool) -> tuple[list[str], list[float]]:
+    """What a device waits for in two steps that average gradients, and parameters that take part less afterwards."""
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    net = (Idle() if idle else Net()).double()
+    # Weight decay and momentum would move what has a gradient of zeros.
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    explorer = Explorer(net, optimizer, LTEConfig(4, 30, rank=RANK, execution="batched", **choices), transport)
+    x, y = make_data(8)
+    waits = Waits()
+    for number in range(SETTLED + 2):
+        with waits if number >= SETTLED else nullcontext():
+            loss = run(explorer, lambda own: cross_entropy(net(own[0]).square(), own[1]), (x, y))
+            with explorer.backward():
+                loss.backward()
+            explorer.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            explorer.step()
+    for replica in explorer.injection.replicas:
+        replica.param.data.copy_(replica.copies[0])
+    return waits.seen, [float(p[0]) for p in (net.nowhere, net.somewhere)] if isinstance(net, Idle) else []
+
+
+@pytest.mark.parametrize("choices", [{"replicas": "step"}, {"full_rank_steps": 20}], ids=str)
+def test_averaging_gradients_waits_for_no_device_but_where_one_has_none(choices: dict[str, Any]) -> None:
+    assert [seen for seen, _ in processes.run(waits_of_averaged_steps, 2, choices, False)] == [[], []]
+    found = processes.run(waits_of_averaged_steps, 2, choices, True)
+    assert [seen for seen, _ in found] == [["tolist"] * 2] * 2
+    # As in data-parallel training, what takes part nowhere stays as it is, and all agree on what does somewhere.
+    assert [params[0] for _, params in found] == [1, 1]
+    assert found[0][1][1] == found[1][1][1] != 1
 
 
 class Made(TorchDispatchMode):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from lightning_lte.config import LTEConfig
@@ -383,6 +384,56 @@ def test_norms(case: str, own: tuple[str, ...]) -> None:
     layer = make()
     own = tuple(name for name in own if getattr(layer, name, None) is not None)
     assert_each_head_computes_as_a_layer_of_its_own(layer, (random(COUNT * 2, *shape, seed=6),), own=own)
+
+
+@pytest.mark.parametrize("case", NORMS)
+@pytest.mark.parametrize("own", [("weight", "bias"), ("bias",)], ids=str)
+def test_norms_keep_no_more_than_their_input_and_have_all_derivatives(case: str, own: tuple[str, ...]) -> None:
+    make, shape = NORMS[case]
+    layer = make().double()
+    stacks = {key: stack(*p.shape, seed=i) for i, (key, p) in enumerate(layer.named_parameters()) if key in own}
+    switch = Switch(COUNT)
+    headed(layer, LayerState(switch, stacks=stacks))
+    x = random(COUNT * 2, *shape, seed=6).requires_grad_()
+    trained = [x, *stacks.values()]
+    kept: list[Tensor] = []
+    with switch.at("all"):
+        with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = layer(x)
+        large = [t for t in kept if t.numel() >= x.numel()]
+        assert [t.data_ptr() for t in large] == [x.data_ptr()]
+        found = torch.autograd.grad(y, trained, torch.ones_like(y))
+        with torch.autograd.forward_ad.dual_level():  # plain operations
+            expected = torch.autograd.grad(layer(x), trained, torch.ones_like(y))
+        torch.testing.assert_close(found, expected)
+
+        def written(x: Tensor, *_: Tensor) -> Tensor:
+            return layer(x).add_(1).tanh_()
+
+        assert torch.autograd.gradgradcheck(written, trained)
+        many = torch.stack([torch.ones_like(y), torch.arange(float(y.numel())).view_as(y).double()])
+        batched = torch.autograd.grad(layer(x), trained, many, is_grads_batched=True)
+        for each, one in zip(batched, torch.autograd.grad(layer(x), trained, many[1]), strict=True):
+            torch.testing.assert_close(each[1], one)
+        _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+        _, pulled = torch.func.vjp(layer, x)
+        torch.testing.assert_close((pulled(many[1])[0]).sum(), (tangent * many[1]).sum())
+
+
+def test_the_backward_of_a_norm_computes_under_the_autocast_of_its_forward() -> None:
+    layer, switch = nn.LayerNorm(64), Switch(COUNT)
+    stacks = {key: nn.Parameter(torch.randn(COUNT, 64)) for key in ("weight", "bias")}
+    headed(layer, LayerState(switch, stacks=stacks))
+    x = torch.randn(COUNT * 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    with switch.at("all"), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        with torch.autograd.forward_ad.dual_level():
+            expected = layer(x)
+    assert y.dtype == expected.dtype
+    trained = [x, *stacks.values()]
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), trained), torch.autograd.grad(expected.sum(), trained), rtol=0.02, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("position", ["all", 0, 2])

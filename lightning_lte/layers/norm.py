@@ -9,8 +9,13 @@ here: it takes statistics over the samples of all heads, so with it heads take t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +28,7 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
+from lightning_lte.product import are_plain
 
 # Subclasses that compute the same by a forward of their own.
 _ALIKE = ("timm.layers.norm.LayerNorm",)
@@ -60,26 +66,82 @@ class HeadedNorm(HeadedLayer):
             check_slices(self, input, state.count)
         elif isinstance(self, _INSTANCE) and input.dim() == own._get_no_batch_dim():
             return self.forward(input.unsqueeze(0)).squeeze(0)
+        dims = input.dim() + 1
+        weight = self._aligned(_affine(state, "weight", own.weight), dims)
+        shared: Tensor | None = getattr(self, "bias", None)
+        bias = None if shared is None else self._aligned(_affine(state, "bias", shared), dims)
+        if not are_plain(input, weight):
+            return _scaled(self._normalised(input), weight, bias, state.count)
+        y: Tensor = _ScaledNorm.apply(input, weight, bias, self._normalised, state.count)
+        return y
+
+    def _normalised(self, input: Tensor) -> Tensor:
+        """What the layer computes without weight and bias."""
+        own: Any = self
         if isinstance(self, nn.LayerNorm):
-            y = functional.layer_norm(input, own.normalized_shape, None, None, own.eps)
-        elif isinstance(self, nn.RMSNorm):
-            y = functional.rms_norm(input, own.normalized_shape, None, own.eps)
-        elif isinstance(self, nn.GroupNorm):
-            y = functional.group_norm(input, own.num_groups, None, None, own.eps)
-        else:
-            y = functional.instance_norm(input, eps=own.eps)
-        y = y.unflatten(0, (state.count, -1))
-        for name, combine in (("weight", Tensor.mul), ("bias", Tensor.add)):
-            shared: Tensor | None = getattr(self, name, None)
-            if shared is not None:
-                y = combine(y, self._aligned(_affine(state, name, shared), y.dim()))
-        return y.flatten(0, 1)
+            return functional.layer_norm(input, own.normalized_shape, None, None, own.eps)
+        if isinstance(self, nn.RMSNorm):
+            return functional.rms_norm(input, own.normalized_shape, None, own.eps)
+        if isinstance(self, nn.GroupNorm):
+            return functional.group_norm(input, own.num_groups, None, None, own.eps)
+        return functional.instance_norm(input, eps=own.eps)
 
     def _aligned(self, own: Tensor, dims: int) -> Tensor:
         """(n or 1, *shape) so that it meets (n, batch, ...) in the dimensions that are scaled."""
         if isinstance(self, _CHANNELS):
             return own.view(own.shape[0], 1, -1, *[1] * (dims - 3))
         return own.view(own.shape[0], *[1] * (dims - own.dim()), *own.shape[1:])
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """`_scaled(normalise(x), weight, bias, count)`, which keeps x alone, as torch's norms do.
+
+    Plain operations would keep x normalised beside it, as the gradient of the weight needs it. To compute it once more
+    in the backward takes little time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, normalise: Callable[[Tensor], Tensor], count: int
+    ) -> Tensor:
+        ctx.normalise, ctx.count, ctx.autocast = normalise, count, _autocast_of_now(x.device.type)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.set_materialize_grads(False)
+        y = _scaled(normalise(x), weight, bias, count)
+        # Not as a view: what a function of ours returns as one, users can't write to.
+        whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:  # from functions that stop gradients
+            return (None,) * 5
+        wanted = ctx.needs_input_grad[:3]
+        # A derivative of this one has to see where all comes from.
+        twice, inputs = torch.is_grad_enabled(), ctx.saved_tensors
+        if not twice:
+            inputs = [t if t is None else t.detach().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+        x, weight, bias = inputs
+        with torch.enable_grad(), ctx.autocast():
+            y = _scaled(ctx.normalise(x), weight, bias, ctx.count)
+        found = iter(torch.autograd.grad(y, list(compress(inputs, wanted)), gradient, create_graph=twice))
+        return *(next(found) if w else None for w in wanted), None, None
+
+
+def _scaled(normalised: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    """(batch, ...) times the weight of each of `count` heads, plus its bias.
+
+    Both are (n, 1, ...), or (1, 1, ...) for one that all have; see `HeadedNorm._aligned`.
+    """
+    y = normalised.unflatten(0, (count, -1))
+    return (y * weight if bias is None else torch.addcmul(bias, y, weight)).flatten(0, 1)
+
+
+def _autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes autocast of a device what it is now, in a backward, where it is another."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    return partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
 
 
 def _affine(state: LayerState, name: str, shared: Tensor) -> Tensor:
