@@ -21,6 +21,13 @@ class TimeFirst(Net):
         return super().forward(steps).mean(0)
 
 
+class Sparse(Net):
+    """A net whose first layer gets a sparse tensor, of which there are no slices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to_sparse())
+
+
 class Normed(Net):
     """With batch norm, which takes no statistics of a single sample."""
 
@@ -41,7 +48,7 @@ def fit(net: nn.Module, sizes: list[int], **choices: Any) -> Explorer:
     return explorer
 
 
-@pytest.mark.parametrize(("kind", "execution"), [(Net, "batched"), (TimeFirst, "sequential")])
+@pytest.mark.parametrize(("kind", "execution"), [(Net, "batched"), (TimeFirst, "sequential"), (Sparse, "sequential")])
 def test_a_plain_loop_tries_the_module_first(kind: type[Net], execution: str) -> None:
     nets = make_net(kind), make_net(kind)
     assert fit(nets[0], [16, 16, 16]).execution == execution

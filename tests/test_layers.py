@@ -490,6 +490,31 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_with_rule_value_and_remedy(
         layer(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kind", ["sparse_coo", "jagged", "nested"])
+def test_a_linear_layer_takes_sparse_and_nested_inputs_while_one_head_acts(kind: str, parts: int) -> None:
+    def given(rows: Tensor) -> Tensor:
+        if kind == "sparse_coo":
+            return rows.to_sparse()
+        pieces = list(rows.split([2, 3]))
+        return torch.nested.nested_tensor(pieces, layout=torch.jagged if kind == "jagged" else torch.strided)
+
+    layer, switch = nn.Linear(6, 6).double(), Switch(COUNT)
+    f = factors_of(layer, parts=parts)
+    headed(layer, LayerState(switch, {"weight": f}))
+    x, results = random(5, 6, seed=1), []
+    for rows in (x, given(x)):
+        f.A.grad = f.B.grad = None
+        with switch.at(1):
+            y = layer(rows)
+        y = torch.cat(y.unbind()) if y.is_nested else y
+        y.square().sum().backward()
+        results.append((y, f.A.grad, f.B.grad))
+    torch.testing.assert_close(*results)
+    with switch.at("all"), pytest.raises(ValueError, match=r"evenly over the 3 .*received a .* one.*sequential"):
+        layer(given(x))
+
+
 @pytest.fixture(params=[nn.Linear, Named, nn.LayerNorm], ids=lambda kind: kind.__name__)
 def layer(request: pytest.FixtureRequest) -> nn.Module:
     return request.param(6, 6) if issubclass(request.param, nn.Linear) else request.param(6)

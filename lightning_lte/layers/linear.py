@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,6 +46,8 @@ class HeadedLinear(HeadedLayer):
             return self._merged(input)
         own: Any = self
         factors = state.factors.get("weight")
+        if input.is_nested or input.layout != torch.strided:
+            return _of_one_head(self, input, factors)
         weight = own.weight if factors is None or factors.rounded is not None else factors.base()
         return project(self, input, weight, own.bias, factors, state.stack("weight"), state.stack("bias"))
 
@@ -58,6 +61,34 @@ class HeadedLinear(HeadedLayer):
             return super().forward(input)
         weight = rounded.merged() if rounded.released else own.weight.to(input.device)
         return functional.linear(input, weight, own.bias)
+
+
+def _of_one_head(layer: Any, x: Tensor, factors: Factors | None) -> Tensor:
+    """x W^T + s * x (B A - B' A')^T + b of the head that acts alone, for inputs that have no slices: sparse and nested
+    ones. It takes plain operations, one after the other, which torch has for these, too.
+
+    Args:
+        layer: the layer with heads whose input x is.
+        x: (..., in), in any layout.
+        factors: of the weight, or None.
+
+    Raises:
+        ValueError: all heads act.
+    """
+    state = state_of(layer)
+    if state.head is None:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ValueError(
+            f"In batched execution dimension 0 of every layer's input is split evenly over the {state.count} local"
+            f" heads, which takes dense tensors; {type(layer).__name__} received a {kind} one. Use"
+            " execution='sequential', or one head per device."
+        )
+    assert factors is not None  # or the layer would compute as its own class does
+    A, B = (t[0] for t in factors.acting(state.head))
+    if A.dim() == 3:  # parts of a projection, each of which has factors of its own
+        A, B = A.flatten(0, 1), torch.block_diag(*B)
+    y = functional.linear(functional.linear(x, A), B)
+    return functional.linear(x, factors.base(), layer.bias) + factors.scale * y
 
 
 def project(
