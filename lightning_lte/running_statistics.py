@@ -85,12 +85,12 @@ class RunningStatistics:
         """Let the module see one head's own in place of its buffers; None undoes it."""
         for s in self._statistics:
             if s.own:
-                if s.buffer._version != s.version:
-                    if s.written is not None and not torch.equal(s.buffer, s.written):
-                        # Someone else has reset or loaded them, and means every head's.
-                        self._give(s)
-                    # Or they were swapped out and in again, as averaged weights are for a validation.
-                    s.version = s.buffer._version
+                writes = s.buffer._version - s.version
+                # Swapped out and in again, as averaged weights are for a validation, they are as they were.
+                if writes == 1 or (writes and s.written is not None and not torch.equal(s.buffer, s.written)):
+                    # Someone else has reset or loaded them, and means every head's.
+                    self._give(s)
+                s.version = s.buffer._version
                 s.module._buffers[s.key] = s.buffer if head is None else s.own[head]
 
     @torch.no_grad()
