@@ -152,9 +152,9 @@ class Merging(Trainees):
         self._land_all(self.flights)
         numbers = [number for number in range(len(self.clocks)) if self._is_unmerged(number) and not everything]
         if everything:
-            # They may have stopped on both sides of an exchange of A, which is sent once.
+            # They may have stopped on both sides of an exchange of A, which is sent once, and at a merge or after it.
             for f in self.injection.factors.values():
-                f.all_A = None
+                f.all_A, f.merged_step = None, -1
         for number in numbers or range(len(self.clocks)):
             self._start(number, None, measure, overlap=0)
             self.clocks[number].settled()

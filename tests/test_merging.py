@@ -391,3 +391,21 @@ def _joins_later() -> dict[str, Tensor]:
 def test_the_last_step_of_an_optimizer_that_weights_joined_later_is_merged() -> None:
     one, other = run(_joins_later, 2)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def stopped_at(steps: list[int]) -> list[dict[str, Tensor]]:
+    """The weights of a device after its steps, and after a last merge."""
+    rank = dist.get_rank()
+    loop = Loop(Transport(dist.get_world_size(), rank), heads=2, merge_every=3)
+    for step in range(steps[rank]):
+        train_step(loop.explorer, loop.net, loop.opt, make_data(8, seed=10 * rank + step))
+    seen = [loop.weights()]
+    loop.explorer.merge(everything=True)
+    return [*seen, loop.weights()]
+
+
+def test_a_last_merge_is_that_of_all_weights_where_devices_stopped_at_a_merge_and_after_it() -> None:
+    (at, first), (after, second) = run(stopped_at, 2, [3, 4])
+    torch.testing.assert_close(at, after, rtol=0, atol=0)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not any(torch.equal(at[name], weight) for name, weight in first.items())
