@@ -62,8 +62,7 @@ def product(
     if not _autocasts(kind):
         y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
         return y
-    dtype = torch.get_autocast_dtype(kind)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = cast(x), cast(weight), None if bias is None else cast(bias)
     with torch.autocast(kind, enabled=False):
         y = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
@@ -73,17 +72,18 @@ def _four_dimensional(factors: PairAndAnchors) -> PairAndAnchors:
     return tuple(t if t is None or t.dim() == 4 else t.unsqueeze(1) for t in factors)  # type: ignore[return-value]
 
 
-def applies(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
-    """Whether `product` may be used here, and not plain operations have to be.
+def applies(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `product`, or another function with a gradient of its own, may be used here, or plain operations must be.
 
     It is for plain tensors of one dtype, or of those that autocast makes one of; see `are_plain`, too.
     """
-    dtypes = {t.dtype for t in (x, weight, bias, A) if t is not None}
+    tensors = [x, *(t for t in others if t is not None)]
+    dtypes = {t.dtype for t in tensors}
     if _autocasts(x.device.type):
         of_one_dtype = dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
     else:
         of_one_dtype = len(dtypes) == 1 and x.is_floating_point()
-    return of_one_dtype and are_plain(x, weight, A)
+    return of_one_dtype and are_plain(*tensors)
 
 
 def are_plain(*tensors: Tensor) -> bool:
@@ -97,6 +97,12 @@ def are_plain(*tensors: Tensor) -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
+
+
+def cast(tensor: Tensor) -> Tensor:
+    """What autocast makes of a factor of a product; the tensor itself where there is no autocast."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if _autocasts(kind) and tensor.dtype in _CASTABLE else tensor
 
 
 def _autocasts(device_type: str) -> bool:

@@ -22,6 +22,7 @@ from lightning_lte.heads import Factors, Matrices
 from lightning_lte.injection import inject
 from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, original_class, state_of
+from lightning_lte.layers.convolution import Geometry, convolve, side_by_side
 from lightning_lte.switch import Switch
 
 COUNT = 3
@@ -674,10 +675,95 @@ def test_patches_that_do_not_overlap_are_convolved_as_any_others(
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)))
 
 
-def test_patches_stay_channels_last() -> None:
-    layer = nn.Conv2d(3, 8, 2, stride=2).double().to(memory_format=torch.channels_last)
-    state = LayerState(Switch(COUNT), {"weight": factors_of(layer)})
-    enter(layer, headed_class(layer), state)  # type: ignore[arg-type]
-    with state.switch.at("all"):
-        y = layer(random(COUNT, 3, 4, 4).to(memory_format=torch.channels_last))
-    assert y.is_contiguous(memory_format=torch.channels_last)
+FORMATTED: dict[str, nn.Module] = {
+    "1x1": nn.Conv2d(4, 8, 1),
+    "patches": nn.Conv2d(4, 8, 2, stride=2, bias=False),
+    "patches with a place left over": nn.Conv2d(4, 8, 3, stride=3),
+    "3x3": nn.Conv2d(4, 8, 3, padding=1),
+    "3d": nn.Conv3d(4, 8, 3, padding=1),
+    "3d patches": nn.Conv3d(4, 8, 2, stride=2),
+    "depthwise": nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    "transposed": nn.ConvTranspose2d(4, 8, 2, stride=2),
+}
+
+
+@pytest.mark.parametrize("own", [(), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("case", FORMATTED)
+def test_outputs_and_gradients_of_inputs_have_the_memory_format_of_the_plain_layer(
+    case: str, own: tuple[str, ...]
+) -> None:
+    for of_weight, of_input in ((True, True), (True, False), (False, False)):
+        dims = FORMATTED[case].weight.dim()  # type: ignore[union-attr, operator]
+        last: Any = torch.channels_last if dims == 4 else torch.channels_last_3d
+        layer: Any = copy.deepcopy(FORMATTED[case])
+        layer = layer.to(memory_format=last) if of_weight else layer
+        x = random(2 * COUNT, 4, *[8] * (dims - 2)).float()
+        x = (x.contiguous(memory_format=last) if of_input else x).requires_grad_()
+        if not of_input and layer.weight.is_contiguous():
+            continue  # a kernel of size 1 is in both formats
+        state = LayerState(Switch(COUNT))
+        if own:
+            state.stacks = {
+                name: nn.Parameter(random(COUNT, *param.shape).float())
+                for name, param in layer.named_parameters()
+                if name in own
+            }
+        else:
+            state.factors = {"weight": factors_of(layer)}
+        formats = []
+        for _ in range(2):
+            seen: list[Tensor] = []
+            before = x * 1.0  # gradients of leaves are laid out anew
+            before.register_hook(seen.append)
+            with state.switch.at("all"):
+                y = layer(before)
+            y.square().sum().backward()
+            formats.append([(t.is_contiguous(), t.is_contiguous(memory_format=last)) for t in (y, *seen)])
+            if not isinstance(layer, HeadedLayer):
+                headed(layer, state)
+        assert formats[1] == formats[0]
+
+
+GEOMETRIES: list[tuple[Geometry, tuple[int, ...], tuple[int, ...], int]] = [
+    (Geometry((2,), (1,), (1,), False, (0,), 1), (4, 2, 7), (3, 2, 3), 1),
+    (Geometry((1, 2), (1, 0), (1, 2), False, (0, 0), 2), (4, 2, 4, 5), (8, 1, 2, 2), 2),
+    (Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 1), (2, 1, 3, 2, 2), (4, 1, 2, 2, 1), 2),
+    (Geometry((2, 2), (1, 1), (1, 1), True, (1, 0), 1), (4, 2, 3, 2), (4, 3, 2, 2), 2),
+]
+
+
+@pytest.mark.parametrize("learns", ["all", "input", "weight", "input and bias"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("case", range(len(GEOMETRIES)))
+def test_convolutions_have_all_the_derivatives_of_torchs_own(case: int, last: bool, learns: str) -> None:
+    geometry, size, kernel, count = GEOMETRIES[case]
+    x, weight = random(*size), random(*kernel, seed=1)
+    if last and len(size) > 3:
+        x = x.contiguous(memory_format=torch.channels_last if len(size) == 4 else torch.channels_last_3d)
+    out = count * kernel[1] * geometry.groups if geometry.transposed else kernel[0]
+    inputs = [
+        leaf(x).requires_grad_(learns != "weight"),
+        leaf(weight).requires_grad_(learns in ("all", "weight")),
+        leaf(random(out, seed=2)).requires_grad_(learns in ("all", "input and bias")),
+    ]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return convolve(geometry, x, weight, bias, count)
+
+    found = ours(*inputs)
+    expected = geometry.of_heads(count).convolve(side_by_side(inputs[0], count), inputs[1], inputs[2])
+    assert type(found.grad_fn).__name__ == "_ConvolutionBackward" and not found._is_view()
+    torch.testing.assert_close(found, expected)
+    wanted = [t for t in inputs if t.requires_grad]
+    seed = random(*found.shape, seed=3)
+    for own, other in zip(*(torch.autograd.grad(y, wanted, seed) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(own, other)
+    assert torch.autograd.gradcheck(ours, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize("attribute", ["stride", "padding", "dilation"])
+def test_attributes_that_users_set_to_one_number(attribute: str) -> None:
+    layer: Any = nn.Conv2d(4, 6, 3)
+    setattr(layer, attribute, 2)
+    assert_each_head_computes_as_a_layer_of_its_own(layer, (random(2 * COUNT, 4, 9, 8, seed=5),))

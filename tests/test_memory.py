@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lte import LTEStrategy
+from lightning_lte import Explorer, LTEConfig, LTEStrategy
 from tests.modules import CLASSES, RANK, Kinds, Module, Recorder, clone, make_data, make_net, sgd, trainer
 
 HEADS = 4
@@ -93,6 +93,66 @@ def test_convolutions_in_channels_last_stay_so(way: dict[str, Any], tmp_path: Pa
 
 
 # ---- what autograd keeps
+
+
+def kept(forward: Callable[[], Any], known: list[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward, but those of tensors that are there anyway."""
+    others = {t.untyped_storage().data_ptr() for t in known}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(found.values())
+
+
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "1d": lambda: nn.Conv1d(16, 24, 3, padding=1),
+    "2d": lambda: nn.Conv2d(16, 24, 3, padding=1),
+    "groups": lambda: nn.Conv2d(16, 24, 3, padding=1, groups=2),
+    "circular": lambda: nn.Conv2d(16, 24, 3, padding=1, padding_mode="circular"),
+    "transposed": lambda: nn.ConvTranspose2d(16, 24, 2, stride=2),
+    "depthwise": lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16),
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2], WAYS[3]], ids=lambda way: " ".join(str(v) for v in way.values()))
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_keep_their_input_once(case: str, way: dict[str, Any], half: bool) -> None:
+    """As the layer before keeps it, and beside it no more than what is of the size of the rank."""
+    net = nn.Sequential(nn.Sigmoid(), CONVOLUTIONS[case](), nn.Flatten(), nn.LazyLinear(CLASSES))
+    x = torch.randn(16, 16, *[12] * (net[1].weight.dim() - 2)).requires_grad_()  # type: ignore[union-attr, operator]
+    net(x)
+
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            net[1](net[0](x))
+
+    full = kept(forward, list(net.parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(merge_every=100, rank=1, **way))
+    for _ in range(3):  # the first steps watch weights, and keep more for that
+        with explorer.heads():
+            loss = net(x).square().mean()
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        explorer.step()
+    factors = [t for f in explorer.injection.factors.values() if f.weight is net[1].weight for t in (f.A, f.B)]
+    copies = [r.copies for r in explorer.injection.replicas if r.param is net[1].weight]
+    of_rank = 2 * 16 * 12 ** (x.dim() - 2) * net[1].groups * 4 if factors else 0  # type: ignore[union-attr, operator]
+    with explorer.heads():
+        own = kept(forward, [*net.parameters(), *factors, *copies])
+    # Factors are kept next to their anchors, and replicas in the dtype of autocast.
+    assert own <= full + of_rank + sum(2 * t.nbytes for t in factors) + half * sum(t.nbytes for t in copies)
 
 
 def same(way: dict[str, Any], make: Callable[[bool], Module], data: Any, steps: int = 5) -> None:

@@ -26,9 +26,9 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
+from lightning_lte.layers.convolution import Geometry, below_each_other, channels_last, convolve, heads_own
 from lightning_lte.layers.linear import project
-
-_CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+from lightning_lte.product import cast
 
 
 class HeadedConv(HeadedLayer):
@@ -66,35 +66,38 @@ class HeadedConv(HeadedLayer):
         added = bias if own_bias is None else own_bias
         # Several heads in one convolution with as many groups are slow, in plain operations as well.
         if factors is not None and _takes_patches(own, input) and (n > 1 or factors.applies(input, own.weight, added)):
-            y = project(self, _patches(own, input), factors.base().flatten(1), bias, factors, None, own_bias)
+            last = channels_last(input, own.weight)
+            y = project(self, _patches(own, input, last), factors.base().flatten(1), bias, factors, None, own_bias)
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
-            return y if _channels_last(input) or _channels_last(own.weight) else y.contiguous()
+            return y if last else y.contiguous()
         if factors is not None:
             A, B = factors.acting(state.head)
-            inner = _convolve(own, side_by_side(input, n), A.reshape(-1, own.in_channels // own.groups, *kernel), n)
+            x, padding = _padded(own, input)
+            x, geometry = cast(x), Geometry.of(own, padding)  # once, for both convolutions of x
+            inner = convolve(geometry, x, A.reshape(-1, own.in_channels // own.groups, *kernel), None, n)
             # With parts in place of groups, the parts read the same input and have inner channels of their own.
-            parts = factors.matrices.count
-            B = B.reshape(-1, B.shape[-1], *[1] * len(kernel))
-            y = _CONVOLUTIONS[len(kernel)](inner, B, groups=n * parts)
-            base = own._conv_forward(input, factors.base(), bias)
+            widening = Geometry.pointwise(len(kernel), n * factors.matrices.count)
+            y = widening.convolve(inner, B.reshape(-1, B.shape[-1], *[1] * len(kernel)), None)
+            base = convolve(geometry, x, factors.base(), bias)
             y = torch.add(base, below_each_other(y, n), alpha=factors.scale)
         elif own_weight is not None:
-            y = below_each_other(_convolve(own, side_by_side(input, n), own_weight.flatten(0, 1), n), n)
+            x, padding = _padded(own, input)
+            y = convolve(Geometry.of(own, padding), x, heads_own(own.weight, own_weight), None, n)
+            y = below_each_other(y, n)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
         else:
             y = own._conv_forward(input, own.weight, bias)
         return y if own_bias is None else add_per_head(y, own_bias)
 
 
-def _convolve(layer: Any, x: Tensor, weight: Tensor, count: int) -> Tensor:
-    """The layer's convolution with another weight, for `count` heads side by side in the channels."""
-    padding = layer.padding
+def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """The input with what the layer pads it with, and how many zeros its convolution is to pad it with by itself."""
+    sides = layer._reversed_padding_repeated_twice  # from the last dimension on
     if layer.padding_mode != "zeros":
-        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = 0
-    convolution = _CONVOLUTIONS[len(layer.kernel_size)]
-    y: Tensor = convolution(x, weight, None, layer.stride, padding, layer.dilation, count * layer.groups)
-    return y
+        return functional.pad(x, sides, mode=layer.padding_mode), 0
+    if layer.padding != "same":
+        return x, 0 if layer.padding == "valid" else layer.padding
+    return (x, sides[::-2]) if sides[::2] == sides[1::2] else (functional.pad(x, sides), 0)
 
 
 def _takes_patches(layer: Any, x: Tensor) -> bool:
@@ -116,25 +119,19 @@ def _counts(layer: Any, x: Tensor) -> list[int]:
     return [size // kernel for size, kernel in zip(x.shape[2:], layer.kernel_size, strict=True)]
 
 
-def _patches(layer: Any, x: Tensor) -> Tensor:
-    """The patches of all samples, flat: (batch, patches, in * k)."""
-    dims = len(layer.kernel_size)
-    for dim, (number, kernel) in enumerate(zip(_counts(layer, x), layer.kernel_size, strict=True)):
-        x = x.narrow(2 + 2 * dim, 0, number * kernel).unflatten(2 + 2 * dim, (number, kernel))
-    places, inside = [2 + 2 * d for d in range(dims)], [3 + 2 * d for d in range(dims)]
-    return x.permute(0, *places, 1, *inside).flatten(1 + dims).flatten(1, dims)
+def _patches(layer: Any, x: Tensor, last: bool) -> Tensor:
+    """The patches of all samples, flat: (batch, patches, in * k).
 
-
-def _channels_last(x: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
-
-
-def side_by_side(x: Tensor, count: int) -> Tensor:
-    """(n * b, channels, *size) as (b, n * channels, *size): the heads' samples next to each other in the channels."""
-    return x if count == 1 else x.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def below_each_other(y: Tensor, count: int) -> Tensor:
-    """The inverse of `side_by_side`."""
-    return y if count == 1 else y.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
+    Args:
+        layer: whose they are.
+        x: its input.
+        last: whether x is taken apart, and so its gradient laid out, with the channels last.
+    """
+    dims, counts, first = len(layer.kernel_size), _counts(layer, x), 1 if last else 2
+    x = x.movedim(1, -1) if last else x
+    for dim, number, kernel in zip(range(first, first + 2 * dims, 2), counts, layer.kernel_size, strict=True):
+        if x.shape[dim] != number * kernel:
+            x = x.narrow(dim, 0, number * kernel)
+        x = x.unflatten(dim, (number, kernel))
+    places, inside = range(first, first + 2 * dims, 2), range(first + 1, first + 2 * dims, 2)
+    return x.permute(0, *places, -1 if last else 1, *inside).flatten(1 + dims).flatten(1, dims)

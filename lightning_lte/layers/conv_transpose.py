@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_lte.heads import Matrices
 from lightning_lte.layers.base import (
@@ -24,13 +23,8 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
-from lightning_lte.layers.conv import _CONVOLUTIONS, below_each_other, side_by_side
-
-_TRANSPOSED: dict[int, Any] = {
-    1: functional.conv_transpose1d,
-    2: functional.conv_transpose2d,
-    3: functional.conv_transpose3d,
-}
+from lightning_lte.layers.convolution import Geometry, below_each_other, convolve, heads_own
+from lightning_lte.product import cast
 
 
 class HeadedConvTranspose(HeadedLayer):
@@ -69,23 +63,19 @@ class HeadedConvTranspose(HeadedLayer):
             input, output_size, own.stride, own.padding, own.kernel_size, len(kernel), own.dilation
         )
 
-        def transposed(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
-            y: Tensor = _TRANSPOSED[len(kernel)](
-                x, weight, bias, own.stride, own.padding, extra, count * own.groups, own.dilation
-            )
-            return y
-
+        geometry = Geometry.of(own, own.padding, extra)
         factors = state.factors.get("weight")
         if factors is not None:
             A, B = factors.acting(state.head)
+            x = cast(input)  # once, for both convolutions of x
             A = A.reshape(-1, A.shape[-1], *[1] * len(kernel))
-            inner = _CONVOLUTIONS[len(kernel)](side_by_side(input, n), A, groups=n * own.groups)
+            inner = convolve(Geometry.pointwise(len(kernel), own.groups), x, A, None, n)
             B = B.mT.reshape(-1, own.out_channels // own.groups, *kernel)
-            y = below_each_other(transposed(inner, B, None, n), n)
-            y = torch.add(transposed(input, factors.base(), bias, 1), y, alpha=factors.scale)
+            y = below_each_other(geometry.of_heads(n).convolve(inner, B, None), n)
+            y = torch.add(convolve(geometry, x, factors.base(), bias), y, alpha=factors.scale)
         elif own_weight is not None:
-            y = below_each_other(transposed(side_by_side(input, n), own_weight.flatten(0, 1), None, n), n)
+            y = below_each_other(convolve(geometry, input, heads_own(own.weight, own_weight), None, n), n)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
         else:
-            y = transposed(input, own.weight, bias, 1)
+            y = geometry.convolve(input, own.weight, bias)
         return y if own_bias is None else add_per_head(y, own_bias)
