@@ -16,6 +16,7 @@ the dtype of the factors. An effective weight is never made, as it would be roun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,13 +59,10 @@ def product(
         gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
-    factors, kind = _four_dimensional((A, B, anchor_A, anchor_B)), x.device.type
-    if not _autocasts(kind):
-        y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
-        return y
+    factors = _four_dimensional((A, B, anchor_A, anchor_B))
     x, weight, bias = cast(x), cast(weight), None if bias is None else cast(bias)
-    with torch.autocast(kind, enabled=False):
-        y = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
+    with _without_autocast(x.device.type):
+        y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
 
 
@@ -107,6 +105,10 @@ def cast(tensor: Tensor) -> Tensor:
 
 def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
 
 
 def is_batched(gradient: Tensor) -> bool:
@@ -185,8 +187,8 @@ class _Product(torch.autograd.Function):
         ctx.per_head = per_head = bias is not None and bias.dim() == 2
         factors = (A, B, anchor_A, anchor_B)
         inner: Tensor | None = None
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
         if ctx.folds:
-            y = x.new_empty(*x.shape[:2], weight.shape[0])
             for heads, _, out, effective in _effective(weight, factors, scale):
                 if bias is None:
                     torch.bmm(x[heads], effective.mT, out=y[heads, :, out])
@@ -195,7 +197,6 @@ class _Product(torch.autograd.Function):
                     torch.baddbmm(own, x[heads], effective.mT, out=y[heads, :, out])
         else:
             # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
-            y = x.new_empty(*x.shape[:2], weight.shape[0])
             rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
             if per_head:
                 assert bias is not None
@@ -222,9 +223,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
             return (None,) * 10
-        if not _autocasts(gradient.device.type):
-            return _Product._gradients(ctx, gradient)
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _without_autocast(gradient.device.type):
             return _Product._gradients(ctx, gradient)
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from lightning_lte import Explorer, LTEConfig, product
 from lightning_lte.execution import run
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
-from tests.modules import Kinds, make_data, make_net, train_step
+from tests.modules import Kinds, after_backward, make_data, make_net, train_step
 
 PERIOD, STEPS = 3, 7
 # Weights are watched in the first two steps, and a merge comes with the third.
@@ -154,11 +154,7 @@ def _train(
         loss = run(explorer, lambda own, net=net: cross_entropy(net(own[0]), own[1]), (x, y))
         with explorer.backward():
             loss.backward()
-        explorer.after_backward()
-        explorer.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        explorer.step()
+        after_backward(explorer, optimizer, clip=1.0)
         if waits is not None:
             waits.append(list(Elsewhere.waits))
     explorer.close()

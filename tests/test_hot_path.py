@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.execution import run
 from tests import processes
-from tests.modules import RANK, Module, Net, adamw, loader, make_data, sgd, trainer
+from tests.modules import RANK, Module, Net, adamw, after_backward, loader, make_data, sgd, trainer
 
 # Two steps in which weights are watched, and a third one.
 SETTLED = 3
@@ -67,11 +67,7 @@ def test_no_step_between_merges_waits_for_a_device(execution: Any, heads: int, a
         loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), (x, y))
         with explorer.backward():
             loss.backward()
-        explorer.after_backward()
-        explorer.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        explorer.step()
+        after_backward(explorer, optimizer, clip=1.0)
 
     for _ in range(SETTLED):
         step()
@@ -109,10 +105,7 @@ def waits_of_averaged_steps(choices: dict[str, Any], idle: bool) -> tuple[list[s
             loss = run(explorer, lambda own: cross_entropy(net(own[0]).square(), own[1]), (x, y))
             with explorer.backward():
                 loss.backward()
-            explorer.after_backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            explorer.step()
+            after_backward(explorer, optimizer)
     for replica in explorer.injection.replicas:
         replica.param.data.copy_(replica.copies[0])
     return waits.seen, [float(p[0]) for p in (net.nowhere, net.somewhere)] if isinstance(net, Idle) else []

@@ -15,7 +15,19 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
-from tests.modules import CLASSES, RANK, Kinds, Module, Recorder, clone, make_data, make_net, sgd, trainer
+from tests.modules import (
+    CLASSES,
+    RANK,
+    Kinds,
+    Module,
+    Recorder,
+    after_backward,
+    clone,
+    make_data,
+    make_net,
+    sgd,
+    trainer,
+)
 
 HEADS = 4
 WAYS: list[dict[str, Any]] = [
@@ -142,10 +154,7 @@ def test_convolutions_keep_their_input_once(case: str, way: dict[str, Any], half
             loss = net(x).square().mean()
         with explorer.backward():
             loss.backward()
-        explorer.after_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        explorer.step()
+        after_backward(explorer, optimizer)
     factors = [t for f in explorer.injection.factors.values() if f.weight is net[1].weight for t in (f.A, f.B)]
     copies = [r.copies for r in explorer.injection.replicas if r.param is net[1].weight]
     of_rank = 2 * 16 * 12 ** (x.dim() - 2) * net[1].groups * 4 if factors else 0  # type: ignore[union-attr, operator]
