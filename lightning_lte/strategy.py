@@ -6,8 +6,6 @@ strategies of its own only. The modules of these names beside this one have a cl
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import sys
 import threading
@@ -20,12 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_lte import advice, execution
-from lightning_lte.batch import REMEDY, Layout
+from lightning_lte.batch import Layout
 from lightning_lte.callback import HeadsCallback
 from lightning_lte.config import (
     AfterMerge,
@@ -43,13 +39,22 @@ from lightning_lte.config import (
     preset_settings,
 )
 from lightning_lte.explorer import Explorer
+from lightning_lte.loaders import first_layout
 from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.optimizers import wrapped_optimizers
 from lightning_lte.reach import gradient_functions_reach_heads
+from lightning_lte.requirements import (
+    check_arguments,
+    check_callbacks,
+    check_optimization,
+    check_sharing,
+    check_training_step,
+    check_validation,
+)
 from lightning_lte.resumable import CheckpointKind, Resumable
 from lightning_lte.rounded import Base, BaseCopy
-from lightning_lte.schedule import MergeSchedule, as_schedule
+from lightning_lte.schedule import MergeSchedule
 from lightning_lte.sharding import Sharding
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
@@ -185,7 +190,12 @@ class HeadsStrategy(Resumable):
         shard: int = 1,
         **kwargs: Any,
     ) -> None:
-        self._check_ddp_arguments(kwargs)
+        idle = check_arguments(kwargs, HeadsStrategy.__init__, self.package.strategies.DDPStrategy.__init__)
+        if idle:
+            self._warn(
+                "LTE does not wrap the module in DistributedDataParallel, so these arguments have no effect:"
+                f" {', '.join(idle)}. Leave them out."
+            )
         self._heads = heads
         # Command lines fill in all defaults, so what a preset sets is None where the user gave nothing.
         given = {"rank": rank, "alpha": alpha, "split": split, "embeddings": embeddings}
@@ -266,6 +276,11 @@ class HeadsStrategy(Resumable):
         """Groups of devices that share out one head's work: the devices themselves with shard=1."""
         return max(1, self._world_size // self._config.shard)
 
+    @property
+    def _most_local(self) -> int:
+        """Heads of a device, where they are most."""
+        return self.config.most_heads // self._groups
+
     def _configure_launcher(self) -> None:
         # One process needs none; Lightning refuses notebooks where there is one.
         if self._world_size > 1:
@@ -277,7 +292,7 @@ class HeadsStrategy(Resumable):
                 "LTE runs on CPU and CUDA devices; received an MPS device, which Lightning's distributed strategies"
                 " don't support. Give Trainer(accelerator='cpu', ...)."
             )
-        self._check_shard()
+        check_sharing(self._config.shard, self._world_size, self._checkpoint, self.precision_plugin.precision)
         self.config.local_heads(self._groups)
         if self._world_size > 1:
             try:
@@ -322,14 +337,9 @@ class HeadsStrategy(Resumable):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         trainer = model.trainer
-        self._check_validation(trainer)
+        check_validation(trainer, self._config, self._world_size)
         if trainer.state.fn == "fit":
-            self._check_scalers(model)
-        if self._config.shard > 1 and trainer.state.fn == "fit" and not model.automatic_optimization:
-            raise ValueError(
-                "Devices that share out a head run its backward when its forward is over; received shard="
-                f"{self._config.shard} and a module in manual optimization. Give shard=1, or let Lightning optimize."
-            )
+            check_optimization(model, self._config, self._world_size, self.precision_plugin)
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
@@ -338,60 +348,6 @@ class HeadsStrategy(Resumable):
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
             callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
-
-    def _check_validation(self, trainer: Trainer) -> None:
-        """Refuse merges before validations that devices don't begin together.
-
-        Raises:
-            ValueError: validation comes by the clock, and there are several devices.
-        """
-        by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-        if by_the_clock and self._world_size > 1 and as_schedule(self._config.merge_every).before_validation:
-            raise ValueError(
-                "To merge before validations, all devices must validate after the same step; received"
-                f" merge_every={self._config.merge_every!r} with a val_check_interval in time, which each of the"
-                f" {self._world_size} devices measures by itself. Give val_check_interval as a number of batches."
-            )
-
-    def _check_scalers(self, module: LightningModule) -> None:
-        """Refuse to average gradients that each device scales by itself, and whose step it may skip by itself.
-
-        Raises:
-            ValueError: `replicas="step"` with a GradScaler on each of several devices.
-        """
-        precision = f"precision={self.precision_plugin.precision!r}"
-        scalers = [] if getattr(self.precision_plugin, "scaler", None) is None else [precision]
-        scalers += _scalers_of(module)
-        if scalers and self._world_size > 1 and self._config.replicas == "step":
-            raise ValueError(
-                "A GradScaler leaves out the step of a device whose factors overflow, and changes the scale of this"
-                " device alone, so replicas whose gradients are averaged would not stay equal; received replicas='step'"
-                f" with {', '.join(scalers)} on {self._world_size} devices. Give precision='bf16-mixed', which needs"
-                " no GradScaler, or replicas='merge'."
-            )
-
-    def _check_shard(self) -> None:
-        """Refuse what devices that share out a head can't do.
-
-        Raises:
-            ValueError: with rule, value and remedy.
-        """
-        shard = self._config.shard
-        if self._world_size % shard:
-            raise ValueError(
-                f"shard must divide the number of devices; received shard={shard} on {self._world_size} devices. Give"
-                " a divisor of it, or 1 for the whole model on each device."
-            )
-        if shard > 1 and self._checkpoint != "gathered":
-            raise ValueError(
-                f"With shard=k checkpoints are gathered; received shard={shard} with checkpoint={self._checkpoint!r}."
-                " Give checkpoint='gathered', or shard=1."
-            )
-        if shard > 1 and str(self.precision_plugin.precision) not in ("32-true", "64-true", "bf16-mixed"):
-            raise ValueError(
-                "With shard=k weights are in float32 or float64, and gradients are not scaled; received precision="
-                f"{self.precision_plugin.precision!r}. Give precision='bf16-mixed' or '32-true', or shard=1."
-            )
 
     def setup(self, trainer: Trainer) -> None:
         shares = self._config.shard > 1
@@ -435,15 +391,9 @@ class HeadsStrategy(Resumable):
         if self._explorer is not None:
             raise RuntimeError(f"{_OPTIMIZERS_STAY}; received a second call of setup_optimizers. {_CHANGE_GROUPS}")
         super().setup_optimizers(trainer)
-        module = self._module
-        config = self.config
-        if not module.automatic_optimization:
-            _check_manual_optimization(module, config, config.most_heads // self.world_size)
-        if config.most_heads > self.world_size:
-            _check_split_batch(module)
-            _check_is_given_batches(module)
-        self._check_callbacks(trainer)
-        self._split_batch = getattr(module, "split_batch", None)
+        check_training_step(self._module, self.config, self._most_local)
+        check_callbacks(trainer.callbacks, self.config, self.world_size)  # type: ignore[attr-defined]
+        self._split_batch = getattr(self._module, "split_batch", None)
         self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
@@ -496,33 +446,10 @@ class HeadsStrategy(Resumable):
         if text is not None:
             self._warn(text)
 
-    def _check_callbacks(self, trainer: Trainer) -> None:
-        """Refuse callbacks that average weights which are nowhere in full, or prune what differs between devices.
-
-        Raises:
-            ValueError: with rule, value and remedy.
-        """
-        averaging = ("WeightAveraging", "StochasticWeightAveraging")
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        kinds = {base.__name__ for c in callbacks for base in type(c).__mro__}
-        if self._config.base_copy != "cpu" and kinds.intersection(averaging):
-            raise ValueError(
-                "To average weights, a callback has to read them, and with low-precision bases they can be read only"
-                f" where the CPU has a copy; received {', '.join(sorted(kinds.intersection(averaging)))} and"
-                f" base_copy={self._config.base_copy!r}. Give base_copy='cpu'."
-            )
-        if "ModelPruning" in kinds and self._world_size > 1 and self._config.replicas == "merge":
-            raise ValueError(
-                "A weight that is pruned loses its heads, and each device would take its masks from a replica of its"
-                f" own, which differs between merges; received ModelPruning on {self._world_size} devices with"
-                " replicas='merge'. Give replicas='step', which keeps replicas equal on all devices, or prune after"
-                " training."
-            )
-
     def _hook_in(self, trainer: Trainer, explorer: Explorer) -> None:
         """Have Lightning and torch reach the heads in places that know nothing of them, until `fit` ends."""
         undo = self._undo
-        if explorer.config.most_heads > self.world_size or explorer.config.replicas == "step":
+        if self._most_local > 1 or explorer.config.replicas == "step":
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
@@ -561,7 +488,7 @@ class HeadsStrategy(Resumable):
         explorer = self._explorer
         assert explorer is not None
         try:
-            samples = (explorer.layout or self._first_layout(batch)).size(batch)
+            samples = self._layout(batch).size(batch)
         except Exception:
             return  # one head, or a module that splits its batches, takes those that can't be counted, too
         if explorer.execution == "auto" and samples % explorer.count and self._world_size == 1:
@@ -580,7 +507,7 @@ class HeadsStrategy(Resumable):
         step = super().training_step
         if explorer.config.grow_heads and self._split_batch is None:
             # The first batch tells more than the last one of an epoch, and tells it before training.
-            explorer.layout = explorer.layout or self._first_layout(args[0])
+            self._layout(args[0])
         if explorer.count == 1 or explorer.full_rank:
             with explorer.heads():
                 return step(*args, **kwargs)
@@ -590,7 +517,7 @@ class HeadsStrategy(Resumable):
             return step(part, *rest, **kwargs)
 
         if self._split_batch is None:
-            explorer.layout = explorer.layout or self._first_layout(batch)
+            self._layout(batch)
             return execution.run(
                 explorer,
                 own_step,
@@ -621,45 +548,13 @@ class HeadsStrategy(Resumable):
             self._module.__dict__.pop("log", None)
         log.flush()
 
-    def _first_layout(self, batch: Any) -> Layout:
-        """See how batches are laid out; raise if the local heads don't divide the batch of a device."""
-        assert self._explorer is not None
-        count = self._explorer.config.most_heads // self.world_size
-        loader: Any = self._module.trainer.train_dataloader
-        if not isinstance(loader, DataLoader):
-            self._check_loaders(loader)
-            return Layout(batch)
-        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        length = _length(loader)
-        expected = min(batch_size, length) if batch_size and length else batch_size
-        try:
-            layout = Layout(batch, expected)
-        except ValueError:
-            if loader.batch_size is not None or expected is None:
-                raise
-            layout = Layout(batch)  # a batch sampler of the user's own may count other things than samples
-        if batch_size is not None and batch_size % count and layout.size(batch) == expected:
-            above = -(-batch_size // count) * count
-            raise ValueError(
-                f"The batch of a device is split evenly over its {count} heads; received a batch size of {batch_size}."
-                f" Give a multiple of {count}, such as batch_size={above}. (A smaller last batch of an epoch is fine.)"
-            )
-        return layout
-
-    def _check_loaders(self, loaders: Any) -> None:
-        """Refuse loaders whose batches come together and differ in size.
-
-        Raises:
-            ValueError: with rule, value and remedy.
-        """
-        together = self.package.utilities.combined_loader.CombinedLoader(loaders).flattened
-        known = [(own.batch_size, _length(own)) for own in together if isinstance(own, DataLoader) and own.batch_size]
-        sizes = sorted({min(size, length or size) for size, length in known})
-        if len(sizes) > 1:
-            raise ValueError(
-                "Local heads share a device by splitting the batch, for which the batches of several loaders must have"
-                f" one size; received batch sizes {sizes}. Give all loaders the same. {REMEDY}."
-            )
+    def _layout(self, batch: Any) -> Layout:
+        explorer = self._explorer
+        assert explorer is not None
+        if explorer.layout is None:
+            combined = self.package.utilities.combined_loader.CombinedLoader
+            explorer.layout = first_layout(batch, self._module.trainer.train_dataloader, self._most_local, combined)
+        return explorer.layout
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
@@ -933,106 +828,6 @@ class HeadsStrategy(Resumable):
                 f" `from {imports[others[0]]} import LTEStrategy`]"
             )
         return text
-
-    def _check_ddp_arguments(self, kwargs: Mapping[str, Any]) -> None:
-        """Raise for arguments that nobody knows, and warn of those that do nothing here.
-
-        Raises:
-            TypeError: with the closest argument there is.
-        """
-        own = inspect.signature(HeadsStrategy.__init__).parameters
-        of_ddp = inspect.signature(self.package.strategies.DDPStrategy.__init__).parameters
-        of_wrapper = inspect.signature(DistributedDataParallel.__init__).parameters
-        known = {name for name in (*own, *of_ddp, *of_wrapper) if name not in ("self", "kwargs", "module")}
-        for name in kwargs:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"Did you mean {close[0]}?" if close else "Leave it out."
-                raise TypeError(
-                    f"LTEStrategy takes the arguments that its documentation lists, and those of DDPStrategy; received"
-                    f" {name}={kwargs[name]!r}. {hint}"
-                )
-        # Command lines fill in the defaults of all arguments they know.
-        idle = {n: p.default for n, p in of_wrapper.items() if n not in ("self", "module", "broadcast_buffers")}
-        idle |= {n: of_ddp[n].default for n in of_ddp if n.startswith("ddp_comm") or n == "model_averaging_period"}
-        without_effect = sorted(n for n, v in kwargs.items() if n in idle and v is not None and v != idle[n])
-        if without_effect:
-            self._warn(
-                "LTE does not wrap the module in DistributedDataParallel, so these arguments have no effect:"
-                f" {', '.join(without_effect)}. Leave them out."
-            )
-
-
-def _check_manual_optimization(module: nn.Module, config: LTEConfig, count: int) -> None:
-    """Raise for what local heads can't share in a step that steps optimizers by itself.
-
-    Raises:
-        ValueError: with rule, value and remedy.
-    """
-    if count > 1 and config.execution == "batched" and config.loss_reduction == "sum":
-        raise ValueError(
-            "In manual optimization the step runs backward by itself, where a loss that is a sum over the samples of"
-            f" all local heads can't be told; received execution='batched' and loss_reduction='sum' with {count} heads"
-            " on a device. Give execution='sequential', or take the mean."
-        )
-    scalers = _scalers_of(module)
-    if count > 1 and config.execution != "batched" and scalers:
-        raise ValueError(
-            "Heads that take turns in manual optimization can't share a GradScaler, which is told once for each step"
-            f" what the gradients are; received {', '.join(scalers)} with {count} heads on a device. Let"
-            " Trainer(precision='16-mixed') scale, or use one head per device."
-        )
-
-
-def _scalers_of(module: nn.Module) -> list[str]:
-    """Names of the attributes in which a module keeps gradient scalers of its own."""
-    return [name for name, value in vars(module).items() if isinstance(value, torch.amp.GradScaler)]
-
-
-def _check_split_batch(module: nn.Module) -> None:
-    """Raise for a `split_batch` of the module's own that is for something else.
-
-    Raises:
-        TypeError: with rule, value and remedy.
-    """
-    split_batch: Any = getattr(module, "split_batch", None)
-    if split_batch is None:
-        return
-    received = f"split_batch = {split_batch!r}"
-    with suppress(TypeError):
-        try:
-            signature = inspect.signature(split_batch)
-        except ValueError:
-            return  # a callable that can't be asked, as some of C
-        received = f"split_batch{signature}"
-        signature.bind("batch", 2)
-        return
-    raise TypeError(
-        "Where heads share a device, `split_batch(self, batch, heads)` in the LightningModule returns a batch for each"
-        f" of them; received {received}. If it is for something else, give it another name, or use one head per device."
-    )
-
-
-def _check_is_given_batches(module: LightningModule) -> None:
-    """Raise for a `training_step` that takes batches from the loader by itself.
-
-    Raises:
-        TypeError: with rule, value and remedy.
-    """
-    signature = inspect.signature(module.training_step)
-    if "dataloader_iter" in signature.parameters:
-        raise TypeError(
-            "Local heads share a device by splitting each batch, so training_step must be given it; received"
-            f" training_step{signature}. Take `batch` in place of `dataloader_iter`, or use one head per device."
-        )
-
-
-def _length(loader: Any) -> int:
-    """Samples in an epoch of a loader; 0 where it can't tell."""
-    try:
-        return len(loader.sampler)
-    except (AttributeError, TypeError):
-        return 0
 
 
 def _global_seed() -> int:
