@@ -76,12 +76,12 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
     It is for plain tensors of one dtype, or of those that autocast makes one of; see `are_plain`, too.
     """
     tensors = [x, *(t for t in others if t is not None)]
+    if not are_plain(*tensors):
+        return False
     dtypes = {t.dtype for t in tensors}
     if _autocasts(x.device.type):
-        of_one_dtype = dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
-    else:
-        of_one_dtype = len(dtypes) == 1 and x.is_floating_point()
-    return of_one_dtype and are_plain(*tensors)
+        return dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
+    return len(dtypes) == 1 and x.is_floating_point()
 
 
 def are_plain(*tensors: Tensor) -> bool:
@@ -104,7 +104,9 @@ def cast(tensor: Tensor) -> Tensor:
 
 
 def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # The first question can't be compiled in torch 2.6, and is for devices that aren't compiled for, such as meta.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
