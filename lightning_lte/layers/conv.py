@@ -26,7 +26,7 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
-from lightning_lte.layers.convolution import Geometry, below_each_other, channels_last, convolve, heads_own
+from lightning_lte.layers.convolution import Geometry, below_each_other, channels_last, convolve, convolve_each
 from lightning_lte.layers.linear import project
 from lightning_lte.product import cast
 
@@ -82,8 +82,7 @@ class HeadedConv(HeadedLayer):
             y = torch.add(base, below_each_other(y, n), alpha=factors.scale)
         elif own_weight is not None:
             x, padding = _padded(own, input)
-            y = convolve(Geometry.of(own, padding), x, heads_own(own.weight, own_weight), None, n)
-            y = below_each_other(y, n)
+            y = convolve_each(Geometry.of(own, padding), x, own.weight, own_weight)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
         else:
             y = own._conv_forward(input, own.weight, bias)

@@ -23,7 +23,7 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
-from lightning_lte.layers.convolution import Geometry, below_each_other, convolve, heads_own
+from lightning_lte.layers.convolution import Geometry, below_each_other, convolve, convolve_each
 from lightning_lte.product import cast
 
 
@@ -74,7 +74,7 @@ class HeadedConvTranspose(HeadedLayer):
             y = below_each_other(geometry.of_heads(n).convolve(inner, B, None), n)
             y = torch.add(convolve(geometry, x, factors.base(), bias), y, alpha=factors.scale)
         elif own_weight is not None:
-            y = below_each_other(convolve(geometry, input, heads_own(own.weight, own_weight), None, n), n)
+            y = convolve_each(geometry, input, own.weight, own_weight)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
         else:
             y = geometry.convolve(input, own.weight, bias)

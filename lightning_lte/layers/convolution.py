@@ -22,6 +22,8 @@ _TRANSPOSED: dict[int, Any] = {
     2: functional.conv_transpose2d,
     3: functional.conv_transpose3d,
 }
+# Channels last, by the dimensions of a tensor.
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
@@ -83,6 +85,24 @@ def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None 
     return y
 
 
+def convolve_each(geometry: Geometry, x: Tensor, weight: Tensor, own: Tensor) -> Tensor:
+    """The convolutions of n heads with a weight each, below each other: (batch, out, *size).
+
+    Args:
+        geometry: of one head.
+        x: (batch, in, *size).
+        weight: the user's, whose memory format counts.
+        own: (n, *shape) in place of the weight.
+    """
+    last = _FORMATS[weight.dim()] if channels_last(weight) else torch.contiguous_format
+    if x.device.type == "cpu":
+        # torch's gradient of depthwise weights takes many times as long there with the channels of all heads together.
+        pairs = zip(x.chunk(len(own)), own, strict=True)
+        return torch.cat([convolve(geometry, part, each.contiguous(memory_format=last)) for part, each in pairs])
+    weights = own.flatten(0, 1).contiguous(memory_format=last)
+    return below_each_other(convolve(geometry, x, weights, count=len(own)), len(own))
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, count: int) -> Tensor:
@@ -141,17 +161,9 @@ def channels_last(*tensors: Tensor) -> bool:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    last = _FORMATS.get(tensor.dim())
     if last is None or tensor.is_contiguous():
         return False
     # Batched tensors don't tell.
     told = torch.compiler.is_compiling() or not is_batched(tensor)
     return told and tensor.is_contiguous(memory_format=last)
-
-
-def heads_own(weight: Tensor, own: Tensor) -> Tensor:
-    """What the heads have in place of a weight, (n, *shape), below each other and in the weight's memory format."""
-    own = own.flatten(0, 1)
-    if channels_last(weight):
-        own = own.contiguous(memory_format=torch.channels_last if own.dim() == 4 else torch.channels_last_3d)
-    return own
