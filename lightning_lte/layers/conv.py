@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,9 +25,9 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
-from lightning_lte.layers.convolution import Geometry, below_each_other, channels_last, convolve, convolve_each
+from lightning_lte.layers.convolution import Geometry, channels_last, convolve_each
+from lightning_lte.layers.factored_convolution import through_heads
 from lightning_lte.layers.linear import project
-from lightning_lte.product import cast
 
 
 class HeadedConv(HeadedLayer):
@@ -71,15 +70,8 @@ class HeadedConv(HeadedLayer):
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
             return y if last else y.contiguous()
         if factors is not None:
-            A, B = factors.acting(state.head)
             x, padding = _padded(own, input)
-            x, geometry = cast(x), Geometry.of(own, padding)  # once, for both convolutions of x
-            inner = convolve(geometry, x, A.reshape(-1, own.in_channels // own.groups, *kernel), None, n)
-            # With parts in place of groups, the parts read the same input and have inner channels of their own.
-            widening = Geometry.pointwise(len(kernel), n * factors.matrices.count)
-            y = widening.convolve(inner, B.reshape(-1, B.shape[-1], *[1] * len(kernel)), None)
-            base = convolve(geometry, x, factors.base(), bias)
-            y = torch.add(base, below_each_other(y, n), alpha=factors.scale)
+            y = through_heads(Geometry.of(own, padding), x, bias, factors, state.head)
         elif own_weight is not None:
             x, padding = _padded(own, input)
             y = convolve_each(Geometry.of(own, padding), x, own.weight, own_weight)
