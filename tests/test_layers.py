@@ -448,6 +448,21 @@ def test_norms_keep_no_more_than_their_input_and_have_all_derivatives(case: str,
         torch.testing.assert_close((pulled(many[1])[0]).sum(), (tangent * many[1]).sum())
 
 
+@pytest.mark.parametrize("case", NORMS)
+def test_under_autocast_a_norm_with_heads_has_no_more_bits_than_the_plain_one(case: str) -> None:
+    make, shape = NORMS[case]
+    layer = make()
+    x = random(COUNT * 2, *shape, seed=6).bfloat16()
+    switch = Switch(COUNT)
+    stacks = {key: nn.Parameter(random(COUNT, *p.shape).float()) for key, p in layer.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+        headed(layer, LayerState(switch, stacks=stacks))
+        with switch.at("all"):
+            y = layer(x)
+    assert y.dtype == plain.dtype == torch.bfloat16
+
+
 def test_the_backward_of_a_norm_computes_under_the_autocast_of_its_forward() -> None:
     layer, switch = nn.LayerNorm(64), Switch(COUNT)
     stacks = {key: nn.Parameter(torch.randn(COUNT, 64)) for key in ("weight", "bias")}

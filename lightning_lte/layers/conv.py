@@ -11,6 +11,7 @@ kernel's patches don't overlap, they are the rows of a linear layer.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,10 +95,12 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:
 def _takes_patches(layer: Any, x: Tensor) -> bool:
     """Whether a convolution is a linear layer of patches that don't overlap, as those that embed images are.
 
-    As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not.
+    As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not. But on a CPU,
+    to lay out patches of one place takes longer than that, and what is laid out would be kept beside the input.
     """
     return (
-        x.dim() == len(layer.kernel_size) + 2
+        (x.device.type != "cpu" or math.prod(layer.kernel_size) > 1)
+        and x.dim() == len(layer.kernel_size) + 2
         and layer.kernel_size == layer.stride
         and layer.groups == 1
         and layer.padding in ("valid", (0,) * len(layer.kernel_size))
