@@ -93,8 +93,8 @@ def test_it_has_second_derivatives_where_a_layer_is_used_twice_and_many_at_once(
             f.B.register_hook(lambda gradient: COUNT * gradient)
         run = layer if through_heads else lambda own, plain=plain, f=f: literally(plain, f, own)
         y = torch.tanh(run(x * torch.tanh(run(x)).mean()))
-        (of_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        (y.sin().sum() + of_x.square().sum()).backward()
+        of_x, of_A = torch.autograd.grad(y.square().sum(), [x, f.A], create_graph=True)
+        (y.sin().sum() + of_x.square().sum() + of_A.square().sum()).backward()
         found.append([x.grad, f.A.grad, f.B.grad])
     for own, literal in zip(*found, strict=True):
         torch.testing.assert_close(own, literal)
