@@ -96,10 +96,11 @@ def _takes_patches(layer: Any, x: Tensor) -> bool:
     """Whether a convolution is a linear layer of patches that don't overlap, as those that embed images are.
 
     As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not. But on a CPU,
-    to lay out patches of one place takes longer than that, and what is laid out would be kept beside the input.
+    to lay out patches of one place takes longer than that, and what is laid out would be kept beside the input. With
+    the channels last they are laid out already.
     """
     return (
-        (x.device.type != "cpu" or math.prod(layer.kernel_size) > 1)
+        (x.device.type != "cpu" or math.prod(layer.kernel_size) > 1 or channels_last(x))
         and x.dim() == len(layer.kernel_size) + 2
         and layer.kernel_size == layer.stride
         and layer.groups == 1
