@@ -255,8 +255,15 @@ class Factors:
             part: see `apply`.
         """
         with span("heads"):
-            factors, again = self._acting(head, part), self._again(head, part)
+            factors, again = self.acting_and_anchors(head, part)
             return product.product(x, weight, bias, *factors, self.scale, self.gradient_scale, again)
+
+    def acting_and_anchors(
+        self, head: int | Tensor | None = None, part: int | None = None
+    ) -> tuple[product.PairAndAnchors, Callable[[], product.PairAndAnchors] | None]:
+        """A, B and the anchors of the heads that act, for an operation with a gradient of its own, and what gives them
+        once more to a backward; None where a forward keeps them. See `apply`."""
+        return self._acting(head, part), self._again(head, part)
 
     def _again(self, head: int | Tensor | None, part: int | None) -> Callable[[], product.PairAndAnchors] | None:
         """What gives `_acting` once more to a backward; None where a forward keeps it."""

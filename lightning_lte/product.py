@@ -61,7 +61,7 @@ def product(
     """
     factors = _four_dimensional((A, B, anchor_A, anchor_B))
     x, weight, bias = cast(x), cast(weight), None if bias is None else cast(bias)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
 
@@ -109,7 +109,7 @@ def _autocasts(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
 
 
@@ -185,7 +185,8 @@ class _Product(torch.autograd.Function):
         gradient_scale: int,
         again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
-        ctx.scale, ctx.gradient_scale, ctx.folds = scale, gradient_scale, _folds(x, weight, anchor_B is not None)
+        ctx.scale, ctx.gradient_scale = scale, gradient_scale
+        ctx.folds = folds(x.shape[1], weight.shape[0], weight.shape[1], x.dtype, anchor_B is not None)
         ctx.per_head = per_head = bias is not None and bias.dim() == 2
         factors = (A, B, anchor_A, anchor_B)
         inner: Tensor | None = None
@@ -225,7 +226,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
             return (None,) * 10
-        with _without_autocast(gradient.device.type):
+        with without_autocast(gradient.device.type):
             return _Product._gradients(ctx, gradient)
 
     @staticmethod
@@ -277,15 +278,13 @@ class _Product(torch.autograd.Function):
         return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None, None
 
 
-def _folds(x: Tensor, weight: Tensor, anchored: bool) -> bool:
+def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, anchored: bool) -> bool:
     """Whether a head has so many rows that its effective weight pays: 4/3 m n / (m + n) with anchors, 2 m n / (m + n)
     without, by the count of multiply-adds. On a CPU both took the same time there, too. In half precision it never
     does, as it would be rounded to nothing but W."""
-    if x.dtype in _HALF:
+    if dtype in _HALF:
         return False
-    out_features, in_features = weight.shape
-    rows = x.shape[1] * (out_features + in_features)
-    return (3 if anchored else 2) * rows >= 4 * out_features * in_features
+    return (3 if anchored else 2) * rows * (out_features + in_features) >= 4 * out_features * in_features
 
 
 def _pairs(

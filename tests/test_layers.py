@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors, Matrices
@@ -275,6 +276,32 @@ def test_convolutions(case: str, own: tuple[str, ...], bias: bool, keep: bool) -
     assert_each_head_computes_as_a_layer_of_its_own(layer, (x,), own=own, keep=keep)
 
 
+class Groups(TorchDispatchMode):
+    """Notes of how many groups convolutions and their gradients are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            names = [argument.name for argument in func._schema.arguments]
+            self.seen.append(args[names.index("groups")])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_on_a_cpu_depthwise_convolutions_have_no_more_groups_through_heads(kind: Any) -> None:
+    """torch's gradient of the weights of many groups takes many times as long there."""
+    layer = kind(4, 4, 3, groups=4)
+    headed(layer, LayerState(Switch(COUNT), stacks={"weight": stack(*layer.weight.shape, seed=1)}))
+    layer.double()
+    groups = Groups()
+    with groups, state_of(layer).switch.at("all"):
+        layer(random(2 * COUNT, 4, 5, 5).requires_grad_()).sum().backward()
+    assert groups.seen == 2 * COUNT * [4]
+
+
 def test_a_transposed_convolution_of_a_given_size() -> None:
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2)
     x = random(COUNT * 2, 4, 3, 3, seed=5)
@@ -419,6 +446,21 @@ def test_norms_keep_no_more_than_their_input_and_have_all_derivatives(case: str,
         _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
         _, pulled = torch.func.vjp(layer, x)
         torch.testing.assert_close((pulled(many[1])[0]).sum(), (tangent * many[1]).sum())
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_under_autocast_a_norm_with_heads_has_no_more_bits_than_the_plain_one(case: str) -> None:
+    make, shape = NORMS[case]
+    layer = make()
+    x = random(COUNT * 2, *shape, seed=6).bfloat16()
+    switch = Switch(COUNT)
+    stacks = {key: nn.Parameter(random(COUNT, *p.shape).float()) for key, p in layer.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+        headed(layer, LayerState(switch, stacks=stacks))
+        with switch.at("all"):
+            y = layer(x)
+    assert y.dtype == plain.dtype == torch.bfloat16
 
 
 def test_the_backward_of_a_norm_computes_under_the_autocast_of_its_forward() -> None:

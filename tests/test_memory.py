@@ -155,13 +155,64 @@ def test_convolutions_keep_their_input_once(case: str, way: dict[str, Any], half
         with explorer.backward():
             loss.backward()
         after_backward(explorer, optimizer)
-    factors = [t for f in explorer.injection.factors.values() if f.weight is net[1].weight for t in (f.A, f.B)]
+    factors = [f for f in explorer.injection.factors.values() if f.weight is net[1].weight]
     copies = [r.copies for r in explorer.injection.replicas if r.param is net[1].weight]
-    of_rank = 2 * 16 * 12 ** (x.dim() - 2) * net[1].groups * 4 if factors else 0  # type: ignore[union-attr, operator]
+    of_rank = sum(16 * 12 ** (x.dim() - 2) * f.rank * f.matrices.count * 4 for f in factors)
+    # A frozen A is left to plain operations, which keep B - B'.
+    differences = sum(f.B.nbytes for f in factors if f.freeze_a)
     with explorer.heads():
-        own = kept(forward, [*net.parameters(), *factors, *copies])
-    # Factors are kept next to their anchors, and replicas in the dtype of autocast.
-    assert own <= full + of_rank + sum(2 * t.nbytes for t in factors) + half * sum(t.nbytes for t in copies)
+        own = kept(forward, [*net.parameters(), *held(explorer)])
+    # Replicas are kept in the dtype of autocast.
+    assert own <= full + of_rank + differences + half * sum(t.nbytes for t in copies)
+
+
+def held(explorer: Explorer) -> list[Tensor]:
+    """What is there of heads whatever a forward does."""
+    factors = [t for f in explorer.injection.factors.values() for t in (f.A, f.B, f.anchor_A, f.anchor_B)]
+    return [*(t for t in factors if t is not None), *(r.copies for r in explorer.injection.replicas)]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_size_of_the_rank(
+    heads: int, half: bool
+) -> None:
+    net = timm.create_model("resnet18", num_classes=CLASSES, norm_layer=lambda width, **_: nn.GroupNorm(8, width))
+    x = torch.randn(8, 3, 32, 32)
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y: Tensor = net(x)
+        return y
+
+    full = kept(forward, [x, *net.parameters()])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    config = LTEConfig(heads, merge_every=100, rank=4, execution="batched")
+    explorer = Explorer(net, optimizer, config)
+    for _ in range(3):  # the first steps watch weights, and keep more for that
+        with explorer.heads():
+            loss = forward().float().square().mean()
+        with explorer.backward():
+            loss.backward()
+        after_backward(explorer, optimizer)
+    of_rank = 0
+    by_weight = explorer.injection.factors
+    handles = []
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.weight in by_weight:
+
+            def count(_: nn.Module, args: Any, y: Tensor) -> None:
+                nonlocal of_rank
+                of_rank += 4 * y.element_size() * len(y) * y[0, 0].numel()
+
+            handles.append(layer.register_forward_hook(count))
+    with explorer.heads():
+        forward()
+        for handle in handles:
+            handle.remove()
+        own = kept(forward, [x, *net.parameters(), *held(explorer)])
+    assert len(handles) == 20 and of_rank < 0.1 * full
+    assert own <= full + of_rank
 
 
 def same(way: dict[str, Any], make: Callable[[bool], Module], data: Any, steps: int = 5) -> None:

@@ -122,9 +122,8 @@ def test_errors_are_no_larger_than_those_of_the_formula_as_written(name: str, pr
     heads, formula = torch.stack([errors(make, shape, precision, learned, seed) for seed in range(6)]).mean(0)
     y, of_A, of_B, of_x = (heads / formula).tolist()
     assert y < 1.0 and of_x < 1.05 and of_A < 1.1, (y, of_A, of_B, of_x)
-    # In convolutions B has a part in two products, whose gradients are rounded one by one in half precision.
-    half = ARITHMETIC[precision] in ((torch.bfloat16, False), (torch.float16, False))
-    assert of_B < (1.5 if half and name != "linear" else 1.1), (y, of_A, of_B, of_x)
+    # In float32 all errors are of the order in which torch adds up, which is another one for each kind of convolution.
+    assert of_B < (1.4 if precision == "32-true" and name == "convolution" else 1.1), (y, of_A, of_B, of_x)
 
 
 # ---- whole runs

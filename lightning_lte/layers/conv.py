@@ -11,9 +11,9 @@ kernel's patches don't overlap, they are the rows of a linear layer.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,9 +26,9 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
-from lightning_lte.layers.convolution import Geometry, below_each_other, channels_last, convolve, heads_own
+from lightning_lte.layers.convolution import Geometry, channels_last, convolve_each
+from lightning_lte.layers.factored_convolution import through_heads
 from lightning_lte.layers.linear import project
-from lightning_lte.product import cast
 
 
 class HeadedConv(HeadedLayer):
@@ -71,19 +71,11 @@ class HeadedConv(HeadedLayer):
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
             return y if last else y.contiguous()
         if factors is not None:
-            A, B = factors.acting(state.head)
             x, padding = _padded(own, input)
-            x, geometry = cast(x), Geometry.of(own, padding)  # once, for both convolutions of x
-            inner = convolve(geometry, x, A.reshape(-1, own.in_channels // own.groups, *kernel), None, n)
-            # With parts in place of groups, the parts read the same input and have inner channels of their own.
-            widening = Geometry.pointwise(len(kernel), n * factors.matrices.count)
-            y = widening.convolve(inner, B.reshape(-1, B.shape[-1], *[1] * len(kernel)), None)
-            base = convolve(geometry, x, factors.base(), bias)
-            y = torch.add(base, below_each_other(y, n), alpha=factors.scale)
+            y = through_heads(Geometry.of(own, padding), x, bias, factors, state.head)
         elif own_weight is not None:
             x, padding = _padded(own, input)
-            y = convolve(Geometry.of(own, padding), x, heads_own(own.weight, own_weight), None, n)
-            y = below_each_other(y, n)
+            y = convolve_each(Geometry.of(own, padding), x, own.weight, own_weight)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
         else:
             y = own._conv_forward(input, own.weight, bias)
@@ -103,10 +95,13 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:
 def _takes_patches(layer: Any, x: Tensor) -> bool:
     """Whether a convolution is a linear layer of patches that don't overlap, as those that embed images are.
 
-    As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not.
+    As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not. But on a CPU,
+    to lay out patches of one place takes longer than that, and what is laid out would be kept beside the input. With
+    the channels last they are laid out already.
     """
     return (
-        x.dim() == len(layer.kernel_size) + 2
+        (x.device.type != "cpu" or math.prod(layer.kernel_size) > 1 or channels_last(x))
+        and x.dim() == len(layer.kernel_size) + 2
         and layer.kernel_size == layer.stride
         and layer.groups == 1
         and layer.padding in ("valid", (0,) * len(layer.kernel_size))

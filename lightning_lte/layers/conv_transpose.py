@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lte.heads import Matrices
@@ -23,8 +22,8 @@ from lightning_lte.layers.base import (
     check_slices,
     computes_as,
 )
-from lightning_lte.layers.convolution import Geometry, below_each_other, convolve, heads_own
-from lightning_lte.product import cast
+from lightning_lte.layers.convolution import Geometry, convolve_each
+from lightning_lte.layers.factored_convolution import through_heads
 
 
 class HeadedConvTranspose(HeadedLayer):
@@ -66,15 +65,9 @@ class HeadedConvTranspose(HeadedLayer):
         geometry = Geometry.of(own, own.padding, extra)
         factors = state.factors.get("weight")
         if factors is not None:
-            A, B = factors.acting(state.head)
-            x = cast(input)  # once, for both convolutions of x
-            A = A.reshape(-1, A.shape[-1], *[1] * len(kernel))
-            inner = convolve(Geometry.pointwise(len(kernel), own.groups), x, A, None, n)
-            B = B.mT.reshape(-1, own.out_channels // own.groups, *kernel)
-            y = below_each_other(geometry.of_heads(n).convolve(inner, B, None), n)
-            y = torch.add(convolve(geometry, x, factors.base(), bias), y, alpha=factors.scale)
+            y = through_heads(geometry, input, bias, factors, state.head)
         elif own_weight is not None:
-            y = below_each_other(convolve(geometry, input, heads_own(own.weight, own_weight), None, n), n)
+            y = convolve_each(geometry, input, own.weight, own_weight)
             y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
         else:
             y = geometry.convolve(input, own.weight, bias)

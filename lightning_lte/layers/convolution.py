@@ -8,6 +8,7 @@ the backward in place of keeping it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ _TRANSPOSED: dict[int, Any] = {
     2: functional.conv_transpose2d,
     3: functional.conv_transpose3d,
 }
+# Channels last, by the dimensions of a tensor.
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
@@ -63,6 +66,23 @@ class Geometry(NamedTuple):
             y = _CONVOLUTIONS[len(stride)](x, weight, bias, stride, padding, dilation, groups)
         return y
 
+    def backward(
+        self, gradient: Tensor, x: Tensor | None, weight: Tensor | None, for_x: bool, for_weight: bool
+    ) -> tuple[Any, Any]:
+        """The gradients of x and of the weight, or None for one that is not wanted. Each reads the values of the other,
+        and its own shape alone."""
+        if not (for_x or for_weight):
+            return None, None
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, *self, [for_x, for_weight, False]
+        )
+        return of_x, of_weight
+
+    def size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """How many places an output has in each direction, of a convolution that is not transposed."""
+        each = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(s + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for s, k, stride, padding, dilation in each]
+
 
 def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None = None, count: int = 1) -> Tensor:
     """The convolution of `count` heads side by side: (batch / n, n * out, *size).
@@ -83,6 +103,23 @@ def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None 
     return y
 
 
+def convolve_each(geometry: Geometry, x: Tensor, weight: Tensor, own: Tensor) -> Tensor:
+    """The convolutions of n heads with a weight each, below each other: (batch, out, *size).
+
+    Args:
+        geometry: of one head.
+        x: (batch, in, *size).
+        weight: the user's, whose memory format counts.
+        own: (n, *shape) in place of the weight.
+    """
+    if x.device.type == "cpu":
+        # torch's gradient of depthwise weights takes many times as long there with the channels of all heads together.
+        pairs = zip(x.chunk(len(own)), own, strict=True)
+        return torch.cat([convolve(geometry, part, in_format_of(weight, each)) for part, each in pairs])
+    weights = in_format_of(weight, own.flatten(0, 1))
+    return below_each_other(convolve(geometry, x, weights, count=len(own)), len(own))
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, count: int) -> Tensor:
@@ -98,17 +135,13 @@ class _Convolution(torch.autograd.Function):
             return (None,) * 5
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
-        if for_x or for_weight:
-            if x is None:
-                x = weight.new_empty_strided(*ctx.laid_out)  # where nothing is, as its gradient reads its shape alone
-            of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-                gradient, side_by_side(x, ctx.count), weight, None, *ctx.geometry, [for_x, for_weight, False]
-            )
-            of_x = below_each_other(of_x, ctx.count) if for_x else None
-        if for_bias:
-            # On CPUs torch's operation would compute the gradient of the weight, too.
-            of_bias = gradient.sum([0, *range(2, gradient.dim())])
+        if x is None and for_x:
+            x = weight.new_empty_strided(*ctx.laid_out)  # where nothing is, as its gradient reads its shape alone
+        x = x if x is None else side_by_side(x, ctx.count)
+        of_x, of_weight = ctx.geometry.backward(gradient, x, weight, for_x, for_weight)
+        of_x = of_x if of_x is None else below_each_other(of_x, ctx.count)
+        # On CPUs torch's operation would compute the gradient of the weight, too.
+        of_bias = gradient.sum([0, *range(2, gradient.dim())]) if for_bias else None
         return of_x, of_weight, of_bias, None, None
 
 
@@ -140,18 +173,16 @@ def channels_last(*tensors: Tensor) -> bool:
     return any(_is_channels_last(t) for t in tensors)
 
 
+def in_format_of(other: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor in the memory format of another."""
+    last = channels_last(other)
+    return tensor.contiguous(memory_format=_FORMATS[tensor.dim()] if last else torch.contiguous_format)
+
+
 def _is_channels_last(tensor: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    last = _FORMATS.get(tensor.dim())
     if last is None or tensor.is_contiguous():
         return False
     # Batched tensors don't tell.
     told = torch.compiler.is_compiling() or not is_batched(tensor)
     return told and tensor.is_contiguous(memory_format=last)
-
-
-def heads_own(weight: Tensor, own: Tensor) -> Tensor:
-    """What the heads have in place of a weight, (n, *shape), below each other and in the weight's memory format."""
-    own = own.flatten(0, 1)
-    if channels_last(weight):
-        own = own.contiguous(memory_format=torch.channels_last if own.dim() == 4 else torch.channels_last_3d)
-    return own

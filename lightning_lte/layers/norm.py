@@ -134,7 +134,9 @@ def _scaled(normalised: Tensor, weight: Tensor, bias: Tensor | None, count: int)
     Both are (n, 1, ...), or (1, 1, ...) for one that all have; see `HeadedNorm._aligned`.
     """
     y = normalised.unflatten(0, (count, -1))
-    return (y * weight if bias is None else torch.addcmul(bias, y, weight)).flatten(0, 1)
+    y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+    # Under autocast the input has fewer bits than weight and bias, and what comes out must not be widened by them.
+    return y.flatten(0, 1).to(normalised.dtype)
 
 
 def _autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[Any]]:

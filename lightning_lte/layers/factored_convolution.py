@@ -1,0 +1,253 @@
+"""The convolution of an input with one weight and the factors of its heads, and its gradient.
+
+As in `lightning_lte/product.py`, which is for linear layers, none is computed for anchors. For the backward it keeps
+what is there anyway, the input, W, factors and anchors, and beside them A_h x_h alone, which is of the rank's size.
+Where heads have many places, each head's effective weight is made for the moment, and no A_h x_h is kept either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lte.heads import Factors, Matrices
+from lightning_lte.layers.convolution import Geometry, below_each_other, convolve, in_format_of, side_by_side
+from lightning_lte.product import (
+    PairAndAnchors,
+    cast,
+    folds,
+    is_batched,
+    scaled_gradient,
+    stacked,
+    without_autocast,
+)
+from lightning_lte.span import span
+
+
+def through_heads(
+    geometry: Geometry, x: Tensor, bias: Tensor | None, factors: Factors, head: int | Tensor | None
+) -> Tensor:
+    """conv(x_h; W) + s * (conv(conv(x_h; A_h); B_h) - conv(conv(x_h; A'_h); B'_h)) + b: (batch, out, *size).
+
+    Args:
+        geometry: of the layer.
+        x: (batch, in, *size), the heads' samples below each other.
+        bias: (out,) or None.
+        factors: of the layer's weight.
+        head: see `Factors.apply`.
+    """
+    with span("heads"):
+        weight = factors.base()
+        pair_and_anchors, again = factors.acting_and_anchors(head)
+        own = _Form(geometry, factors.matrices, weight.shape[2:], factors.scale, factors.gradient_scale)
+        x = cast(x)  # once, for all convolutions of it
+        if x.dim() != weight.dim() or not factors.applies(x, weight, bias):
+            return torch.add(convolve(geometry, x, weight, bias), own.delta(x, *pair_and_anchors), alpha=own.scale)
+        y: Tensor = _FactoredConvolution.apply(
+            x, cast(weight), None if bias is None else cast(bias), *pair_and_anchors, own, again
+        )
+        return y
+
+
+class _Form(NamedTuple):
+    """All of a convolution with heads but its tensors.
+
+    Attributes:
+        geometry: of the layer. Of the convolutions with A_h and with B_h one has it, and the other has kernel 1.
+        matrices: how W is seen.
+        kernel: its size.
+        scale: s.
+        gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
+    """
+
+    geometry: Geometry
+    matrices: Matrices
+    kernel: tuple[int, ...]
+    scale: float
+    gradient_scale: int
+
+    @property
+    def by_A(self) -> Geometry:
+        """That of the convolution with A_h."""
+        return self._pointwise if self.geometry.transposed else self.geometry
+
+    @property
+    def by_B(self) -> Geometry:
+        """That of the convolution with B_h."""
+        return self.geometry if self.geometry.transposed else self._pointwise
+
+    @property
+    def _pointwise(self) -> Geometry:
+        # With parts in place of groups, the parts read the same input and have inner channels of their own.
+        return Geometry.pointwise(len(self.kernel), self.matrices.count)
+
+    def of_A(self, A: Tensor) -> Tensor:
+        """A (n, *lead, rank, in) as a weight, the heads below each other."""
+        kernel = (1,) * len(self.kernel) if self.geometry.transposed else self.kernel
+        return A.reshape(math.prod(A.shape[:-1]), -1, *kernel)
+
+    def of_B(self, B: Tensor) -> Tensor:
+        """B (n, *lead, out, rank) as a weight, the heads below each other."""
+        if not self.geometry.transposed:
+            return B.reshape(-1, B.shape[-1], *[1] * len(self.kernel))
+        return B.mT.reshape(math.prod(B.mT.shape[:-1]), -1, *self.kernel)
+
+    def as_B(self, weight: Tensor, B: Tensor) -> Tensor:
+        """The inverse of `of_B`, in the shape of B."""
+        return weight.reshape(B.mT.shape).mT if self.geometry.transposed else weight.reshape(B.shape)
+
+    def delta(self, x: Tensor, A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> Tensor:
+        """(B_h A_h - B'_h A'_h) x_h in plain operations."""
+        A, B = (scaled_gradient(t, self.gradient_scale) if t.requires_grad else t for t in (A, B))
+        A, B = (t.to(x.dtype) for t in stacked(A, B, anchor_A, anchor_B))
+        inner = convolve(self.by_A, x, self.of_A(A), None, len(A))
+        return below_each_other(self.by_B.of_heads(len(A)).convolve(inner, self.of_B(B), None), len(A))
+
+    def folds(self, x: Tensor, anchored: bool, count: int) -> bool:
+        """Whether effective weights pay, of which there is one convolution for each head."""
+        if count > 1 and x.device.type != "cpu":
+            return False
+        size = x.shape[2:] if self.geometry.transposed else self.geometry.size(x.shape[2:], self.kernel)
+        rows = len(x) // count * math.prod(size)
+        return folds(rows, self.matrices.out_features, self.matrices.in_features, x.dtype, anchored)
+
+    def effective(self, weight: Tensor, factors: PairAndAnchors) -> Iterator[Tensor]:
+        """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all."""
+        for head in range(len(factors[0])):
+            A, B = stacked(*(None if t is None else t[head] for t in factors))  # type: ignore[arg-type]
+            left, right = (A.mT, B.mT) if self.matrices.transposed else (B, A)
+            left, right = (t if t.dim() == 3 else t.unsqueeze(0) for t in (left, right))
+            whole = torch.baddbmm(weight.reshape(len(left), left.shape[1], -1), left, right, alpha=self.scale)
+            yield in_format_of(weight, whole.view(weight.shape))
+
+
+class _FactoredConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        anchor_A: Tensor | None,
+        anchor_B: Tensor | None,
+        own: _Form,
+        again: Callable[[], PairAndAnchors] | None,
+    ) -> Tensor:
+        factors, count = (A, B, anchor_A, anchor_B), len(A)
+        ctx.own, ctx.again, ctx.folds = own, again, own.folds(x, anchor_B is not None, count)
+        inner = None
+        if ctx.folds:
+            parts = zip(x.chunk(count), own.effective(weight, factors), strict=True)
+            y: Any = _joined([own.geometry.convolve(part, each, bias) for part, each in parts])
+        else:
+            first, second = _stacked(*factors)
+            inner = own.by_A.of_heads(count).convolve(side_by_side(x, count), own.of_A(first.to(x.dtype)), None)
+            delta = own.by_B.of_heads(count).convolve(inner, own.of_B(second.to(x.dtype)), None)
+            y = own.geometry.convolve(x, weight, bias).add_(below_each_other(delta, count), alpha=own.scale)
+            if first.shape != A.shape:  # of A alone
+                inner = inner.unflatten(1, (-1, 2, A.shape[-2]))[:, :, 0].flatten(1, 2)
+            inner = in_format_of(x, inner)
+        # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
+        kept = weight if any(ctx.needs_input_grad[:2]) else None
+        ctx.save_for_backward(x, kept, *(factors if again is None else [None] * 4), inner)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:  # from functions that stop gradients
+            return (None,) * 9
+        x, weight, *factors, inner = ctx.saved_tensors
+        A, B, *anchors = factors if ctx.again is None else ctx.again()
+        # On CPUs torch's operation would compute the gradient of the weight, too.
+        of_bias = gradient.sum([0, *range(2, gradient.dim())]) if ctx.needs_input_grad[2] else None
+        with without_autocast(gradient.device.type):
+            if torch.is_grad_enabled() or is_batched(gradient):
+                of_x, of_weight, of_A, of_B = _derived(ctx, gradient, x, weight, A, B, *anchors)
+            else:
+                of_x, of_weight, of_A, of_B = _gradients(ctx, gradient, x, weight, (A, B, *anchors), inner)
+        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
+
+
+def _gradients(
+    ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor | None, factors: PairAndAnchors, inner: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Those of x, the weight, A and B."""
+    own: _Form = ctx.own
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    A, B, *_ = factors
+    count = len(A)
+    if not ctx.folds:
+        of_x, of_weight = own.geometry.backward(gradient, x, weight, for_x, for_weight)
+        x, gradient = side_by_side(x, count), side_by_side(gradient, count)
+        if of_x is not None:
+            first, second = (t.to(x.dtype) for t in _stacked(*factors))
+            assert inner is not None
+            like = in_format_of(x, inner.new_empty(len(inner), first[..., 0].numel(), *inner.shape[2:]))
+            of_inner, _ = own.by_B.of_heads(count).backward(gradient, like, own.of_B(second), True, False)
+            delta, _ = own.by_A.of_heads(count).backward(of_inner, x, own.of_A(first), True, False)
+            of_x.add_(below_each_other(delta, count), alpha=own.scale)
+        return of_x, of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
+    _, of_weight = own.geometry.backward(gradient, x, weight, False, for_weight)
+    effective = None if weight is None else own.effective(weight, factors)
+    parts, pairs = [], []
+    for head, (own_x, own_gradient) in enumerate(zip(x.chunk(count), gradient.chunk(count), strict=True)):
+        if for_x and effective is not None:
+            parts.append(own.geometry.backward(own_gradient, own_x, next(effective), True, False)[0])
+        own_A, own_B = A[head : head + 1], B[head : head + 1]
+        inner = own.by_A.convolve(own_x, own.of_A(own_A), None)
+        pairs.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
+    of_A, of_B = (_joined(each) for each in zip(*pairs, strict=True))
+    return _joined(parts), of_weight, of_A, of_B
+
+
+def _of_pair(ctx: Any, gradient: Tensor, x: Tensor, inner: Tensor | None, A: Tensor, B: Tensor) -> list[Tensor | None]:
+    """The gradients of A and B, of heads side by side."""
+    own: _Form = ctx.own
+    for_A, for_B = ctx.needs_input_grad[3:5]
+    a, b = own.of_A(A).to(x.dtype), own.of_B(B).to(x.dtype)
+    learning, of_b = own.by_B.of_heads(len(A)).backward(gradient, inner, b, for_A, for_B)
+    _, of_a = own.by_A.of_heads(len(A)).backward(learning, x, a, False, for_A)
+    size = own.scale * own.gradient_scale
+    found = [None if of_a is None else of_a.reshape(A.shape), None if of_b is None else own.as_B(of_b, B)]
+    # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
+    return [None if t is None else t.to(A.dtype).mul_(size) for t in found]
+
+
+def _derived(ctx: Any, gradient: Tensor, *saved: Tensor | None) -> list[Tensor | None]:
+    """As `_gradients`, in operations that can be differentiated, and have many gradients at once."""
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)] + [False, False]
+    # Each by another name: what x was made from may have the same factors, if a layer has been used twice.
+    twice = torch.is_grad_enabled()
+    inputs = [
+        t if t is None else t.view_as(t) if twice else t.detach().requires_grad_(w)
+        for t, w in zip(saved, wanted, strict=True)
+    ]
+    x, weight, A, B, *anchors = inputs
+    assert x is not None and A is not None and B is not None
+    with torch.enable_grad():
+        y = ctx.own.scale * ctx.own.delta(x, A, B, *anchors)
+        if weight is not None:
+            y = y + convolve(ctx.own.geometry, x, weight)
+    asked = [t for t, w in zip(inputs, wanted, strict=True) if t is not None and w]
+    found = iter(torch.autograd.grad(y, asked, gradient, create_graph=twice))
+    return [next(found) if w else None for w in wanted[:4]]
+
+
+def _stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `stacked`, with A itself first, so that A x comes with it: [A; A - A'] and [B - B', B']."""
+    if anchor_A is None or anchor_B is None:
+        return A, B
+    return torch.cat([A, A - anchor_A], dim=-2), torch.cat([B - anchor_B, anchor_B], dim=-1)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Below each other."""
+    whole = [part for part in parts if part is not None]
+    return None if not whole else whole[0] if len(whole) == 1 else torch.cat(whole)

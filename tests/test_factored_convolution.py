@@ -1,0 +1,136 @@
+"""Convolutions through factors, against the literal formula: values, all derivatives, and what they take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_lte.layers.base import LayerState
+from lightning_lte.switch import Switch
+from tests.test_layers import COUNT, factors_of, headed, random
+
+# By the count of places: with each head's effective weight, or beside the base convolution.
+MANY, FEW = True, False
+LAYERS: dict[str, tuple[Callable[[], Any], dict[bool, tuple[int, ...]], int]] = {
+    "1d in parts": (lambda: nn.Conv1d(2, 6, 3, stride=2, padding=1), {MANY: (25,), FEW: (2,)}, 3),
+    "2d with groups": (lambda: nn.Conv2d(4, 6, (2, 3), groups=2), {MANY: (8, 5), FEW: (2, 4)}, 1),
+    "2d of one place, channels last": (
+        lambda: nn.Conv2d(4, 6, 1, bias=False).to(memory_format=torch.channels_last),
+        {MANY: (4, 3), FEW: (1, 2)},
+        1,
+    ),
+    "transposed with groups": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1),
+        {MANY: (3, 3), FEW: (1, 2)},
+        1,
+    ),
+}
+per_layer = pytest.mark.parametrize("case", LAYERS)
+per_places = pytest.mark.parametrize("many", [MANY, FEW])
+per_anchors = pytest.mark.parametrize("keep", [True, False])
+
+
+def made(case: str, many: bool, keep: bool = True) -> tuple[Any, Any, Any, Tensor]:
+    """A layer, a plain twin, its factors, and an input."""
+    make, sizes, parts = LAYERS[case]
+    layer = make().double()
+    with torch.no_grad():
+        for seed, param in enumerate(layer.parameters()):
+            param.copy_(random(*param.shape, seed=10 + seed))
+    plain = copy.deepcopy(layer)
+    f = factors_of(layer, rank=1, keep=keep, parts=parts)
+    f.gradient_scale = COUNT
+    headed(layer, LayerState(Switch(COUNT), {"weight": f}))
+    layer._lte.switch.acting = "all"
+    x = random(COUNT, layer.in_channels, *sizes[many], seed=4)
+    if layer.weight.dim() == 4 and not layer.weight.is_contiguous():
+        x = x.contiguous(memory_format=torch.channels_last)
+    return layer, plain, f, x.requires_grad_()
+
+
+def literally(plain: Any, f: Any, x: Tensor) -> Tensor:
+    """Each head's effective weight, in a plain layer."""
+    outputs = []
+    for h, part in enumerate(x.chunk(COUNT)):
+        old = 0 if f.anchor_A is None else f.anchor_B[h] @ f.anchor_A[h]
+        weight = plain.weight.detach() + f.scale * f.matrices.as_weight(f.B[h] @ f.A[h] - old, plain.weight.shape)
+        outputs.append(torch.func.functional_call(plain, {"weight": weight}, (part,)))
+    return torch.cat(outputs)
+
+
+@per_layer
+@per_places
+@per_anchors
+def test_value_and_gradients_are_those_of_the_literal_formula(case: str, many: bool, keep: bool) -> None:
+    layer, plain, f, x = made(case, many, keep)
+    y, expected = layer(x), literally(plain, f, x)
+    assert type(y.grad_fn).__name__ == "_FactoredConvolutionBackward" and not y._is_view()
+    torch.testing.assert_close(y, expected)
+    seed = random(*y.shape, seed=5)
+    found = torch.autograd.grad(y, [x, f.A, f.B], seed)
+    wanted = torch.autograd.grad(expected, [x, f.A, f.B], seed)
+    for own, literal, size in zip(found, wanted, (1, COUNT, COUNT), strict=True):
+        torch.testing.assert_close(own, size * literal)
+
+
+@per_layer
+@per_places
+@per_anchors
+def test_it_has_second_derivatives_where_a_layer_is_used_twice_and_many_at_once(
+    case: str, many: bool, keep: bool
+) -> None:
+    found = []
+    for through_heads in (True, False):
+        layer, plain, f, x = made(case, many, keep)
+        if not through_heads:  # as for any gradient of a factor, what comes through a derivative is scaled, too
+            f.A.register_hook(lambda gradient: COUNT * gradient)
+            f.B.register_hook(lambda gradient: COUNT * gradient)
+        run = layer if through_heads else lambda own, plain=plain, f=f: literally(plain, f, own)
+        y = torch.tanh(run(x * torch.tanh(run(x)).mean()))
+        of_x, of_A = torch.autograd.grad(y.square().sum(), [x, f.A], create_graph=True)
+        (y.sin().sum() + of_x.square().sum() + of_A.square().sum()).backward()
+        found.append([x.grad, f.A.grad, f.B.grad])
+    for own, literal in zip(*found, strict=True):
+        torch.testing.assert_close(own, literal)
+    layer, _, f, x = made(case, many, keep)
+    f.gradient_scale = 1
+    A, B = f.A, f.B
+
+    def of(x: Tensor, own_A: Tensor, own_B: Tensor) -> Tensor:
+        f.A, f.B = own_A, own_B
+        y: Tensor = layer(x)
+        return y
+
+    assert torch.autograd.gradcheck(of, (x, A, B), check_batched_grad=True, fast_mode=True)
+
+
+@per_layer
+@per_places
+def test_a_weight_that_a_first_layer_writes_to_later_breaks_no_backward(case: str, many: bool) -> None:
+    layer, _, f, x = made(case, many)
+    y = layer(x.detach())
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.sum(), [f.A, f.B], retain_graph=True))
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.sum(), [f.A, f.B], create_graph=True))
+
+
+@pytest.mark.parametrize(("places", "keep"), [(30, True), (30, False), (400, True), (400, False)])
+def test_it_takes_no_more_multiply_adds_than_its_count_says(places: int, keep: bool) -> None:
+    layer, m, n, r = nn.Conv1d(64, 96, 3, padding=1), 96, 3 * 64, 2
+    f = factors_of(layer, rank=r, keep=keep)
+    headed(layer, LayerState(switch := Switch(COUNT), {"weight": f}))
+    x = torch.randn(1, 64, places, requires_grad=True)
+    # One head, as torch counts the gradients of weights of several groups several times.
+    with switch.at(0), FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    pairs = 2 if keep else 1
+    few = places * (2 * m * n + (1 + 2 * pairs) * r * (m + n) + r * m)  # the gradient times B comes by itself
+    many = places * (2 * m * n + 2 * r * (m + n)) + 2 * pairs * r * m * n
+    assert counter.get_total_flops() // 2 == (many if places == 400 else few) < places * 3 * m * n
