@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from lightning_lte.replicas import average_gradients
 from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_data, make_net, sgd, trainer
 from tests.processes import run
 
@@ -271,6 +272,24 @@ def _unused(replicas: str) -> Tensor:
 def test_what_takes_no_part_on_any_device_is_passed_over_by_optimizers(replicas: str) -> None:
     for unused in run(_unused, 2, replicas, group=False):
         assert unused.tolist() == [1, 1, 1]
+
+
+def _averaged_rows() -> tuple[Tensor, Tensor, bool]:
+    """The gradient of an embedding of which each device looks up other rows, and one that both do."""
+    rank = dist.get_rank()
+    dense, sparse = (torch.nn.Embedding(4, 2, sparse=own, _weight=torch.ones(4, 2)) for own in (False, True))
+    for embedding in (dense, sparse):
+        (embedding(torch.tensor([3 * rank, 1])) * (rank + 1)).sum().backward()
+        average_gradients([embedding.weight], Transport(2, rank))
+    assert dense.weight.grad is not None and sparse.weight.grad is not None
+    return dense.weight.grad, sparse.weight.grad.to_dense(), sparse.weight.grad.is_sparse
+
+
+def test_sparse_gradients_are_averaged_as_dense_ones() -> None:
+    for dense, sparse, stays_sparse in run(_averaged_rows, 2):
+        assert stays_sparse
+        assert torch.equal(sparse, dense)
+        assert dense.tolist() == [[0.5] * 2, [1.5] * 2, [0] * 2, [1] * 2]
 
 
 def _newton() -> dict[str, Tensor]:
