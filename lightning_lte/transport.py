@@ -178,6 +178,18 @@ class Transport:
         self.bytes_sent += tensor.nbytes * (self.world_size - 1)
         return torch.cat(parts)
 
+    def any_within(self, flags: Tensor) -> Tensor:
+        """(k,) bool: each flag, whether it is so on any of the devices that share out a head with this one, itself
+        included. A collective of theirs."""
+        if self.within is None:
+            return flags
+        return self.within.stack(flags.to(torch.uint8).unsqueeze(0)).bool().any(0)
+
+    def sum_within_(self, tensors: Sequence[Tensor]) -> None:
+        """`sum_` over the devices that share out a head with this one: a collective of theirs."""
+        if self.within is not None:
+            self.within.sum_(tensors)
+
     @torch.no_grad()
     def stack_all(self, tensors: Sequence[Tensor], wire: Wire = "float32") -> list[Tensor]:
         """`stack` for many tensors, in few calls.
