@@ -257,6 +257,22 @@ def test_one_device_sends_nothing() -> None:
     assert transport.bytes_sent == 0 and torch.equal(tensor, torch.ones(3))
 
 
+def _without_values(kind: str) -> str:
+    module = Module()
+    with torch.inference_mode(kind == "inference"):
+        module.net.extra = torch.nn.LazyLinear(3) if kind == "lazy" else torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="received") as error:
+        trainer(LTEStrategy(2, 3, rank=RANK), devices=2, max_steps=1).fit(module, loader())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "received"), [("lazy", "received lazy parameters"), ("inference", "received parameters made in inference")]
+)
+def test_weights_without_values_are_refused_before_they_are_sent(kind: str, received: str) -> None:
+    assert all(received in words for words in run(_without_values, 2, kind, group=False))
+
+
 def _unused(replicas: str) -> Tensor:
     class Unused(Net):
         def __init__(self) -> None:
