@@ -229,7 +229,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 own = layout.mine(rows, copies)
                 own = own if param in stacked and of_heads else own[0]
                 # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
-                own = own.clone() if own.dim() == 0 and param.dim() else own.to(param.device).clone()
+                counts = own.dim() == 0 and (param.dim() > 0 or key in _COUNTS_OF_A_DEVICE)
+                own = own.clone() if counts else own.to(param.device).clone()
                 here[key] = like(param, own)
             _place_step(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)

@@ -67,7 +67,8 @@ class Decay:
             # Kernels that look for infinities of a gradient scaler themselves leave a step out without a word.
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is not None:
-                taken = taken * (found_inf.double().reshape(()) == 0)
+                # In float64: of 1 less a small decay, float32 would lose a part of that, or all of it.
+                taken = taken * (found_inf.reshape(()) == 0).double()
             # What has no gradient was not stepped.
             stepped = [p for p in group["params"] if p in owners and p.grad is not None]
             if stepped:

@@ -338,8 +338,8 @@ class Explorer(Merging):
             return False
         # Heads with a residual are elsewhere than their anchors in any case.
         factors = [f for f in self.injection.factors.values() if not f.has_residual]
-        moved = torch.tensor([[any(f.moved() for f in factors)]], dtype=torch.uint8, device=self._device)
-        if not bool(self.transport.stack(moved).any()):
+        moved = torch.tensor([any(f.moved() for f in factors)], device=self._device)
+        if not bool(self.transport.stack(self.transport.any_within(moved).to(torch.uint8)).any()):
             return False
         warnings.warn(
             f"The heads have learned something since the last merge, but no step was counted ({self.where}), so merges"

@@ -67,8 +67,7 @@ def clip_grad_norm_(
         squared = squared + torch.linalg.vector_norm(gradient.reshape(count, -1), dim=1).to(squared).square()
     for gradient in shared:
         squared = squared + torch.linalg.vector_norm(gradient).to(squared).square()
-    if transport.within is not None:
-        transport.within.sum_([squared])
+    transport.sum_within_([squared])
     norms = squared.sqrt()
     # As torch.nn.utils.clip_grad_norm_ does, the small number included.
     coefficients = (max_norm / (norms + 1e-6)).clamp(max=1.0)

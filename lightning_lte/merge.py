@@ -233,13 +233,10 @@ class Merge:
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
         good = _finite(self.factors, self.replicas, states).to(self._device)
-        self._good = good & _finite(self._others, self._other_replicas, states).to(self._device)
+        good = good & _finite(self._others, self._other_replicas, states).to(self._device)
+        self._good = ~self._transport.any_within(~good)
         if self._config.decays_weights:
             self._left = _taken_left(self.factors, self._device)
-        within = self._transport.within
-        if within is not None:
-            # A head is good if it is so on all devices that share it out.
-            self._good = within.stack(self._good.to(torch.uint8).unsqueeze(0)).bool().all(0)
 
     def _exchange_good(self) -> None:
         # Of another stream than this may run in: they must live until what reads them here has run.
@@ -319,8 +316,7 @@ class Merge:
         _mend_shared_moments(self.replicas, states)
         norm = disagreement = None
         if self._measure:
-            if self._transport.within is not None:
-                self._transport.within.sum_([self._squared_mean])
+            self._transport.sum_within_([self._squared_mean])
             norm = float(self._squared_mean.sqrt())
             if norm > 0:
                 ratio = float(self._squared_heads) / self._good_total / norm**2

@@ -301,9 +301,8 @@ class Merging(Trainees):
 
     def _told(self) -> Tensor:
         """What this device tells the others, or what those tell that share out a head with it, (1, flags) uint8."""
-        told = torch.tensor([list(self.flags.values())], dtype=torch.uint8, device=self._device)
-        within = self.transport.within
-        return told if within is None else within.stack(told).amax(0, keepdim=True)
+        told = torch.tensor(list(self.flags.values()), dtype=torch.bool, device=self._device)
+        return self.transport.any_within(told).to(torch.uint8).unsqueeze(0)
 
     def _hear_of(self, told: Tensor) -> None:
         heard = told.bool().cpu().unbind(1)

@@ -233,8 +233,11 @@ def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> N
     call it."""
     if not params:
         return
-    # Every device must send the same tensors, also for a parameter that took no part on one of them.
-    gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
+    # Every device must send the same tensors, also for a parameter that took no part on one of them, and for the rows
+    # of an embedding that its own samples have.
+    sparse = [p.grad is not None and p.grad.is_sparse for p in params]
+    owned = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    gradients = [g.to_dense() if of_rows else local(g) for g, of_rows in zip(owned, sparse, strict=True)]
     had = torch.ones(len(params), device=params[0].device)
     absent = [i for i, p in enumerate(params) if p.grad is None]
     for i in absent:
@@ -244,4 +247,5 @@ def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> N
     # device, only where one took no part on this one, as in data-parallel training.
     nowhere = {i for i, devices in enumerate(had.tolist()) if not devices} if absent else ()
     for i, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
-        param.grad = None if i in nowhere else with_part(param, gradient / transport.world_size)
+        mean = gradient / transport.world_size
+        param.grad = None if i in nowhere else mean.to_sparse(1) if sparse[i] else with_part(param, mean)

@@ -111,6 +111,9 @@ class Resumable(_Base):
         if trains and "optimizer_states" in checkpoint:
             # LearningRateFinder trains within `fit`, and goes back: as a run does that is resumed.
             self._begin_anew()
+        if str(self.precision_plugin.precision) == "64-true":
+            # Lightning converts the module later, and would round in between what the checkpoint has of its weights.
+            self.precision_plugin.convert_module(self._module)
         if self._sharding is None:
             super().load_model_state_dict(checkpoint, strict)
         else:

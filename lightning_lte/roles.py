@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,7 +108,7 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
             nothing to factor, nothing to read in low precision where the user asks for it.
     """
     owners = _owners(module)
-    _check_made([param for param in owners], {param: _name(found[0]) for param, found in owners.items()})
+    check_made({_name(found[0]): param for param, found in owners.items()})
     _check_patterns(module, owners, config)
     trained = set(trained)
     if not any(p.requires_grad and p in trained for p in owners):
@@ -269,20 +269,25 @@ def _twins(owners: _Owners) -> dict[nn.Parameter, list[str]]:
     }
 
 
-def _check_made(params: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) -> None:
-    lazy = [names[p] for p in params if is_lazy(p)]
+def check_made(params: Mapping[str, nn.Parameter]) -> None:
+    """Raise if parameters, by name, have no values that can be trained.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    lazy = [name for name, p in params.items() if is_lazy(p)]
     if lazy:
         raise ValueError(
             f"Heads need the shapes of weights; received lazy parameters without one: {listed(lazy)}. Run one"
             " forward on a sample before `fit`, for instance at the end of __init__ or in configure_model."
         )
-    inference = [names[p] for p in params if not is_lazy(p) and p.is_inference()]
+    inference = [name for name, p in params.items() if not is_lazy(p) and p.is_inference()]
     if inference:
         raise ValueError(
             f"Weights must take part in autograd; received parameters made in inference mode: {listed(inference)}. Make"
             " the module outside torch.inference_mode()."
         )
-    meta = [names[p] for p in params if p.is_meta]
+    meta = [name for name, p in params.items() if p.is_meta]
     if meta:
         raise ValueError(
             f"Heads train weights that have values; received parameters on the meta device: {listed(meta)}."

@@ -113,9 +113,8 @@ class RunningStatistics:
     def exchange(self, transport: Transport) -> None:
         """Sum over all devices. A collective: every device has to call it."""
         transport.sum_(self._sums)
-        if transport.within is not None:
-            # Each device has seen samples of its own, also where several share out a head.
-            transport.within.sum_(self._sums)
+        # Each device has seen samples of its own, also where several share out a head.
+        transport.sum_within_(self._sums)
 
     @torch.no_grad()
     def land(self) -> None:

@@ -169,12 +169,12 @@ class _Shards:
         """Everything of heads, by its keys below `SHARDS`, to be read later."""
         for name, path in self._paths.items():
             if path[0] == SHARDS:
-                size = self._blank(name, device="meta").shape
+                size = self._empty(name, device="meta").shape
                 yield tuple(map(str, path[1:])), (size[0] if len(size) else 0, partial(self._read_one, name))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read some, by torch's names, each on the CPU."""
-        state: dict[str, Any] = {name: self._blank(name) for name in names}
+        state: dict[str, Any] = {name: self._empty(name) for name in names}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         self._reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
@@ -183,7 +183,7 @@ class _Shards:
     def _read_one(self, name: str) -> Tensor:
         return self.read([name])[name]
 
-    def _blank(self, name: str, device: str = "cpu") -> Tensor:
+    def _empty(self, name: str, device: str = "cpu") -> Tensor:
         known = self._metadata.state_dict_metadata[name]
         assert isinstance(known, TensorStorageMetadata)
         return torch.empty(known.size, dtype=known.properties.dtype, device=device)
@@ -229,8 +229,9 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
                 buffers[device][keys[1]] = read
         else:
             if keys[0] == "optimizers" and keys[2] in of_some[int(keys[1])]:
-                blank = _blank(next(iter(parts.values())))
-                parts = {**dict.fromkeys(range(state["devices"]), blank), **parts}
+                count, read = next(iter(parts.values()))
+                zeros = count, partial(_zeros_like, read)
+                parts = {**dict.fromkeys(range(state["devices"]), zeros), **parts}
             _put(state, keys, Rows([parts[device] for device in sorted(parts)]))
     state["buffers"] = [Lazy(own) for own in buffers]
     return state
@@ -267,10 +268,9 @@ def _put(tree: Any, path: Iterable[Any], value: Any) -> None:
     tree[last] = value
 
 
-def _blank(part: Part) -> Part:
-    """Zeros in the place of the rows of a device that has none."""
-    count, read = part
-    return count, lambda: torch.zeros_like(read())
+def _zeros_like(read: Callable[[], Tensor]) -> Tensor:
+    """In the place of the rows of a device that has none."""
+    return torch.zeros_like(read())
 
 
 def _itself(tensor: Tensor) -> Tensor:

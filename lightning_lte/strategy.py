@@ -53,6 +53,7 @@ from lightning_lte.requirements import (
     check_validation,
 )
 from lightning_lte.resumable import CheckpointKind, Resumable
+from lightning_lte.roles import check_made
 from lightning_lte.rounded import Base, BaseCopy
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.sharding import Sharding
@@ -370,6 +371,7 @@ class HeadsStrategy(Resumable):
             self._share_out()
             return
         module = self._module
+        check_made(dict(module.named_parameters()))
         transport = Transport(self.world_size, self.global_rank, timeout=self._timeout)
         with torch.no_grad():
             transport.broadcast_([*module.parameters(), *module.buffers()])

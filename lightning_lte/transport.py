@@ -178,6 +178,18 @@ class Transport:
         self.bytes_sent += tensor.nbytes * (self.world_size - 1)
         return torch.cat(parts)
 
+    def any_within(self, flags: Tensor) -> Tensor:
+        """(k,) bool: each flag, whether it is so on any of the devices that share out a head with this one, itself
+        included. A collective of theirs."""
+        if self.within is None:
+            return flags
+        return self.within.stack(flags.to(torch.uint8).unsqueeze(0)).bool().any(0)
+
+    def sum_within_(self, tensors: Sequence[Tensor]) -> None:
+        """`sum_` over the devices that share out a head with this one: a collective of theirs."""
+        if self.within is not None:
+            self.within.sum_(tensors)
+
     @torch.no_grad()
     def stack_all(self, tensors: Sequence[Tensor], wire: Wire = "float32") -> list[Tensor]:
         """`stack` for many tensors, in few calls.
@@ -207,22 +219,32 @@ class Transport:
 
     @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Give every device the values of rank 0."""
+        """Give every device the values of rank 0: of tensors of any layout and dtype."""
         if self.world_size == 1:
             return
         for tensor in tensors:
-            contiguous = tensor.contiguous()
-            dist.broadcast(contiguous, src=0, group=self.group)
-            tensor.copy_(contiguous)
+            if tensor.layout == torch.strided and not tensor.is_nested:
+                sent = tensor.contiguous()
+                # As bytes, which all backends send.
+                dist.broadcast(sent.view(-1).view(torch.uint8), src=self._first, group=self.group)
+                tensor.copy_(sent)
+            else:
+                whole = [tensor.cpu()]  # that of the others gives way to the first one's
+                dist.broadcast_object_list(whole, src=self._first, group=self.group)
+                tensor.copy_(whole[0])
 
     def gather(self, value: Any) -> list[Any] | None:
         """Collect a picklable value of each device on rank 0; the others receive None."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        dist.gather_object(value, gathered, dst=first, group=self.group)
+        dist.gather_object(value, gathered, dst=self._first, group=self.group)
         return gathered
+
+    @property
+    def _first(self) -> int:
+        """What the process group of all calls this one's rank 0."""
+        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
 
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:

@@ -102,8 +102,11 @@ class Trial:
         return self.reason
 
     def accept_writes(self) -> None:
-        """Take W as it is now: after a merge."""
+        """Take W as it is now: after a merge, or where heads go on from it."""
         self._version, self._sum = self.weight._version, int(checksum(self.weight))
+        if self.reason == WRITTEN:
+            # Its gradient was left there, for a replica. Whether W is used elsewhere, the next backward shows.
+            self.reason = self.weight.grad = self._through_layer = None
 
     def _is_written(self) -> bool:
         # Writes to `weight.data` go past autograd and show in the bits alone.

@@ -16,8 +16,8 @@ from tests.another_device import DEVICE, Elsewhere, another_device, move_
 from tests.modules import Kinds, after_backward, make_data, make_net, train_step
 
 PERIOD, STEPS = 3, 7
-# Weights are watched in the first two steps, and a merge comes with the third.
-QUIET = (3, 4)
+# Weights are watched in the first two steps, and a merge comes with the third. The last step goes on from a checkpoint.
+QUIET = (3, 4, 6)
 
 
 class WithStatistics(nn.Module):
@@ -29,6 +29,18 @@ class WithStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+class Scaled(WithStatistics):
+    """A parameter without dimensions, such as CLIP's `logit_scale`, of which optimizers count steps, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[1] = nn.LayerNorm(16)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +78,12 @@ def test_running_statistics_on_another_device_are_the_same() -> None:
     _check(WithStatistics, {})
 
 
-def test_no_step_between_merges_waits_for_another_device() -> None:
+@pytest.mark.parametrize("kind", [Kinds, Scaled])
+def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) -> None:
     waits: list[list[str]] = []
     with another_device():
-        _train(Kinds, {"execution": "batched"}, there=True, waits=waits)
-    assert [waits[step] for step in QUIET] == [[], []]
+        _train(kind, {"execution": "batched"}, there=True, waits=waits)
+    assert [waits[step] for step in QUIET] == [[], [], []]
     assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
 
 

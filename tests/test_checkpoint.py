@@ -23,6 +23,7 @@ from tests.modules import (
     Module,
     Net,
     Recorder,
+    Slices,
     adamw,
     clone,
     loader,
@@ -450,6 +451,24 @@ def test_a_run_goes_on_in_another_precision(saved: torch.dtype, then: torch.dtyp
         torch.testing.assert_close(own.exact(), f.exact(), rtol=0, atol=0 if saved == then else 1e-2)
         if then == torch.float32:
             assert torch.equal(own.weight, f.exact()) and not torch.equal(own.weight, weight.float())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_module_that_the_trainer_converts_goes_on_exactly(tmp_path: Path, precision: Any) -> None:
+    """It is in float32 until the trainer converts it, which is after weights are loaded."""
+
+    class Casting(Module):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return super().training_step((batch[0].to(self.net.first.weight.dtype), batch[1]), batch_idx)  # type: ignore[arg-type]
+
+    def fit(save: bool, resume: str | None = None) -> dict[str, Tensor]:
+        module = Casting(make_net().float())
+        look = Recorder(lambda t, _: save and t.global_step == 5 and t.save_checkpoint(tmp_path / "middle.ckpt"))
+        t = trainer(LTEStrategy(1, 3, rank=RANK), max_steps=8, callbacks=[look], precision=precision)
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    assert_equal(fit(save=True), fit(save=False, resume=str(tmp_path / "middle.ckpt")))
 
 
 def test_an_older_state_leaves_nothing_of_what_came_after() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
+from lightning_lte.replicas import average_gradients
 from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_data, make_net, sgd, trainer
 from tests.processes import run
 
@@ -256,6 +257,22 @@ def test_one_device_sends_nothing() -> None:
     assert transport.bytes_sent == 0 and torch.equal(tensor, torch.ones(3))
 
 
+def _without_values(kind: str) -> str:
+    module = Module()
+    with torch.inference_mode(kind == "inference"):
+        module.net.extra = torch.nn.LazyLinear(3) if kind == "lazy" else torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="received") as error:
+        trainer(LTEStrategy(2, 3, rank=RANK), devices=2, max_steps=1).fit(module, loader())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "received"), [("lazy", "received lazy parameters"), ("inference", "received parameters made in inference")]
+)
+def test_weights_without_values_are_refused_before_they_are_sent(kind: str, received: str) -> None:
+    assert all(received in words for words in run(_without_values, 2, kind, group=False))
+
+
 def _unused(replicas: str) -> Tensor:
     class Unused(Net):
         def __init__(self) -> None:
@@ -271,6 +288,24 @@ def _unused(replicas: str) -> Tensor:
 def test_what_takes_no_part_on_any_device_is_passed_over_by_optimizers(replicas: str) -> None:
     for unused in run(_unused, 2, replicas, group=False):
         assert unused.tolist() == [1, 1, 1]
+
+
+def _averaged_rows() -> tuple[Tensor, Tensor, bool]:
+    """The gradient of an embedding of which each device looks up other rows, and one that both do."""
+    rank = dist.get_rank()
+    dense, sparse = (torch.nn.Embedding(4, 2, sparse=own, _weight=torch.ones(4, 2)) for own in (False, True))
+    for embedding in (dense, sparse):
+        (embedding(torch.tensor([3 * rank, 1])) * (rank + 1)).sum().backward()
+        average_gradients([embedding.weight], Transport(2, rank))
+    assert dense.weight.grad is not None and sparse.weight.grad is not None
+    return dense.weight.grad, sparse.weight.grad.to_dense(), sparse.weight.grad.is_sparse
+
+
+def test_sparse_gradients_are_averaged_as_dense_ones() -> None:
+    for dense, sparse, stays_sparse in run(_averaged_rows, 2):
+        assert stays_sparse
+        assert torch.equal(sparse, dense)
+        assert dense.tolist() == [[0.5] * 2, [1.5] * 2, [0] * 2, [1] * 2]
 
 
 def _newton() -> dict[str, Tensor]:

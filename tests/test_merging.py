@@ -60,6 +60,21 @@ def test_weights_written_while_a_merge_travels_stay_as_they_were_written() -> No
         torch.testing.assert_close(weight, torch.full_like(weight, 0.01))
 
 
+def test_weights_written_before_the_second_step_are_what_heads_go_on_from() -> None:
+    """While it is still watched whether something else than merges writes to them."""
+    loop = Loop()
+    loop.steps(1)
+    loop.write(0.01)
+    for group in loop.opt.param_groups:
+        group.update(lr=0.0, momentum=0.0)
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        loop.steps(4)
+    loop.explorer.finish()
+    for weight in loop.weights().values():
+        torch.testing.assert_close(weight, torch.full_like(weight, 0.01))
+    assert not loop.explorer.made_replicas and all(p.grad is None for p in loop.explorer.injection.factors)
+
+
 def test_weights_written_in_half_precision_are_all_that_is() -> None:
     """What the weights that were there before could not hold is not added to them."""
     net = make_net().bfloat16()

@@ -635,6 +635,22 @@ def test_a_device_that_is_left_alone_says_that_it_has_a_part_only() -> None:
         assert any("each has its part of the weights alone" in words for words in warned), warned
 
 
+def uncounted() -> bool:
+    """Whether heads that moved on the second device alone, of which the first has no part, are noticed."""
+    explorer = shared_out(2)[1]
+    if dist.get_rank() == 1:
+        f = next(iter(explorer.injection.factors.values()))
+        with torch.no_grad():
+            local(f.B).add_(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return explorer._moved_uncounted()
+
+
+def test_what_a_head_learned_uncounted_is_noticed_by_all_devices_that_share_it_out() -> None:
+    assert run(uncounted, 2) == [True, True]
+
+
 def normalises() -> Tensor:
     transport = groups_of(2)
     model = nn.Sequential(nn.BatchNorm1d(IN), nn.Linear(IN, 12), nn.Linear(12, CLASSES)).double()

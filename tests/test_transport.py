@@ -104,7 +104,7 @@ def test_every_tensor_is_summed_and_the_sums_are_bit_equal_on_all_devices(cap: i
 
 def exchanges() -> dict[str, Any]:
     t, rank = here(), dist.get_rank()
-    stacked = t.stack(torch.full((2, 3), rank).mT[:2])
+    stacked = t.stack(torch.arange(4).view(2, 2).mT + 10 * rank)
     flags = t.stack(torch.tensor([rank], dtype=torch.uint8))
     given = [nn.Parameter(torch.full((2,), float(rank))), torch.full((2, 3), rank).mT, torch.tensor(rank)]
     t.broadcast_(given)
@@ -118,10 +118,43 @@ def exchanges() -> dict[str, Any]:
 
 def test_stack_broadcast_and_gather_follow_the_order_of_ranks() -> None:
     first, second = run(exchanges, 2)
-    assert first["stacked"] == second["stacked"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert first["stacked"] == second["stacked"] == [[0, 2], [1, 3], [10, 12], [11, 13]]
     assert first["flags"] == second["flags"] == [0, 1]
     assert first["broadcast"] == second["broadcast"] == [[0, 0], [[0, 0]] * 3, 0]
     assert first["gathered"] == [{"rank": 0}, {"rank": 1}] and second["gathered"] is None
+
+
+def of_every_kind() -> list[Tensor]:
+    rank = dist.get_rank()
+    entry = torch.sparse_coo_tensor([[rank]], [rank + 1.0], (2,))  # each has another one
+    given = [entry, torch.tensor([rank == 0]), torch.tensor([rank], dtype=torch.uint16), torch.tensor(1j * rank)]
+    given += [
+        torch.tensor([float(rank)]).to(torch.float8_e4m3fn),
+        torch.zeros(2, 0),
+        torch.eye(2).to_sparse_csr() * rank,
+    ]
+    here().broadcast_(given)
+    return [g.to_dense().tolist() if g.layout != torch.strided else g.tolist() for g in given]
+
+
+def test_tensors_of_every_kind_are_broadcast() -> None:
+    first, second = run(of_every_kind, 2)
+    assert first == second == [[1.0, 0.0], [True], [0], 0j, [0.0], [[], []], [[0.0, 0.0], [0.0, 0.0]]]
+
+
+def in_groups() -> list[int]:
+    rank = dist.get_rank()
+    across = Transport.sharing(2, 4, rank)
+    tensor = torch.tensor([rank])
+    across.broadcast_([tensor])
+    seen = tensor.tolist()
+    assert across.within is not None
+    across.within.broadcast_([tensor])
+    return seen + tensor.tolist()
+
+
+def test_each_group_broadcasts_from_its_own_first_device() -> None:
+    assert run(in_groups, 4) == [[0, 0], [1, 0], [0, 0], [1, 0]]
 
 
 def traffic() -> list[int]:
