@@ -183,6 +183,15 @@ class Explorer(Merging):
         try:
             with self.all_heads() if batched else switch.at(switch.position):
                 yield
+        except RuntimeError as error:
+            if self.count == 1 or "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "Heads that take turns run the step once each before one backward for all of them, so a step may not"
+                " write in place to a parameter or another tensor that the backward of an earlier head needs; received"
+                f" such a write: {str(error).partition(' Hint:')[0]} Write to it once for each batch, in"
+                " on_train_batch_start of a LightningModule, or use one head per device."
+            ) from error
         finally:
             # A batch that the heads don't divide is dealt out in turn in batched execution, too.
             self.select(None)

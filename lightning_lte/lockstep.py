@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 from lightning_lte.execution import check_parts, combined
 from lightning_lte.explorer import Explorer
 from lightning_lte.layers.base import STATE
-from lightning_lte.rehearsal import REGISTRIES
+from lightning_lte.rehearsal import HOOKS, REGISTRIES
 
-# What is not a head's own: PyTorch's registries, and what layers know of their heads.
-_SHARED = REGISTRIES | {STATE}
+# What is not a head's own: PyTorch's registries but for hooks, and what layers know of their heads.
+_SHARED = REGISTRIES - HOOKS | {STATE}
 
 Closure = Callable[[], Any]
-# What modules have beside parameters, buffers, modules and hooks, by name.
+# What modules have beside parameters, buffers and modules, by name.
 Attributes = dict[nn.Module, dict[str, Any]]
 
 
@@ -258,7 +258,7 @@ class Lockstep:
         for p in gradients:
             p.grad = None
         attributes = {
-            module: {name: value for name, value in vars(module).items() if name not in _SHARED}
+            module: {n: dict(value) if n in HOOKS else value for n, value in vars(module).items() if n not in _SHARED}
             for module in self._explorer.module.modules()
         }
         return gradients, {p: p.requires_grad for p in params}, attributes
@@ -277,7 +277,13 @@ class Lockstep:
         for module, own in (attributes or {}).items():
             for name in vars(module).keys() - own.keys() - _SHARED:
                 del vars(module)[name]
-            vars(module).update(own)
+            for name, value in own.items():
+                if name in HOOKS:
+                    # In place: the handle of a hook knows this very registry.
+                    vars(module)[name].clear()
+                    vars(module)[name].update(value)
+                else:
+                    vars(module)[name] = value
 
     def _together(self) -> dict[nn.Parameter, Tensor]:
         """The gradients of all heads: rows below each other, and of what they share the mean."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -208,6 +208,8 @@ def alike(stacks: Iterable[Tensor]) -> Iterator[None]:
 
 # PyTorch's registries: parameters, modules and hooks. Buffers are kept by themselves.
 REGISTRIES = frozenset(vars(nn.Module()))
+# Hooks are put back as attributes are: a forward that registers them the first time notes that in an attribute.
+HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
 _CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")
 
 
@@ -215,7 +217,8 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     if id(module) in memo:
         return partial(_same, module)
     memo.add(id(module))
-    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
+    others = REGISTRIES - HOOKS
+    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in others}
     buffers = _kept(module._buffers, memo)
 
     def restore() -> nn.Module:
@@ -344,9 +347,11 @@ def _refill_array(value: Any, saved: Any) -> Any:
 
 def _refill_dict(value: dict[Any, Any], items: dict[Any, Restore]) -> dict[Any, Any]:
     new = {k: restore() for k, restore in items.items()}
-    # As a dict, whatever the subclass does when it is filled.
-    dict.clear(value)
-    dict.update(value, new)
+    # As a dict, whatever the subclass does when it is filled. One that is ordered keeps a list of its keys besides.
+    kind: type[dict[Any, Any]] = OrderedDict if isinstance(value, OrderedDict) else dict
+    kind.clear(value)
+    for key, own in new.items():
+        kind.__setitem__(value, key, own)
     return value
 
 

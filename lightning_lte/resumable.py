@@ -177,13 +177,13 @@ class Resumable(_Base):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         explorer = self._explorer
         assert explorer is not None
+        state = checkpoint.get("lte")
         for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
-            if not explorer.substitution.load_plain_state(optimizer, saved):
+            if not explorer.substitution.load_plain_state(optimizer, saved, goes_on=state is not None):
                 self._warn(
                     f"The param groups of {type(optimizer).__name__} in the checkpoint are not like those of this run,"
                     " so their settings (learning rate and the like) were not taken over."
                 )
-        state = checkpoint.get("lte")
         if state is None and explorer.full_rank:
             super().load_optimizer_state_dict(checkpoint)
             return

@@ -205,18 +205,34 @@ class Substitution:
             index += count
         return {"state": {}, "param_groups": groups}
 
-    def load_plain_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
-        """Take over the settings of param groups from a state_dict; False if its groups are of another shape or have
-        other settings than ours."""
+    def load_plain_state(self, optimizer: Optimizer, state: Mapping[str, Any], goes_on: bool = True) -> bool:
+        """Take over the settings of param groups from a state_dict.
+
+        Args:
+            optimizer: one of ours.
+            state: from `plain_state`, or of the user's own optimizer.
+            goes_on: whether moments are taken over, too, and with them what optimizers keep in groups as they step,
+                such as a count of steps.
+
+        Returns:
+            False if its groups are of another shape, or lack settings that the optimizer was constructed with.
+        """
         groups = state["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self._user_content(optimizer)]:
             return False
-        # Schedulers add some; all others say which optimizer it was.
-        others = {"params", "param_names", "initial_lr", "swa_lr"}
-        if any(g.keys() - others != s.keys() - others for g, s in zip(optimizer.param_groups, groups, strict=True)):
-            return False
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+            # Optimizers that wrap another one may have no defaults, or have some that no group has.
+            if (group.keys() & getattr(optimizer, "defaults", group).keys()) - saved.keys():
+                return False
+        content, of_schedulers = {"params", "param_names"}, {"initial_lr", "swa_lr"}
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            taken = saved.keys() - content
+            if goes_on:
+                for key in group.keys() - saved.keys() - content:
+                    del group[key]
+            else:
+                taken &= group.keys() | of_schedulers
+            group.update({key: saved[key] for key in taken})
         return True
 
     def _inside(self, param: nn.Parameter, name: str | None) -> Mapping[str, nn.Parameter]:

@@ -39,6 +39,15 @@ class Normed(Net):
         return self.batch_norm(super().forward(x))
 
 
+class Unit(Net):
+    """A weight is normalised in each forward, as prototypes are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.second.weight.copy_(nn.functional.normalize(self.second.weight))
+        return super().forward(x)
+
+
 def fit(net: nn.Module, sizes: list[int], **choices: Any) -> Explorer:
     opt = sgd(net.parameters())
     explorer = Explorer(net, opt, LTEConfig(4, 2, rank=RANK, **choices))
@@ -65,6 +74,11 @@ def test_all_heads_at_once_without_a_trial_are_refused() -> None:
     explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK))
     with pytest.raises(RuntimeError, match=r"received execution='auto' and no trial\. Use `execution\.run"):
         explorer.heads()
+
+
+def test_a_write_that_breaks_the_backward_of_an_earlier_head_is_explained() -> None:
+    with pytest.raises(RuntimeError, match=r"Heads that take turns .* received such a write: .* on_train_batch_start"):
+        fit(make_net(Unit), [16], execution="sequential")
 
 
 def test_parts_are_as_many_as_heads() -> None:

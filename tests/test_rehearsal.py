@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,16 @@ def test_what_is_in_tuples_is_put_back() -> None:
         pair[0].append(2)
         pair[1].add_(1)
     assert module.pair is pair and pair[0] == [1] and not pair[1].any()
+
+
+def test_ordered_dicts_are_put_back_whole() -> None:
+    cache = OrderedDict(first=1, second=2)
+    module = holding(cache=cache)
+    with untouched(module):
+        cache["third"] = 3
+        cache.move_to_end("first")
+    assert module.cache is cache and list(cache.items()) == [("first", 1), ("second", 2)]
+    assert cache.popitem(last=False) == ("first", 1)
 
 
 def test_arrays_of_all_shapes_are_put_back() -> None:
@@ -176,3 +187,35 @@ def test_no_state_keeps_heads_from_one_forward(state: Callable[[], Any], buffer:
     trainer(strategy, max_steps=1, limit_val_batches=0).fit(module, loader(16))
     assert "in one forward (batched)" in strategy.report().notes[-1]
     assert module.counted.samples == 16
+
+
+class Listening(Module):
+    """Listens to a layer from its first forward on, as transformers does where hidden states are asked for."""
+
+    def __init__(self, manual: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.listens = False
+        self.heard = 0
+
+    def hear(self, *_: Any) -> None:
+        self.heard += 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.listens:
+            self.net.second.register_forward_hook(self.hear)
+            self.listens = True
+        loss = super().training_step(batch, batch_idx)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            self.optimizers().step()  # type: ignore[union-attr]
+        return loss
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_hooks_of_a_first_forward_are_registered_once(manual: bool) -> None:
+    module = Listening(manual)
+    trainer(LTEStrategy(4, rank=RANK), max_steps=2, limit_val_batches=0).fit(module, loader(32))
+    assert len(module.net.second._forward_hooks) == 1
+    # In manual optimization attributes are those of the first head, which has heard its own forwards.
+    assert module.heard == 2

@@ -177,6 +177,23 @@ def test_settings_of_a_plain_state_are_taken_over_where_groups_are_shaped_alike(
     assert case.groups[0]["lr"] == 0.7
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_optimizers_count_in_groups_goes_with_their_moments(goes_on: bool) -> None:
+    saved = copy.deepcopy(Case().before)
+    saved["param_groups"][0].update(step=7, lr=0.7)
+    case = Case()
+    case.groups[1]["step"] = 3
+    assert case.substitution().load_plain_state(case.optimizer, saved, goes_on)
+    assert case.groups[0]["lr"] == 0.7
+    assert [group.get("step") for group in case.groups] == ([7, None] if goes_on else [None, 3])
+
+
+def test_settings_of_another_optimizer_are_not_taken_over() -> None:
+    case = Case()
+    saved = Case(AdamW).before
+    assert not case.substitution().load_plain_state(case.optimizer, saved)
+
+
 def test_a_group_added_during_training_stays_as_it_is() -> None:
     case = Case()
     substitution = case.substitution()
