@@ -24,6 +24,8 @@ from torch import Tensor
 
 # A, B and their anchors.
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# What makes W in a dtype, where nobody holds it whole.
+Reader = Callable[[torch.dtype], Tensor]
 
 _HALF = {torch.float16, torch.bfloat16}
 # Autocast leaves float64 as it is.
@@ -36,7 +38,7 @@ _CACHE = 2**20
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Reader,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -50,7 +52,7 @@ def product(
 
     Args:
         x: (n, rows, in).
-        weight: W, (out, in). It gets a gradient if it wants one.
+        weight: W, (out, in). It gets a gradient if it wants one. Or what makes it, once more for a backward.
         bias: (out,), or (n, out) with one for each head, or None.
         A: (n, rank, in), or (n, p, rank, in) for p equal parts of W's rows with factors of their own.
         B: (n, out, rank), or (n, p, out / p, rank).
@@ -60,7 +62,8 @@ def product(
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
     factors = _four_dimensional((A, B, anchor_A, anchor_B))
-    x, weight, bias = cast(x), cast(weight), None if bias is None else cast(bias)
+    x, bias = cast(x), None if bias is None else cast(bias)
+    weight = cast(weight) if isinstance(weight, Tensor) else weight
     with _without_autocast(x.device.type):
         y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
@@ -173,7 +176,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        base: Tensor | Reader,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -183,7 +186,11 @@ class _Product(torch.autograd.Function):
         gradient_scale: int,
         again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
-        ctx.scale, ctx.gradient_scale, ctx.folds = scale, gradient_scale, _folds(x, weight, anchor_B is not None)
+        ctx.read = None if isinstance(base, Tensor) else base
+        weight = base if isinstance(base, Tensor) else base(x.dtype)
+        ctx.scale, ctx.gradient_scale = scale, gradient_scale
+        # Who doesn't hold W whole has no room for effective weights beside it.
+        ctx.folds = ctx.read is None and _folds(x, weight, anchor_B is not None)
         ctx.per_head = per_head = bias is not None and bias.dim() == 2
         factors = (A, B, anchor_A, anchor_B)
         inner: Tensor | None = None
@@ -213,7 +220,7 @@ class _Product(torch.autograd.Function):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
                 inner[heads, part] = by_A[0]
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
-        kept = weight if ctx.needs_input_grad[0] else None
+        kept = weight if ctx.needs_input_grad[0] and ctx.read is None else None
         ctx.again = again
         ctx.save_for_backward(x, kept, *(factors if again is None else [None] * 4), inner)
         ctx.set_materialize_grads(False)
@@ -232,6 +239,8 @@ class _Product(torch.autograd.Function):
         if ctx.again is not None:
             A, B, anchor_A, anchor_B = _four_dimensional(ctx.again())
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
+        if for_x and ctx.read is not None:
+            weight = ctx.read(x.dtype)
         factors, size, half = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale, x.dtype in _HALF
         gradient = gradient.contiguous()  # once, and not in every product
         own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
