@@ -205,20 +205,18 @@ class _Product(torch.autograd.Function):
         else:
             # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
             rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            if per_head:
-                assert bias is not None
-                y.copy_(bias.unsqueeze(1))
-                flat.addmm_(rows, weight.mT)
-            elif bias is None:
-                torch.mm(rows, weight.mT, out=flat)
+            if bias is None:
+                y.zero_()
             else:
-                torch.addmm(bias, rows, weight.mT, out=flat)
+                y.copy_(bias.unsqueeze(1) if per_head else bias)
             inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
             for heads, part, out, pairs in _pairs(factors, x.dtype):
                 by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
                 for own, (_, second) in zip(by_A, pairs, strict=True):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
                 inner[heads, part] = by_A[0]
+            # The largest comes last, so that in half precision it is rounded once.
+            torch.addmm(flat, rows, weight.mT, out=flat)
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
         kept = weight if ctx.needs_input_grad[0] and ctx.read is None else None
         ctx.again = again
@@ -260,7 +258,7 @@ class _Product(torch.autograd.Function):
             for heads, part, out, effective in _effective(weight, factors, ctx.scale):
                 of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
         elif for_x:
-            of_x = torch.matmul(gradient, weight)
+            of_x = x.new_zeros(x.shape)
             # In half precision a sum of two products is rounded more often than the one below.
             learning = None if half else x.new_zeros(*A.shape[:2], x.shape[1], A.shape[2])
             for heads, part, _, pairs in _pairs(factors, x.dtype):
@@ -269,6 +267,9 @@ class _Product(torch.autograd.Function):
                     of_x[heads].baddbmm_(by_B, first, alpha=ctx.scale)
                     if learning is not None:
                         learning[heads, part] += by_B
+            # Last, as in the forward.
+            flat = of_x.view(-1, of_x.shape[-1])
+            torch.addmm(flat, gradient.view(-1, gradient.shape[-1]), weight, out=flat)
         if for_A:
             learning = own @ B.to(x.dtype) if learning is None else learning
             of_A = (learning if half else learning * size).mT @ x.unsqueeze(1)
