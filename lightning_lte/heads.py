@@ -231,11 +231,10 @@ class Factors:
 
     def applies(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: int | None = None) -> bool:
         """Whether `multiply` may be used here; see `product.applies`."""
-        if self.rounded is not None:
-            return False  # it has a product of its own
         # With a frozen A plain operations do better: they keep no input for a backward.
         learns = self.A.requires_grad and (self.anchor_A is None) == (self.anchor_B is None)
-        return learns and product.applies(x, weight, bias, self._own(self.A))
+        base = weight if self.rounded is None else None
+        return learns and product.applies(x, base, bias, self._own(self.A))
 
     def multiply(
         self,
@@ -249,14 +248,15 @@ class Factors:
 
         Args:
             x: (n, rows, in).
-            weight: the base, (out, in).
+            weight: the base, (out, in). Where it is in low precision, that is read in its place.
             bias: (out,), or (n, out) with one for each head, or None.
             head: see `apply`.
             part: see `apply`.
         """
         with span("heads"):
             factors, again = self.acting_and_anchors(head, part)
-            return product.product(x, weight, bias, *factors, self.scale, self.gradient_scale, again)
+            base = weight if self.rounded is None else self.rounded.reader()
+            return product.product(x, base, bias, *factors, self.scale, self.gradient_scale, again)
 
     def acting_and_anchors(
         self, head: int | Tensor | None = None, part: int | None = None

@@ -34,7 +34,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
                 f"LTE trains with torch optimizers; received {optimizer!r}. Return a torch.optim.Optimizer."
             )
         name = type(optimizer).__name__
-        if name == "Muon":
+        if any(type(own).__name__ == "Muon" for own in (optimizer, *wrapped_optimizers(optimizer))):
             raise ValueError(
                 "The factors of heads are not the matrices that Muon was made for, which orthogonalises the update of a"
                 " whole weight; received Muon. Choose an optimizer that updates each element by itself, such as AdamW."
@@ -108,17 +108,21 @@ def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
 def acts_per_element(optimizer: Optimizer) -> bool:
     """Whether two matrices stacked in one parameter are updated as they are in two optimizers.
 
-    Twins of the optimizer, with the settings of each of its groups, are tried on random numbers. One that can't be
-    copied gets the benefit of the doubt.
+    Twins of the optimizer, with the settings of each of its groups, are tried on random numbers, and so are those that
+    it holds. One that can't be copied gets the benefit of the doubt.
     """
+    if not all(acts_per_element(own) for own in wrapped_optimizers(optimizer)):
+        return False
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64).unbind()
-    for gradient in gradients:
-        gradient[1] *= 100  # so that norms over both matrices show
+    for number, gradient in enumerate(gradients, 1):
+        gradient[1] *= 100**number  # so that norms over both matrices show, and those of updates that are clipped
     for group in optimizer.param_groups:
+        # A learning rate that is warmed up is zero at the start, at which nothing shows.
+        settings = {**_plain_kernels(group), **({"lr": 1e-3} if group.get("lr") is not None else {})}
         try:
-            stacked = _trained(optimizer, group, start, gradients)
-            single = [_trained(optimizer, group, start[i], [g[i] for g in gradients]) for i in range(2)]
+            stacked = _trained(optimizer, settings, start, gradients)
+            single = [_trained(optimizer, settings, start[i], [g[i] for g in gradients]) for i in range(2)]
         except Exception:
             continue
         if not torch.allclose(stacked, torch.stack(single), rtol=1e-6, atol=1e-9):

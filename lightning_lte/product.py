@@ -24,6 +24,8 @@ from torch import Tensor
 
 # A, B and their anchors.
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# What makes W in a dtype, where nobody holds it whole.
+Reader = Callable[[torch.dtype], Tensor]
 
 _HALF = {torch.float16, torch.bfloat16}
 # Autocast leaves float64 as it is.
@@ -36,7 +38,7 @@ _CACHE = 2**20
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Reader,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -50,7 +52,7 @@ def product(
 
     Args:
         x: (n, rows, in).
-        weight: W, (out, in). It gets a gradient if it wants one.
+        weight: W, (out, in). It gets a gradient if it wants one. Or what makes it, once more for a backward.
         bias: (out,), or (n, out) with one for each head, or None.
         A: (n, rank, in), or (n, p, rank, in) for p equal parts of W's rows with factors of their own.
         B: (n, out, rank), or (n, p, out / p, rank).
@@ -60,7 +62,8 @@ def product(
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
     factors = _four_dimensional((A, B, anchor_A, anchor_B))
-    x, weight, bias = cast(x), cast(weight), None if bias is None else cast(bias)
+    x, bias = cast(x), None if bias is None else cast(bias)
+    weight = cast(weight) if isinstance(weight, Tensor) else weight
     with without_autocast(x.device.type):
         y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
     return y
@@ -175,7 +178,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        base: Tensor | Reader,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -185,8 +188,13 @@ class _Product(torch.autograd.Function):
         gradient_scale: int,
         again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
+        ctx.read = None if isinstance(base, Tensor) else base
+        weight = base if isinstance(base, Tensor) else base(x.dtype)
         ctx.scale, ctx.gradient_scale = scale, gradient_scale
-        ctx.folds = folds(x.shape[1], weight.shape[0], weight.shape[1], x.dtype, anchor_B is not None)
+        # Who doesn't hold W whole has no room for effective weights beside it.
+        ctx.folds = ctx.read is None and folds(
+            x.shape[1], weight.shape[0], weight.shape[1], x.dtype, anchor_B is not None
+        )
         ctx.per_head = per_head = bias is not None and bias.dim() == 2
         factors = (A, B, anchor_A, anchor_B)
         inner: Tensor | None = None
@@ -201,22 +209,20 @@ class _Product(torch.autograd.Function):
         else:
             # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
             rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            if per_head:
-                assert bias is not None
-                y.copy_(bias.unsqueeze(1))
-                flat.addmm_(rows, weight.mT)
-            elif bias is None:
-                torch.mm(rows, weight.mT, out=flat)
+            if bias is None:
+                y.zero_()
             else:
-                torch.addmm(bias, rows, weight.mT, out=flat)
+                y.copy_(bias.unsqueeze(1) if per_head else bias)
             inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
             for heads, part, out, pairs in _pairs(factors, x.dtype):
                 by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
                 for own, (_, second) in zip(by_A, pairs, strict=True):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
                 inner[heads, part] = by_A[0]
+            # The largest comes last, so that in half precision it is rounded once.
+            torch.addmm(flat, rows, weight.mT, out=flat)
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
-        kept = weight if ctx.needs_input_grad[0] else None
+        kept = weight if ctx.needs_input_grad[0] and ctx.read is None else None
         ctx.again = again
         ctx.save_for_backward(x, kept, *(factors if again is None else [None] * 4), inner)
         ctx.set_materialize_grads(False)
@@ -235,6 +241,8 @@ class _Product(torch.autograd.Function):
         if ctx.again is not None:
             A, B, anchor_A, anchor_B = _four_dimensional(ctx.again())
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
+        if for_x and ctx.read is not None:
+            weight = ctx.read(x.dtype)
         factors, size, half = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale, x.dtype in _HALF
         gradient = gradient.contiguous()  # once, and not in every product
         own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
@@ -254,7 +262,7 @@ class _Product(torch.autograd.Function):
             for heads, part, out, effective in _effective(weight, factors, ctx.scale):
                 of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
         elif for_x:
-            of_x = torch.matmul(gradient, weight)
+            of_x = x.new_zeros(x.shape)
             # In half precision a sum of two products is rounded more often than the one below.
             learning = None if half else x.new_zeros(*A.shape[:2], x.shape[1], A.shape[2])
             for heads, part, _, pairs in _pairs(factors, x.dtype):
@@ -263,6 +271,9 @@ class _Product(torch.autograd.Function):
                     of_x[heads].baddbmm_(by_B, first, alpha=ctx.scale)
                     if learning is not None:
                         learning[heads, part] += by_B
+            # Last, as in the forward.
+            flat = of_x.view(-1, of_x.shape[-1])
+            torch.addmm(flat, gradient.view(-1, gradient.shape[-1]), weight, out=flat)
         if for_A:
             learning = own @ B.to(x.dtype) if learning is None else learning
             of_A = (learning if half else learning * size).mT @ x.unsqueeze(1)

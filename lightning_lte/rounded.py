@@ -8,7 +8,8 @@ The paper's optional step. Forwards read a rounded W~; W itself is kept where th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -171,6 +172,10 @@ class Rounded:
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """W~, a new tensor (out, in)."""
         return unrounded(self._parts, self.kind, self.shape, dtype or self.dtype)
+
+    def reader(self) -> Callable[[torch.dtype], Tensor]:
+        """What makes W~ in a dtype, as it is now: a backward is to see what its forward has seen."""
+        return partial(unrounded, self._parts, self.kind, self.shape)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W~^T + b for x (..., in): (..., out), in the dtype of autocast, where that is on, or that of x."""

@@ -72,7 +72,23 @@ def cautious(params: Any) -> torch.optim.Optimizer:
     return timm.optim.create_optimizer_v2(params, opt="cadamw", lr=0.1)
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, Normalised, Global, lamb, cautious])
+def clipping(params: Any) -> torch.optim.Optimizer:
+    return timm.optim.create_optimizer_v2(params, opt="adafactor", lr=0.1)  # by the size of updates
+
+
+def warmed_up(params: Any) -> torch.optim.Optimizer:
+    optimizer = lamb(params)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 100)  # the learning rate is 0 now
+    return optimizer
+
+
+def wrapped(params: Any) -> torch.optim.Optimizer:
+    return timm.optim.create_optimizer_v2(params, opt="lookahead_lamb", lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "make", [torch.optim.Adafactor, Normalised, Global, lamb, cautious, clipping, warmed_up, wrapped]
+)
 def test_updates_that_mix_elements_are_refused_for_several_heads_only(make: Any) -> None:
     optimizer = make(params())
     assert not acts_per_element(optimizer)

@@ -215,6 +215,38 @@ def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_si
     assert own <= full + of_rank
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_linear_layers_keep_their_input_once(heads: int, base: Any, half: bool) -> None:
+    """And beside it what is of the size of the rank, whatever forwards read of W."""
+    net = nn.Sequential(nn.Sigmoid(), nn.Linear(40, 64), nn.Sigmoid(), nn.Linear(64, 40))
+    x = torch.randn(16, 40).requires_grad_()
+
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            net(x)
+
+    full = kept(forward, list(net.parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(heads, 100, rank=RANK, base=base, execution="batched"))
+    for _ in range(3):  # W is whole in the first steps
+        with explorer.heads():
+            loss = net(x).square().mean()
+        with explorer.backward():
+            loss.backward()
+        after_backward(explorer, optimizer)
+    factors = [
+        t for f in explorer.injection.factors.values() for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None
+    ]
+    assert len(factors) == 8 and all(
+        (f.rounded is None) == (base == "float32") for f in explorer.injection.factors.values()
+    )
+    with explorer.heads():
+        own = kept(forward, [*net.parameters(), *factors])
+    assert own <= full + 2 * len(x) * RANK * 4
+
+
 def same(way: dict[str, Any], make: Callable[[bool], Module], data: Any, steps: int = 5) -> None:
     """Training ends with the same weights, whether `make` is told to save memory or not."""
     ends = []

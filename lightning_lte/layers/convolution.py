@@ -55,7 +55,9 @@ class Geometry(NamedTuple):
 
     def of_heads(self, count: int) -> Geometry:
         """That of `count` heads side by side in the channels."""
-        return self._replace(groups=count * self.groups)
+        return Geometry(
+            *self[:-1], count * self.groups
+        )  # not by `_replace`, which older versions of torch don't compile
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """torch's own operation."""
