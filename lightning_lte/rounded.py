@@ -92,7 +92,7 @@ def _step(rows: Tensor) -> Tensor:
     return step.where(step > 0, 1)
 
 
-class _Product(torch.autograd.Function):
+class _ProductOfRounded(torch.autograd.Function):
     """x W~^T + b, for which autograd keeps the rounded weight and not what it is unrounded to."""
 
     @staticmethod
@@ -183,7 +183,7 @@ class Rounded:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         scales = self._parts[1] if len(self._parts) > 1 else None
-        return cast(Tensor, _Product.apply(x, bias, self.kind, self.shape, self._parts[0], scales))
+        return cast(Tensor, _ProductOfRounded.apply(x, bias, self.kind, self.shape, self._parts[0], scales))
 
     def merged(self) -> Tensor:
         """W as well as this device knows it alone, a new tensor: rounded where the rows are sharded."""
@@ -212,7 +212,8 @@ class Rounded:
             torch.autograd.graph.increment_version(self.weight)
 
     def _keep(self, exact: Tensor) -> None:
-        parts, error, rows = rounded(exact, self.kind), self._error, self._rows
+        # Laid out as what a checkpoint gives back: products of a matrix in other strides are rounded otherwise.
+        parts, error, rows = rounded(exact.contiguous(), self.kind), self._error, self._rows
         if self.copy == "sharded":
             share = -(-self.shape[0] // self._transport.world_size)
             own = exact[share * self._transport.rank :][:share]

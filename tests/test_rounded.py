@@ -114,6 +114,13 @@ def test_a_rounded_matrix_takes_the_bytes_of_its_numbers_and_scales(kind: Any, b
     assert sum(part.nbytes for part in rounded(x, kind)) == x.numel() * bytes_per_number + scales
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_what_forwards_read_is_laid_out_alike_whatever_strides_the_weight_has(kind: Any) -> None:
+    """Or a run whose shared rows were put together since would differ in rounding from one that is resumed."""
+    own = Rounded(nn.Parameter(torch.randn(6, 4).mT), kind, "sharded", Transport())
+    assert all(part.is_contiguous() for part in own._parts)
+
+
 def test_what_is_rounded_by_chance_is_right_in_the_mean() -> None:
     x = matrix(1, 2).float()
     rows = torch.cat([x, torch.tensor([[1.0, 1.0 / 127 / 4]])]).repeat(4000, 1)
