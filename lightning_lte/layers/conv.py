@@ -5,8 +5,9 @@ the same kernel, stride, padding and dilation into g * r channels, and B_h one o
 
     y_h = conv(x_h; W) + s * conv1(conv(x_h; A_h); B_h) - s * conv1(conv(x_h; A'_h); B'_h) + b_h
 
-All local heads run in one convolution with n * g groups, in which head h has the channels from h * in on. Where the
-kernel's patches don't overlap, they are the rows of a linear layer.
+All local heads run in one convolution with n * g groups, in which head h has the channels from h * in on, or each in
+one with its effective weight: see `factored_convolution.py`. Where the kernel's patches don't overlap, they are
+the rows of a linear layer.
 """
 
 from __future__ import annotations
