@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ class Substitution:
         for new in self._replacements.pop(param, {}).values():
             for states in self._states:
                 states.pop(new, None)
+        self._start_again({param})
 
     def move(self, old: nn.Parameter, new: nn.Parameter, changed: Callable[[int, dict[str, Any]], Any]) -> None:
         """Let another parameter take over the state of one that was put in, while the substitution rests.
@@ -160,13 +161,17 @@ class Substitution:
     def undo(self) -> None:
         """Give every group the parameters that the user put there, for good, and forget the states of all others."""
         self.rest()
+        self.forget()
+        self._start_again(self._replacements.keys())
+        self._replacements = {}
+
+    def _start_again(self, params: Collection[nn.Parameter]) -> None:
+        """Give the user's parameters, which optimizers show again, a state where they had one from the start."""
         for number, optimizer in enumerate(self.optimizers):
-            self._states[number].clear()
             for group in optimizer.param_groups:
                 for param in group["params"]:
-                    if param in self._had_state[number] and param not in optimizer.state:
+                    if param in params and param in self._had_state[number] and param not in optimizer.state:
                         _start_state(optimizer, group, param)
-        self._replacements = {}
 
     def held(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         """What an optimizer trains, by name."""

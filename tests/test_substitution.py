@@ -148,9 +148,30 @@ def test_moments_of_what_was_not_replaced_outlive_substitution_and_undo() -> Non
     assert case.optimizer.state[case.params[1]]["exp_avg"] is moments
 
 
+class Early(Adagrad):
+    """Can't step without the state that it makes when it is constructed, as torch's own could not for long."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        assert all(self.state.get(p) for group in self.param_groups for p in group["params"])
+        return super().step(*args, **kwargs)
+
+
 def test_an_optimizer_that_makes_its_state_when_constructed_steps_before_and_after_undo() -> None:
-    case = Case(Adagrad)
+    case = Case(Early)
     substitution = case.substitution()
+    step(case.optimizer)
+    substitution.undo()
+    step(case.optimizer)
+
+
+def test_an_optimizer_that_makes_its_state_when_constructed_steps_a_weight_that_loses_its_heads() -> None:
+    case = Case(Early)
+    substitution = case.substitution()
+    step(case.optimizer)
+    substitution.rest()
+    substitution.restore(case.params[0])
+    substitution.act()
+    assert case.params[0] in case.groups[0]["params"]
     step(case.optimizer)
     substitution.undo()
     step(case.optimizer)
