@@ -167,18 +167,18 @@ def test_classes_of_tensors_are_kept_with_what_they_know(rows: list[int]) -> Non
 
 
 def test_classes_of_tensors_that_slice_themselves_are_believed() -> None:
-    class Named(torch.Tensor):
-        names: list[str]
+    class Labelled(torch.Tensor):
+        labels: list[str]
 
         def __getitem__(self, index: Any) -> Any:
             part = super().__getitem__(index)
-            part.names = self.names[index]
+            part.labels = self.labels[index]
             return part
 
-    named = numbers(4).as_subclass(Named)
-    named.names = list("abcd")
-    first, second = halves(named)
-    assert first.names == ["a", "b"] and second.names == ["c", "d"]
+    labelled = numbers(4).as_subclass(Labelled)
+    labelled.labels = list("abcd")
+    first, second = halves(labelled)
+    assert first.labels == ["a", "b"] and second.labels == ["c", "d"]
 
 
 def test_a_loader_may_leave_samples_out_but_not_hold_more() -> None:
