@@ -6,7 +6,7 @@ import random
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -92,8 +92,7 @@ class _CopyOnWrite(TorchDispatchMode):
 
 def not_compiled() -> AbstractContextManager[Any]:
     """A context in which torch.compile does nothing: it refuses the modes below, and would make graphs for one use."""
-    # New in torch 2.6; before, compiled functions pass such modes over, unless they are to be in one graph.
-    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class Determined(TorchDispatchMode):

@@ -125,13 +125,8 @@ def check(module: nn.Module, units: list[nn.Module]) -> None:
     """Refuse what can't be shared out.
 
     Raises:
-        RuntimeError: torch is too old.
         ValueError: parameters that can't be shared out, with their names.
     """
-    if not hasattr(fsdp, "fully_shard"):
-        raise RuntimeError(
-            f"shard=k needs torch 2.6 or newer, which has fully_shard; this is torch {torch.__version__}. Update torch."
-        )
     made = {n: p for n, p in module.named_parameters() if not (is_lazy(p) or p.is_meta)}
     half = (torch.float16, torch.bfloat16)
     odd: dict[str, list[str]] = {

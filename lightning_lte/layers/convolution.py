@@ -55,9 +55,8 @@ class Geometry(NamedTuple):
 
     def of_heads(self, count: int) -> Geometry:
         """That of `count` heads side by side in the channels."""
-        return Geometry(
-            *self[:-1], count * self.groups
-        )  # not by `_replace`, which older versions of torch don't compile
+        stride, padding, dilation, transposed, output_padding, groups = self  # torch 2.8 compiles no `_replace`
+        return Geometry(stride, padding, dilation, transposed, output_padding, count * groups)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """torch's own operation."""

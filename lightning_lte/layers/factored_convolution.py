@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def through_heads(
         return y
 
 
-class _Form(NamedTuple):
+@dataclass(frozen=True)
+class _Form:
     """All of a convolution with heads but its tensors.
 
     Attributes:
