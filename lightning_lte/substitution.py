@@ -157,12 +157,12 @@ class Substitution:
         """Forget the states of what is inside, while the substitution rests."""
         for states in self._states:
             states.clear()
+        self._start_again(self._replacements.keys())
 
     def undo(self) -> None:
         """Give every group the parameters that the user put there, for good, and forget the states of all others."""
         self.rest()
         self.forget()
-        self._start_again(self._replacements.keys())
         self._replacements = {}
 
     def _start_again(self, params: Collection[nn.Parameter]) -> None:

@@ -164,6 +164,17 @@ def test_an_optimizer_that_makes_its_state_when_constructed_steps_before_and_aft
     step(case.optimizer)
 
 
+def test_an_optimizer_that_makes_its_state_when_constructed_steps_weights_whose_heads_are_yet_to_begin() -> None:
+    case = Case(Early)
+    substitution = case.substitution()
+    substitution.rest()
+    substitution.forget()
+    assert case.params[0] in case.groups[0]["params"]
+    step(case.optimizer)
+    substitution.act()
+    step(case.optimizer)
+
+
 def test_an_optimizer_that_makes_its_state_when_constructed_steps_a_weight_that_loses_its_heads() -> None:
     case = Case(Early)
     substitution = case.substitution()
