@@ -90,7 +90,7 @@ def test_a_checkpoint_is_whole_whenever_its_process_is_killed(tmp_path: Path) ->
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     files.save({"value": 1}, str(tmp_path / "last.ckpt"))
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="local object"):
         files.save({"value": lambda: 0}, str(tmp_path / "last.ckpt"))
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt") == {"value": 1}
