@@ -18,6 +18,9 @@ from lightning_lte.report import listed
 from lightning_lte.shards import is_shared_out, like, whole
 from lightning_lte.transport import Transport
 
+# With torch 2.9 `fully_shard` counts a write to a weight where there was none. What lies between was not tried.
+OLDEST_TORCH = "2.14"
+
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -125,8 +128,14 @@ def check(module: nn.Module, units: list[nn.Module]) -> None:
     """Refuse what can't be shared out.
 
     Raises:
+        RuntimeError: torch is too old.
         ValueError: parameters that can't be shared out, with their names.
     """
+    if torch.__version__ < OLDEST_TORCH:
+        raise RuntimeError(
+            f"shard=k needs torch {OLDEST_TORCH} or newer, whose fully_shard counts no writes to weights where there"
+            f" are none; received torch {torch.__version__}. Update torch, or give shard=1."
+        )
     made = {n: p for n, p in module.named_parameters() if not (is_lazy(p) or p.is_meta)}
     half = (torch.float16, torch.bfloat16)
     odd: dict[str, list[str]] = {

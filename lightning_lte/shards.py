@@ -15,12 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
-
-try:
-    from torch.distributed.tensor import DTensor, Shard
-except ImportError:  # torch 2.4
-    from torch.distributed._tensor import DTensor, Shard
 
 from lightning_lte.heads import Factors
 from lightning_lte.product import PairAndAnchors

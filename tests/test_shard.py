@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DistributedSampler
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport, product
-from lightning_lte.sharding import Sharding, blocks, check
+from lightning_lte.sharding import OLDEST_TORCH, Sharding, blocks, check
 from lightning_lte.shards import local, whole
 from tests.modules import (
     CLASSES,
@@ -47,6 +47,8 @@ from tests.modules import (
 )
 from tests.oracle import Oracle
 from tests.processes import run
+
+pytestmark = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"shard=k needs torch {OLDEST_TORCH}")
 
 CPU = torch.device("cpu")
 # The bias of keys has no gradient but rounding, which Adam makes steps of.
@@ -666,3 +668,9 @@ def test_running_statistics_are_those_of_all_devices() -> None:
     x, _ = make_data(4 * PER_DEVICE)
     for seen in run(normalises, 4):
         torch.testing.assert_close(seen, 0.1 * x.mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_older_versions_of_torch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    with pytest.raises(RuntimeError, match=r"needs torch 2\.14 or newer.*received torch 2\.9\.1"):
+        check(nn.Linear(2, 2), [])
