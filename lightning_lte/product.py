@@ -107,7 +107,7 @@ def cast(tensor: Tensor) -> Tensor:
 
 
 def _autocasts(device_type: str) -> bool:
-    # torch 2.8 doesn't compile the first question, which is for devices that nothing is compiled for, such as meta.
+    # torch 2.9 doesn't compile the first question, which is for devices that nothing is compiled for, such as meta.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 

@@ -55,8 +55,7 @@ class Geometry(NamedTuple):
 
     def of_heads(self, count: int) -> Geometry:
         """That of `count` heads side by side in the channels."""
-        stride, padding, dilation, transposed, output_padding, groups = self  # torch 2.8 compiles no `_replace`
-        return Geometry(stride, padding, dilation, transposed, output_padding, count * groups)
+        return self._replace(groups=count * self.groups)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """torch's own operation."""
