@@ -25,7 +25,7 @@ from lightning_lte.layers.base import STATE
 from lightning_lte.rehearsal import HOOKS, REGISTRIES
 
 # What is not a head's own: PyTorch's registries but for hooks, and what layers know of their heads.
-_SHARED = REGISTRIES - HOOKS | {STATE}
+_SHARED = REGISTRIES | {STATE}
 
 Closure = Callable[[], Any]
 # What modules have beside parameters, buffers and modules, by name.

@@ -173,6 +173,26 @@ class _ScaledGradientWithTangent(_ScaledGradient):
         return tangent.view_as(tangent)
 
 
+def keep(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    factors: PairAndAnchors,
+    inner: Tensor | None,
+    again: Callable[[], PairAndAnchors] | None,
+) -> None:
+    """Keep what a backward reads: the factors themselves, or what gives them once more. See `kept_by`."""
+    ctx.again = again
+    ctx.save_for_backward(x, weight, *(factors if again is None else [None] * 4), inner)
+    ctx.set_materialize_grads(False)
+
+
+def kept_by(ctx: Any) -> tuple[Any, Any, PairAndAnchors, Any]:
+    """The input, the weight, the factors and A x, as a forward gave them to `keep`."""
+    x, weight, *factors, inner = ctx.saved_tensors
+    return x, weight, tuple(factors) if ctx.again is None else ctx.again(), inner
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -223,9 +243,7 @@ class _Product(torch.autograd.Function):
             torch.addmm(flat, rows, weight.mT, out=flat)
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
         kept = weight if ctx.needs_input_grad[0] and ctx.read is None else None
-        ctx.again = again
-        ctx.save_for_backward(x, kept, *(factors if again is None else [None] * 4), inner)
-        ctx.set_materialize_grads(False)
+        keep(ctx, x, kept, factors, inner, again)
         return y
 
     @staticmethod
@@ -237,13 +255,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, anchor_A, anchor_B, inner = ctx.saved_tensors
-        if ctx.again is not None:
-            A, B, anchor_A, anchor_B = _four_dimensional(ctx.again())
+        x, weight, saved, inner = kept_by(ctx)
+        factors = A, B, anchor_A, anchor_B = _four_dimensional(saved)
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         if for_x and ctx.read is not None:
             weight = ctx.read(x.dtype)
-        factors, size, half = (A, B, anchor_A, anchor_B), ctx.scale * ctx.gradient_scale, x.dtype in _HALF
+        size, half = ctx.scale * ctx.gradient_scale, x.dtype in _HALF
         gradient = gradient.contiguous()  # once, and not in every product
         own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
         of_x = of_weight = of_bias = of_A = of_B = None

@@ -205,10 +205,10 @@ def alike(stacks: Iterable[Tensor]) -> Iterator[None]:
             stack.data.copy_(own)
 
 
-# PyTorch's registries: parameters, modules and hooks. Buffers are kept by themselves.
-REGISTRIES = frozenset(vars(nn.Module()))
 # Hooks are put back as attributes are: a forward that registers them the first time notes that in an attribute.
 HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
+# PyTorch's registries but for hooks: parameters and modules. Buffers are kept by themselves.
+REGISTRIES = frozenset(vars(nn.Module())) - HOOKS
 _CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")
 
 
@@ -216,8 +216,7 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     if id(module) in memo:
         return partial(_same, module)
     memo.add(id(module))
-    others = REGISTRIES - HOOKS
-    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in others}
+    attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
     buffers = _kept(module._buffers, memo)
 
     def restore() -> nn.Module:

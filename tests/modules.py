@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -17,8 +18,11 @@ from lightning_lte import Explorer
 from lightning_lte.checkpoint import gather_state
 from lightning_lte.execution import run
 from lightning_lte.merge import MergeRecord
+from lightning_lte.sharding import OLDEST_TORCH
 
 IN, WIDTH, CLASSES = 10, 16, 3
+
+needs_fully_shard = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"shard=k needs torch {OLDEST_TORCH}")
 
 
 class Net(nn.Module):

@@ -16,8 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_lte import LTECallback, LTEStrategy
 from lightning_lte import callback as module_callback
 from lightning_lte.metrics import effective_rank
-from lightning_lte.sharding import OLDEST_TORCH
-from tests.modules import RANK, Module, clone, loader, sgd, trainer
+from tests.modules import RANK, Module, clone, loader, needs_fully_shard, sgd, trainer
 from tests.processes import run
 
 NAMES = {
@@ -97,7 +96,7 @@ def _effective_ranks_of_shared_out(folder: str) -> list[list[float]]:
     return found
 
 
-@pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"shard=k needs torch {OLDEST_TORCH}")
+@needs_fully_shard
 def test_the_effective_rank_is_that_of_weights_that_devices_share_out(tmp_path: Path) -> None:
     whole, shared_out = run(_effective_ranks_of_shared_out, 2, str(tmp_path), group=False)[0]
     # Of one head in place of two, so merges are others; a half of a weight has a rank of some 8 at most.

@@ -123,6 +123,27 @@ def kept(forward: Callable[[], Any], known: list[Tensor]) -> int:
     return sum(found.values())
 
 
+def held(explorer: Explorer) -> list[Tensor]:
+    """What is there of heads whatever a forward does."""
+    return [*factors_of(explorer), *(r.copies for r in explorer.injection.replicas)]
+
+
+def factors_of(explorer: Explorer) -> list[Tensor]:
+    """Factors and anchors."""
+    found = [t for f in explorer.injection.factors.values() for t in (f.A, f.B, f.anchor_A, f.anchor_B)]
+    return [t for t in found if t is not None]
+
+
+def past_the_first_steps(explorer: Explorer, optimizer: torch.optim.Optimizer, forward: Callable[[], Tensor]) -> None:
+    """In these weights are watched, and whole whatever their base is, so that more is kept."""
+    for _ in range(3):
+        with explorer.heads():
+            loss = forward().float().square().mean()
+        with explorer.backward():
+            loss.backward()
+        after_backward(explorer, optimizer)
+
+
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
     "1d": lambda: nn.Conv1d(16, 24, 3, padding=1),
     "2d": lambda: nn.Conv2d(16, 24, 3, padding=1),
@@ -149,12 +170,7 @@ def test_convolutions_keep_their_input_once(case: str, way: dict[str, Any], half
     full = kept(forward, list(net.parameters()))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     explorer = Explorer(net, optimizer, LTEConfig(merge_every=100, rank=1, **way))
-    for _ in range(3):  # the first steps watch weights, and keep more for that
-        with explorer.heads():
-            loss = net(x).square().mean()
-        with explorer.backward():
-            loss.backward()
-        after_backward(explorer, optimizer)
+    past_the_first_steps(explorer, optimizer, lambda: net(x))
     factors = [f for f in explorer.injection.factors.values() if f.weight is net[1].weight]
     copies = [r.copies for r in explorer.injection.replicas if r.param is net[1].weight]
     of_rank = sum(16 * 12 ** (x.dim() - 2) * f.rank * f.matrices.count * 4 for f in factors)
@@ -164,12 +180,6 @@ def test_convolutions_keep_their_input_once(case: str, way: dict[str, Any], half
         own = kept(forward, [*net.parameters(), *held(explorer)])
     # Replicas are kept in the dtype of autocast.
     assert own <= full + of_rank + differences + half * sum(t.nbytes for t in copies)
-
-
-def held(explorer: Explorer) -> list[Tensor]:
-    """What is there of heads whatever a forward does."""
-    factors = [t for f in explorer.injection.factors.values() for t in (f.A, f.B, f.anchor_A, f.anchor_B)]
-    return [*(t for t in factors if t is not None), *(r.copies for r in explorer.injection.replicas)]
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -189,12 +199,7 @@ def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_si
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     config = LTEConfig(heads, merge_every=100, rank=4, execution="batched")
     explorer = Explorer(net, optimizer, config)
-    for _ in range(3):  # the first steps watch weights, and keep more for that
-        with explorer.heads():
-            loss = forward().float().square().mean()
-        with explorer.backward():
-            loss.backward()
-        after_backward(explorer, optimizer)
+    past_the_first_steps(explorer, optimizer, forward)
     of_rank = 0
     by_weight = explorer.injection.factors
     handles = []
@@ -230,15 +235,8 @@ def test_linear_layers_keep_their_input_once(heads: int, base: Any, half: bool) 
     full = kept(forward, list(net.parameters()))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     explorer = Explorer(net, optimizer, LTEConfig(heads, 100, rank=RANK, base=base, execution="batched"))
-    for _ in range(3):  # W is whole in the first steps
-        with explorer.heads():
-            loss = net(x).square().mean()
-        with explorer.backward():
-            loss.backward()
-        after_backward(explorer, optimizer)
-    factors = [
-        t for f in explorer.injection.factors.values() for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None
-    ]
+    past_the_first_steps(explorer, optimizer, lambda: net(x))
+    factors = factors_of(explorer)
     assert len(factors) == 8 and all(
         (f.rounded is None) == (base == "float32") for f in explorer.injection.factors.values()
     )

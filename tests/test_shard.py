@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DistributedSampler
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport, product
-from lightning_lte.sharding import OLDEST_TORCH, Sharding, blocks, check
+from lightning_lte.sharding import Sharding, blocks, check
 from lightning_lte.shards import local, whole
 from tests.modules import (
     CLASSES,
@@ -41,6 +41,7 @@ from tests.modules import (
     loader,
     make_data,
     make_net,
+    needs_fully_shard,
     sgd,
     train_step,
     trainer,
@@ -48,7 +49,7 @@ from tests.modules import (
 from tests.oracle import Oracle
 from tests.processes import run
 
-pytestmark = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"shard=k needs torch {OLDEST_TORCH}")
+pytestmark = needs_fully_shard
 
 CPU = torch.device("cpu")
 # The bias of keys has no gradient but rounding, which Adam makes steps of.

@@ -140,9 +140,13 @@ class _Convolution(torch.autograd.Function):
         x = x if x is None else side_by_side(x, ctx.count)
         of_x, of_weight = ctx.geometry.backward(gradient, x, weight, for_x, for_weight)
         of_x = of_x if of_x is None else below_each_other(of_x, ctx.count)
-        # On CPUs torch's operation would compute the gradient of the weight, too.
-        of_bias = gradient.sum([0, *range(2, gradient.dim())]) if for_bias else None
+        of_bias = gradient_of_bias(gradient) if for_bias else None
         return of_x, of_weight, of_bias, None, None
+
+
+def gradient_of_bias(gradient: Tensor) -> Tensor:
+    """(out,). torch's operation would compute the gradient of the weight for it, too, on CPUs."""
+    return gradient.sum([0, *range(2, gradient.dim())])
 
 
 def side_by_side(x: Tensor, count: int) -> Tensor:

@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 
 from lightning_lte.heads import Factors, Matrices
-from lightning_lte.layers.convolution import Geometry, below_each_other, convolve, in_format_of, side_by_side
+from lightning_lte.layers.convolution import (
+    Geometry,
+    below_each_other,
+    convolve,
+    gradient_of_bias,
+    in_format_of,
+    side_by_side,
+)
 from lightning_lte.product import (
     PairAndAnchors,
     cast,
     folds,
     is_batched,
+    keep,
+    kept_by,
     scaled_gradient,
     stacked,
     without_autocast,
@@ -142,7 +151,7 @@ class _FactoredConvolution(torch.autograd.Function):
         again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
         factors, count = (A, B, anchor_A, anchor_B), len(A)
-        ctx.own, ctx.again, ctx.folds = own, again, own.folds(x, anchor_B is not None, count)
+        ctx.own, ctx.folds = own, own.folds(x, anchor_B is not None, count)
         inner = None
         if ctx.folds:
             parts = zip(x.chunk(count), own.effective(weight, factors), strict=True)
@@ -157,23 +166,20 @@ class _FactoredConvolution(torch.autograd.Function):
             inner = in_format_of(x, inner)
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
         kept = weight if any(ctx.needs_input_grad[:2]) else None
-        ctx.save_for_backward(x, kept, *(factors if again is None else [None] * 4), inner)
-        ctx.set_materialize_grads(False)
+        keep(ctx, x, kept, factors, inner, again)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
             return (None,) * 9
-        x, weight, *factors, inner = ctx.saved_tensors
-        A, B, *anchors = factors if ctx.again is None else ctx.again()
-        # On CPUs torch's operation would compute the gradient of the weight, too.
-        of_bias = gradient.sum([0, *range(2, gradient.dim())]) if ctx.needs_input_grad[2] else None
+        x, weight, factors, inner = kept_by(ctx)
+        of_bias = gradient_of_bias(gradient) if ctx.needs_input_grad[2] else None
         with without_autocast(gradient.device.type):
             if torch.is_grad_enabled() or is_batched(gradient):
-                of_x, of_weight, of_A, of_B = _derived(ctx, gradient, x, weight, A, B, *anchors)
+                of_x, of_weight, of_A, of_B = _derived(ctx, gradient, x, weight, *factors)
             else:
-                of_x, of_weight, of_A, of_B = _gradients(ctx, gradient, x, weight, (A, B, *anchors), inner)
+                of_x, of_weight, of_A, of_B = _gradients(ctx, gradient, x, weight, factors, inner)
         return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
 
 
