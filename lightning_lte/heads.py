@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -312,7 +314,8 @@ class Factors:
     def effective(self, head: int) -> Tensor:
         """W + s * (B A - B' A') of a local head, in W's shape."""
         A, B = self.current(head)
-        return self.base().detach() + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
+        with self._in_full_precision():
+            return self.base().detach() + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
 
     @torch.no_grad()
     def summed_delta(self, good: Tensor) -> Tensor:
@@ -320,29 +323,55 @@ class Factors:
 
         Products are summed, never factors. `good` is (n,) bool.
         """
-        A, B = self.current()
-        return self.sum_of_products(A[good], B[good])
+        return self.sum_of_products(self._pairs(good))
+
+    def _pairs(self, good: Tensor) -> list[Pair]:
+        """`product.pairs` of the good local heads, in float32 or better."""
+        factors = (None if t is None else rows_of(t, good).to(self._wide) for t in self._chosen(None))
+        return product.pairs(*factors)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def sum_of_products(self, A: Tensor, B: Tensor) -> Tensor:
-        """s * sum over heads of B A in W's shape, for A (heads, *lead, ., in) and B (heads, *lead, out, .)."""
-        return self.matrices.as_weight(self._product(A, B), self.weight.shape)
+    def sum_of_products(self, pairs: Sequence[Pair]) -> Tensor:
+        """s * sum over heads and pairs of B A in W's shape; A is (heads, *lead, ., in) and B (heads, *lead, out, .)."""
+        return self.matrices.as_weight(self._product(pairs), self.weight.shape)
 
-    def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """s * sum over heads of B A, (*lead, out, in)."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        # One matrix product whose inner dimension runs over heads and ranks: sum_h B_h A_h.
-        A = A.to(dtype).movedim(0, -3).flatten(-3, -2)
-        B = B.to(dtype).movedim(0, -2).flatten(-2)
-        return (B @ A).mul_(self.scale)
+    def _product(self, pairs: Sequence[Pair]) -> Tensor:
+        """s * sum over heads and pairs of B A, (*lead, out, in)."""
+        total: Tensor | None = None
+        with self._in_full_precision():
+            for A, B in pairs:
+                # One matrix product whose inner dimension runs over heads and ranks: sum_h B_h A_h.
+                A = A.to(self._wide).movedim(0, -3).flatten(-3, -2)
+                B = B.to(self._wide).movedim(0, -2).flatten(-2)
+                if total is None:
+                    total = B @ A
+                elif total.dim() == 2:
+                    total.addmm_(B, A)
+                else:
+                    total.baddbmm_(B, A)
+        assert total is not None
+        return total.mul_(self.scale)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """In which deltas are summed."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _in_full_precision(self) -> AbstractContextManager[Any]:
+        # With manual optimization merges come inside of the user's training_step, which runs under autocast.
+        return product.without_autocast(self.A.device.type)
 
     @torch.no_grad()
     def squared_norms(self, good: Tensor) -> Tensor:
-        """Sum over good local heads of the squared Frobenius norm of the delta, through (2r, 2r) Gram matrices."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        A, B = self.current()
-        A, B = A[good].to(dtype), B[good].to(dtype)
-        return self.scale**2 * ((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0)
+        """Sum over good local heads of the squared Frobenius norm of the delta, through (r, r) Gram matrices."""
+        pairs = self._pairs(good)
+        total = torch.zeros((), dtype=self._wide, device=self.A.device)
+        with self._in_full_precision():
+            for i, (A, B) in enumerate(pairs):
+                for C, D in pairs[: i + 1]:
+                    inner = ((A @ C.mT) * (B.mT @ D)).sum()
+                    total += inner if C is A else 2 * inner
+        return self.scale**2 * total.clamp_min(0)
 
     @torch.no_grad()
     def add(self, delta: Tensor, left: float = 1.0) -> None:
@@ -483,6 +512,20 @@ class Factors:
         self.A, self.B = nn.Parameter(A, requires_grad=not self.freeze_a), nn.Parameter(B)
         self.trained = {key: {"A": self.A, "B": self.B}[key] for key in before}
         return {old: self.trained[key] for key, old in before.items()}
+
+
+def rows_of(tensor: Tensor, good: Tensor) -> Tensor:
+    """The rows of a tensor (heads, *) whose heads are good; the tensor itself if all are."""
+    return tensor if bool(good.all()) else tensor[good]
+
+
+def finite_rows(tensor: Tensor) -> Tensor:
+    """(n,) bool: whether all numbers of each of n rows (n, *) are finite."""
+    rows = tensor.unsqueeze(-1).flatten(1)
+    if not rows.numel():
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    # The largest is if all are; to ask each of them takes many times as long on a CPU.
+    return rows.abs().amax(1).isfinite()
 
 
 def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:

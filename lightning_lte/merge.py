@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte.config import LTEConfig
-from lightning_lte.heads import Factors, Pair
+from lightning_lte.heads import Factors, Pair, finite_rows
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.payload import Payload, grouped
 from lightning_lte.replicas import Replicas
@@ -452,7 +452,7 @@ def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> T
     trained = [p for f in factors for p in f.trained.values()]
     trained += [r.trained for r in replicas if r.count == replicas.count]
     for moment in (moment for p in trained for moment in _moments(p, states.get(p, {}), replicas.count)):
-        own = moment.isfinite().reshape(replicas.count, -1).all(1)
+        own = finite_rows(moment.reshape(replicas.count, -1))
         checks.append(own.to((checks or [own])[0].device))
     return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
 

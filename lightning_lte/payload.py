@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lte.heads import Factors, Pair
+from lightning_lte import product
+from lightning_lte.heads import Factors, Pair, rows_of
 from lightning_lte.transport import Transport
 from lightning_lte.wire import PayloadKind, Wire, encoded_bytes
 
@@ -123,14 +124,13 @@ class Payload:
         stacked = self._stacked[next(i for i, own in enumerate(self._others) if own is f)]
         good = good_all.to(f.A.device)
         if f.freeze_a:
-            A, B = self._all_A[f.name], stacked[0].mT
-            f.all_A = A
+            f.all_A = self._all_A[f.name]
+            pairs = [(f.all_A, stacked[0].mT)]
         elif self._wire == "float32":
-            A, B = stacked
+            pairs = [(stacked[0], stacked[1])]
         else:
-            A, B, anchor_A, anchor_B = stacked[0], stacked[1].mT, stacked[2], stacked[3].mT
-            A, B = torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
-        return f.sum_of_products(A[good], B[good])
+            pairs = product.pairs(stacked[0], stacked[1].mT, stacked[2], stacked[3].mT)
+        return f.sum_of_products([(rows_of(A, good), rows_of(B, good)) for A, B in pairs])
 
     def wire_of(self, f: Factors) -> Wire:
         """How the factors of a weight travel; "float32" if its dense delta does, as heads lose nothing by that."""

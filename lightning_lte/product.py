@@ -121,17 +121,25 @@ def is_batched(gradient: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[A - A'; A'] and [B, B - B'], whose product is B A - B' A'; A and B where there are no anchors, and A and B - B'
-    where B alone has one.
+def pairs(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Matrices whose products add up to B A - B' A': (A, B - B') and (A - A', B'). Where there are no anchors it is
+    (A, B), and where B alone has one (A, B - B').
 
-    Differences are taken before products: straight after a merge the product is exactly zero, and small deltas don't
-    drown in the rounding of B A.
+    Differences are taken before products: straight after a merge the sum is exactly zero, and small deltas don't drown
+    in the rounding of B A.
     """
     if anchor_B is None:
-        return A, B
+        return [(A, B)]
     if anchor_A is None:
-        return A, B - anchor_B
+        return [(A, B - anchor_B)]
+    return [(A, B - anchor_B), (A - anchor_A, anchor_B)]
+
+
+def stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`pairs` as one: [A - A'; A'] and [B, B - B'] where both have anchors."""
+    if anchor_A is None or anchor_B is None:
+        [pair] = pairs(A, B, anchor_A, anchor_B)
+        return pair
     return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
 
 
@@ -322,13 +330,8 @@ def _pairs(
     `dtype` whose products add up to B A - B' A': (A, B - B') and (A - A', B'), or (A, B) where there are no anchors."""
     A, B, *_ = factors
     for heads, part, out in _pieces(A, B, A.shape[2] * (B.shape[2] + A.shape[3])):
-        own_A, own_B, old_A, old_B = (None if t is None else t[heads, part] for t in factors)
-        assert own_A is not None and own_B is not None
-        if old_A is None or old_B is None:
-            pairs = [(own_A, own_B)]
-        else:
-            pairs = [(own_A, own_B - old_B), (own_A - old_A, old_B)]
-        yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in pairs]
+        own = pairs(*(None if t is None else t[heads, part] for t in factors))  # type: ignore[arg-type]
+        yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in own]
 
 
 def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[slice, int, slice, Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.heads import finite_rows
 from lightning_lte.roles import Owner
 from lightning_lte.shards import local, with_part
 from lightning_lte.transport import Transport
@@ -153,8 +154,7 @@ class Replicas:
     def finite(self) -> Tensor | None:
         """(n,) bool: whether what a local head trains besides factors is finite; None if that is nothing."""
         trained = [r for r in self._replicas if r.param.requires_grad and r.param.is_floating_point()]
-        # The last dimension added is for parameters that have none.
-        checks = [r.copies.isfinite().unsqueeze(-1).flatten(1).all(1).expand(self.count) for r in trained]
+        checks = [finite_rows(r.copies).expand(self.count) for r in trained]
         return torch.stack(checks).all(0) if checks else None
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lte.heads import Factors
+from lightning_lte.heads import Factors, Pair
 from lightning_lte.product import PairAndAnchors
 
 # Their names since torch 2.14, and before.
@@ -136,17 +136,18 @@ class SharedFactors(Factors):
     @torch.no_grad()
     def effective(self, head: int) -> Tensor:
         A, B = self.current(head)
-        return whole(self.weight) + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
+        with self._in_full_precision():
+            return whole(self.weight) + self.scale * self.matrices.as_weight(B @ A, self.weight.shape)
 
     @torch.no_grad()
-    def sum_of_products(self, A: Tensor, B: Tensor) -> Tensor:
-        """This device's rows of s * sum over heads of B A in W's shape, for whole factors."""
+    def sum_of_products(self, pairs: Sequence[Pair]) -> Tensor:
+        """This device's rows of s * sum over heads and pairs of B A in W's shape, for whole factors."""
         assert isinstance(self.weight, DTensor)
         first, count = _rows_of(self.weight)
         if self.matrices.lead or self.matrices.transposed:
             # Rows of W are not those of B then: the whole product exists for a moment, as W does in a forward.
-            return super().sum_of_products(A, B).narrow(0, first, count)
-        return self._product(A, B.narrow(-2, first, count)).reshape(self.shard.shape)
+            return super().sum_of_products(pairs).narrow(0, first, count)
+        return self._product([(A, B.narrow(-2, first, count)) for A, B in pairs]).reshape(self.shard.shape)
 
     @torch.no_grad()
     def finite(self) -> Tensor:

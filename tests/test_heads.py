@@ -247,6 +247,21 @@ def test_small_deltas_do_not_drown_in_rounding(size: float) -> None:
     assert float(f.squared_norms(good)) == pytest.approx(float(exact.square().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("lead", [{}, {"lead": (1,)}], ids=str)
+def test_merges_are_in_full_precision_under_autocast(keep: bool, lead: dict[str, Any]) -> None:
+    f = factors(keep=keep, dtype=torch.float32, matrices=Matrices(5, 7, **lead))
+    learn(f)
+    good = torch.ones(f.count, dtype=torch.bool)
+
+    def found() -> list[Tensor]:
+        return [f.summed_delta(good), f.squared_norms(good), f.effective(0)]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(found(), expected, rtol=0, atol=0)
+
+
 @given(rank=st.integers(1, 6), in_features=st.integers(6, 40), out_features=st.integers(2, 30), seed=st.integers(0, 99))
 def test_adams_first_step_moves_a_weight_by_s_times_the_learning_rate(
     rank: int, in_features: int, out_features: int, seed: int

@@ -6,6 +6,7 @@ A candidate changes how heads learn through the hooks below. Those that win move
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from benchmarks.learning.tasks import Batch
 from lightning_lte import Explorer, Piecewise
-from lightning_lte.heads import Factors
+from lightning_lte.heads import Factors, Pair
 from lightning_lte.merge import MergeRecord
 
 
@@ -108,7 +109,8 @@ class SignAgreement(Candidate):
             return
         for f in explorer.injection.factors.values():
 
-            def agreed(A: torch.Tensor, B: torch.Tensor, f: Factors = f) -> torch.Tensor:
+            def agreed(pairs: Sequence[Pair], f: Factors = f) -> torch.Tensor:
+                A, B = _as_one(pairs)
                 deltas = torch.stack([f.matrices.as_weight(b @ a, f.weight.shape) for a, b in zip(A, B, strict=True)])
                 agree = deltas.sign() == deltas.sum(0).sign()
                 mean = (deltas * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -130,7 +132,8 @@ class WeightedHeads(Candidate):
             raise ValueError(f"weighted_heads must be 'noise' or 'fisher'; received {self.value!r}.")
         for f in explorer.injection.factors.values():
 
-            def weighted(A: torch.Tensor, B: torch.Tensor, f: Factors = f) -> torch.Tensor:
+            def weighted(pairs: Sequence[Pair], f: Factors = f) -> torch.Tensor:
+                A, B = _as_one(pairs)
                 rows = optimizer.state[f.B]["exp_avg_sq"].mean(-1, keepdim=True)  # (heads, *lead, out, 1)
                 if self.value == "noise":
                     weights = 1 / rows.mean(-2, keepdim=True).clamp_min(1e-30)
@@ -239,3 +242,8 @@ def made(extra: dict[str, Any]) -> list[Candidate]:
     if unknown:
         raise ValueError(f"extra must name candidates, {sorted(CANDIDATES)}; received {unknown}.")
     return [CANDIDATES[name](value) for name, value in extra.items()]
+
+
+def _as_one(pairs: Sequence[Pair]) -> Pair:
+    """A pair whose product is the sum of theirs."""
+    return torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)
