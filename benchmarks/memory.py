@@ -1,4 +1,4 @@
-"""The memory of a training step with one head on each device: `python -m benchmarks memory`.
+"""The memory of a training step through heads, by default one: `python -m benchmarks memory`.
 
 Each way to train runs in a process of its own: what it holds is counted, and peaks are measured, on a CPU as the
 resident set beyond what the process had before. Full rank under DDP holds its gradients a second time, in buckets;
@@ -134,7 +134,8 @@ def _make(way: str, options: Any, device: torch.device, rank: int) -> Plain | He
         transport = Transport.sharing(options.devices, options.devices, rank)
         Sharding(model, transport, device)
     after_merge: Any = what
-    return Heads(model, device, transport.world_size, options.rank, after_merge, options.seed, transport=transport)
+    heads = max(options.heads, transport.world_size)
+    return Heads(model, device, heads, options.rank, after_merge, options.seed, transport=transport)
 
 
 def ways(options: Any) -> list[str]:
@@ -202,7 +203,7 @@ def _apart(way: str, options: Any) -> Counts:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
     command += ["-m", "benchmarks", "memory", "--one", way, "--model", options.model]
     command += ["--batch", str(options.batch), "--rank", str(options.rank), "--seed", str(options.seed)]
-    command += ["--threads", str(options.threads), "--devices", str(options.devices)]
+    command += ["--threads", str(options.threads), "--devices", str(options.devices), "--heads", str(options.heads)]
 
     def counted(**more: str) -> Counts:
         environment = os.environ | more
@@ -235,8 +236,8 @@ def _here(way: str, options: Any) -> None:
 
 
 def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
-    """What a head on each device holds, over what full rank does."""
-    what = f"{options.model}, batch {options.batch}, rank {options.rank}, {way}"
+    """What a device with heads holds, over what full rank does."""
+    what = f"{options.model}, batch {options.batch}, heads {options.heads}, rank {options.rank}, {way}"
     whole = full["weights"] + full["gradients"] + full["moments"]
     held = own["held"]
     sharded = whole / DEVICES + 2 * full["largest block"]
@@ -244,7 +245,7 @@ def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
     def row(figure: str, above: float, below: float, **more: Any) -> Row:
         return Row(what, figure, [above / below], f"{above / 2**20:.0f} MiB", **more)
 
-    large = options.model.startswith("vit_large") and options.rank == 64
+    large = options.model.startswith("vit_large") and options.rank == 64 and options.heads == 1
     of_weights = {"weights": own["weights"], **{k: own[k] for k in ("factors", "anchors", "gradients", "moments")}}
     return [
         row("all but activations / full rank's", held, whole, goal=GOAL if large else None),
@@ -297,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser("python -m benchmarks memory", description=__doc__)
     parser.add_argument("--model", default="vit_large_patch16_224", help="in timm (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="samples on a device (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=1, help="on one device (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--after-merge", nargs="+", default=["keep", "reset"], choices=["keep", "reset"])
     parser.add_argument("--threads", type=int, default=2)
@@ -310,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if options.quick:
         options.model, options.batch, options.rank, options.after_merge = "test_vit", 2, 4, ["keep"]
     check(parser, options)
+    if options.heads > 1 and options.devices > 1:
+        parser.error(f"--heads is for one device; received {options.heads} with --devices {options.devices}")
     torch.set_num_threads(options.threads)
     if options.one:
         _here(options.one, options)

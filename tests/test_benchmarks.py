@@ -255,6 +255,8 @@ TIMED = [*COMMANDS, "execution"]
         (["step", "merge", "startup", "execution"], ["--rounds", "0"], "--rounds must be at least 1; received 0"),
         (["step", "merge", "startup"], ["MODEL", "resnet18", "--depth", "2"], "--depth is for models that take one"),
         (["memory"], ["--devices", "0"], "--devices must be at least 1; received 0"),
+        (["memory"], ["--heads", "3"], "a multiple of all --heads"),
+        (["memory"], ["--heads", "2", "--devices", "2"], "--heads is for one device; received 2 with --devices 2"),
         (TIMED, ["--batch", "0"], "--batch must be at least 1; received 0"),
         (TIMED, ["MODEL", "vit_tiny"], "no model of timm's has the name 'vit_tiny'"),
     ],
