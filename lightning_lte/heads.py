@@ -334,7 +334,9 @@ class Factors:
         # One matrix product whose inner dimension runs over heads and ranks: sum_h B_h A_h.
         A = A.to(dtype).movedim(0, -3).flatten(-3, -2)
         B = B.to(dtype).movedim(0, -2).flatten(-2)
-        return (B @ A).mul_(self.scale)
+        # Steps in manual optimization come inside of autocast.
+        with product.without_autocast(A.device.type):
+            return (B @ A).mul_(self.scale)
 
     @torch.no_grad()
     def squared_norms(self, good: Tensor) -> Tensor:
@@ -342,7 +344,8 @@ class Factors:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.current()
         A, B = A[good].to(dtype), B[good].to(dtype)
-        return self.scale**2 * ((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0)
+        with product.without_autocast(A.device.type):
+            return self.scale**2 * ((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0)
 
     @torch.no_grad()
     def add(self, delta: Tensor, left: float = 1.0) -> None:
