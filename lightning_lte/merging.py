@@ -241,9 +241,8 @@ class Merging(Trainees):
             if overlap:
                 merge.flags = self._told()
                 merge.start(self._states())
-                devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
                 last = self.flights[-1] if self.flights else None
-                self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, devices=devices))
+                self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, device=self._device))
             else:
                 record = self._unless_refused(lambda: merge.run(self._states(), self.outer))
                 self._done.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
@@ -293,6 +292,7 @@ class Merging(Trainees):
         with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
             waited = flight.wait()
             record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
+            flight.wait_for_training()
             self.flights.remove(flight)
             self._done.append(record)
             self._merged(flight.merge)
