@@ -321,7 +321,7 @@ class Factors:
         Products are summed, never factors. `good` is (n,) bool.
         """
         A, B = self.current()
-        return self.sum_of_products(A[good], B[good])
+        return self.sum_of_products(of_good(A, good), of_good(B, good))
 
     @torch.no_grad()
     def sum_of_products(self, A: Tensor, B: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ class Factors:
         """Sum over good local heads of the squared Frobenius norm of the delta, through (2r, 2r) Gram matrices."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.current()
-        A, B = A[good].to(dtype), B[good].to(dtype)
+        A, B = of_good(A, good).to(dtype), of_good(B, good).to(dtype)
         with product.without_autocast(A.device.type):
             return self.scale**2 * ((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0)
 
@@ -486,6 +486,12 @@ class Factors:
         self.A, self.B = nn.Parameter(A, requires_grad=not self.freeze_a), nn.Parameter(B)
         self.trained = {key: {"A": self.A, "B": self.B}[key] for key in before}
         return {old: self.trained[key] for key, old in before.items()}
+
+
+def of_good(rows: Tensor, good: Tensor) -> Tensor:
+    """A row for each head, with zeros for those that are not good, (n,) bool: to leave these out, the host would have
+    to wait until the device has counted them."""
+    return rows.where(good.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 def _generator(seed: int, name: str, head: int, occasion: int | str) -> torch.Generator:

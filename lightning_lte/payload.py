@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lte.heads import Factors, Pair
+from lightning_lte.heads import Factors, Pair, of_good
 from lightning_lte.transport import Transport
 from lightning_lte.wire import PayloadKind, Wire, encoded_bytes
 
@@ -130,7 +130,7 @@ class Payload:
         else:
             A, B, anchor_A, anchor_B = stacked[0], stacked[1].mT, stacked[2], stacked[3].mT
             A, B = torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
-        return f.sum_of_products(A[good], B[good])
+        return f.sum_of_products(of_good(A, good), of_good(B, good))
 
     def wire_of(self, f: Factors) -> Wire:
         """How the factors of a weight travel; "float32" if its dense delta does, as heads lose nothing by that."""

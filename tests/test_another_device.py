@@ -87,6 +87,17 @@ def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) 
     assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
 
 
+@pytest.mark.parametrize("chosen", [{}, {"replicas": "step"}, {"overlap": 1}], ids=str)
+def test_a_merge_waits_for_another_device_as_often_for_many_weights_as_for_one(chosen: dict[str, Any]) -> None:
+    counts = []
+    for kind in (Kinds, Scaled):
+        waits: list[list[str]] = []
+        with another_device():
+            _train(kind, {"execution": "batched", **chosen}, there=True, waits=waits)
+        counts.append(len(waits[PERIOD - 1]))
+    assert counts[0] == counts[1] <= 7
+
+
 def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_other_device() -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
