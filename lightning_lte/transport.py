@@ -265,7 +265,7 @@ class Transport:
         dist.distributed_c10d._get_default_store().set(key, what)
         start = time.monotonic()
         timer = None
-        if dist.get_backend() == "nccl":
+        if "nccl" in dist.get_backend():  # also "cpu:gloo,cuda:nccl"
             timer = threading.Timer(0.9 * self.timeout_s, lambda: print(self._missed(what, start), file=sys.stderr))
             timer.daemon = True
             timer.start()
@@ -362,6 +362,8 @@ def _is_of_meeting(error: BaseException) -> bool:
     """Whether an error comes from torch's communication, or is that of `Transport.union`."""
     if isinstance(error, TimeoutError | dist.DistError):
         return True
+    if isinstance(error, torch.OutOfMemoryError):
+        return False  # raised there, too: NCCL sends objects through the memory of GPUs
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
