@@ -63,6 +63,8 @@ class Merging(Trainees):
         check_optimizers(optimizers, config.most_heads // transport.world_size)
         if config.after_merge == "reset" or config.refresh:
             check_writes(optimizers)
+        # Merges on their way must not get mixed up with what devices exchange meanwhile.
+        self._beside = transport.beside() if config.overlap else transport
         if config.decays_weights:
             self._decay = Decay(optimizers, lambda: self.injection.factors.values())
         try:
@@ -74,8 +76,6 @@ class Merging(Trainees):
         self.last_record: MergeRecord | None = None
         self.outer = None if config.outer_optimizer is None else OuterOptimizer(config.outer_optimizer)
         self.flights: list[Flight] = []
-        # Merges on their way must not get mixed up with what devices exchange meanwhile.
-        self._beside = transport.beside() if config.overlap else transport
         self.records: deque[MergeRecord] = deque(maxlen=1000)
         # Those of single merges that `_noted` has not combined yet.
         self._done: list[MergeRecord] = []

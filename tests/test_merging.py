@@ -305,6 +305,33 @@ def test_the_spread_of_heads_is_that_of_all_that_a_record_tells_of() -> None:
     explorer.finish()
 
 
+def test_a_module_is_as_it_was_where_devices_can_not_meet_at_the_start() -> None:
+    class Alone(Transport):
+        def beside(self) -> Transport:
+            raise RuntimeError("nobody is there")
+
+    net = make_net()
+    optimizer = sgd(net.parameters())
+    held = list(optimizer.param_groups[0]["params"])
+    with pytest.raises(RuntimeError, match="nobody is there"):
+        Explorer(net, optimizer, LTEConfig(HEADS, 4, rank=RANK, overlap=2), Alone())
+    assert type(net.first) is nn.Linear
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held, strict=True))
+
+
+def test_a_state_is_loaded_when_merges_on_their_way_have_been_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read what is loaded, and the next ones would be mixed up with them."""
+    loop = Loop(overlap=2)
+    loop.steps(3)
+    state = loop.explorer.state_dict()
+    assert state is not None
+    done: list[int] = []
+    monkeypatch.setattr(Merge, "exchange", lambda _: time.sleep(0.5) or done.append(1))
+    loop.steps(1)
+    loop.explorer.load_state_dict(state)
+    assert done and not loop.explorer.flights
+
+
 class Stream:
     """A stream of a GPU that this machine has not: it notes what waits for what."""
 
