@@ -246,7 +246,7 @@ class Merging(Trainees):
             else:
                 record = self._unless_refused(lambda: merge.run(self._states(), self.outer))
                 self._done.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
-                self._merged(merge)
+                self._after_merge(merge)
         for f in merge.factors:
             f.merged_step, f.left = clock.step, 1.0
         clock.merged()
@@ -295,7 +295,7 @@ class Merging(Trainees):
             flight.wait_for_training()
             self.flights.remove(flight)
             self._done.append(record)
-            self._merged(flight.merge)
+            self._after_merge(flight.merge)
             self._hear_of(flight.merge.flags)
         self.merging = False
 
@@ -315,7 +315,7 @@ class Merging(Trainees):
             self.merging = False  # no weight was written, on no device
             raise
 
-    def _merged(self, merge: Merge) -> None:
+    def _after_merge(self, merge: Merge) -> None:
         if merge.restarted:
             # What is on its way of these heads was taken before they start anew.
             self._land_all(self.flights)
