@@ -219,11 +219,12 @@ class Transport:
 
     @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Give every device the values of rank 0: of tensors of any layout and dtype."""
+        """Give every device the values of rank 0: of tensors of any layout and dtype, and wherever they are."""
         if self.world_size == 1:
             return
+        of_gpus = "nccl" in dist.get_backend(self.group)
         for tensor in tensors:
-            if tensor.layout == torch.strided and not tensor.is_nested:
+            if tensor.layout == torch.strided and not tensor.is_nested and not (of_gpus and tensor.is_cpu):
                 sent = tensor.contiguous()
                 # As bytes, which all backends send.
                 dist.broadcast(sent.view(-1).view(torch.uint8), src=self._first, group=self.group)
