@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from lightning_lte.optimizers import COUNTS, place_counts
 from lightning_lte.report import listed
 from lightning_lte.rows import Rows
 from lightning_lte.shards import like, put_, whole
@@ -30,9 +30,6 @@ VERSION = 1
 
 # What of a state is equal on all devices, but for flights, of which all but the rows are.
 EQUAL = ("outer", "remainders", "bases")
-
-# What torch's optimizers count for a parameter as a whole. For one without dimensions, shapes don't tell these apart.
-_COUNTS_OF_A_DEVICE = ("step", "mu_product", "eta", "mu")
 
 State = dict[str, Any]
 
@@ -218,10 +215,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                     continue
                 [(whose, rows)] = value.items()
                 # What a device trained in place has moments of its shape, and these are of each of its heads.
-                of_heads = whose == "heads" or (
-                    not had_heads and rows.dim() == param.dim() and key not in _COUNTS_OF_A_DEVICE
-                )
-                if name in of_some and key in _COUNTS_OF_A_DEVICE:
+                of_heads = whose == "heads" or (not had_heads and rows.dim() == param.dim() and key not in COUNTS)
+                if name in of_some and key in COUNTS:
                     rows = torch.stack([rows[having[0]]] * layout.world_size)  # others have counted nothing
                 copies = explorer.count if param in stacked and of_heads else 1
                 if layout.must_merge(rows, copies) and name not in averaged:
@@ -229,10 +224,10 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 own = layout.mine(rows, copies)
                 own = own if param in stacked and of_heads else own[0]
                 # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
-                counts = own.dim() == 0 and (param.dim() > 0 or key in _COUNTS_OF_A_DEVICE)
+                counts = own.dim() == 0 and (param.dim() > 0 or key in COUNTS)
                 own = own.clone() if counts else own.to(param.device).clone()
                 here[key] = like(param, own)
-            _place_step(optimizer, param, here)
+            place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
     return averaged
 
@@ -482,15 +477,6 @@ def _saved(param: nn.Parameter, value: Any, per_head: bool) -> Any:
     if per_head and value.dim() == param.dim() and value.shape[0] == param.shape[0]:
         return {"heads": value}
     return {"devices": value.unsqueeze(0)}
-
-
-def _place_step(optimizer: Optimizer, param: nn.Parameter, state: State) -> None:
-    """Fused and capturable optimizers keep what they count on the parameter's device."""
-    group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
-    if group.get("fused") or group.get("capturable"):
-        for key in _COUNTS_OF_A_DEVICE:
-            if isinstance(state.get(key), Tensor):
-                state[key] = state[key].to(device=param.device, dtype=torch.float32 if key == "step" else None)
 
 
 def _joined(parts: Sequence[State]) -> State:

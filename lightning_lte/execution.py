@@ -88,6 +88,8 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
         reason: str | None = f"the first batch can't be split evenly over {explorer.count} heads"
     else:
         reason = _try(explorer, step, batch, parts)
+        # Autocast may go on with casts of what parameters were filled with for the time.
+        torch.clear_autocast_cache()
     verdict = "batched" if reason is None else "sequential"
     transport = explorer.transport
     with transport.meeting("the trial of the first batch"):

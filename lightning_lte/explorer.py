@@ -461,6 +461,8 @@ class Explorer(Merging):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
+        for flight in self.flights:
+            flight.wait()  # its exchange reads what is written here, and is not to meet those of the merges to come
         if self.full_rank and not state["full_rank"]:
             self.begin_heads()
         self.act()

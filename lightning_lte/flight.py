@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -30,7 +28,7 @@ class Flight:
         lands_at: the step of that optimizer after which it lands.
         after: the one that started before it, and exchanges before it: on all devices in the same order.
         exchanged: whether that has been done.
-        devices: CUDA devices whose streams have to be kept in order.
+        device: where it is computed; on CUDA its exchange has a stream of its own.
 
     Attributes:
         merge, number, group, lands_at: see above.
@@ -44,14 +42,13 @@ class Flight:
         lands_at: int,
         after: Flight | None = None,
         exchanged: bool = False,
-        devices: Sequence[torch.device] = (),
+        device: torch.device | None = None,
     ) -> None:
         self.merge, self.number, self.group, self.lands_at = merge, number, group, lands_at
         self._error: BaseException | None = None
-        self._device = devices[0] if devices else None
-        self._stream = None if self._device is None else _stream_on(self._device)
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._device = device
+        self._stream = _stream_on(device) if device is not None and device.type == "cuda" else None
+        self.wait_for_training()
         # Python does not wait for it at its end: a device that is gone would keep it for ever.
         self._thread = threading.Thread(target=self._exchange, args=(after,), name="lte-merge", daemon=True)
         if exchanged:
@@ -72,6 +69,15 @@ class Flight:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return time.perf_counter() - start
 
+    def wait_for_training(self) -> None:
+        """Have the stream wait for what training has asked of the device until now.
+
+        For when it starts; and when it has landed, as the stream's next exchange gets the memory that it lets go, and
+        is not to write to it before training has read it.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
     def state_dict(self) -> dict[str, Any]:
         """What is needed to land it in another process. It waits for the exchange."""
         self.wait()
@@ -82,7 +88,9 @@ class Flight:
         try:
             if after is not None:
                 after._thread.join()
-            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                self.merge.exchange()
+            if self._stream is not None:
+                # Not in a block, at whose end the thread would turn to device 0, where it began, and take memory there.
+                torch.cuda.set_stream(self._stream)
+            self.merge.exchange()
         except BaseException as error:
             self._error = error

@@ -53,16 +53,17 @@ def clip_grad_norm_(
     Returns:
         (n,), each head's norm before.
     """
+    params = list(params)
+    if not params:
+        return torch.zeros(count)
     own: list[Tensor] = []
     shared: list[Tensor] = []
     for param in params:
         if param.grad is not None:
             (own if param in per_head else shared).append(local(param.grad))
-    if not own and not shared:
-        return torch.zeros(count)
-    device = (own or shared)[0].device
-    squared = torch.zeros(count, device=device)
-    squared = squared.to(torch.promote_types(squared.dtype, (own or shared)[0].dtype))
+    # A device on which nothing has a gradient takes part in the sums below, too.
+    wide = torch.promote_types(torch.get_default_dtype(), params[0].dtype)
+    squared = torch.zeros(count, dtype=wide, device=params[0].device)
     for gradient in own:
         squared = squared + torch.linalg.vector_norm(gradient.reshape(count, -1), dim=1).to(squared).square()
     for gradient in shared:

@@ -327,7 +327,7 @@ class Factors:
 
     def _pairs(self, good: Tensor) -> list[Pair]:
         """`product.pairs` of the good local heads, in float32 or better."""
-        factors = (None if t is None else rows_of(t, good).to(self._wide) for t in self._chosen(None))
+        factors = (None if t is None else of_good(t, good).to(self._wide) for t in self._chosen(None))
         return product.pairs(*factors)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -514,9 +514,12 @@ class Factors:
         return {old: self.trained[key] for key, old in before.items()}
 
 
-def rows_of(tensor: Tensor, good: Tensor) -> Tensor:
-    """The rows of a tensor (heads, *) whose heads are good; the tensor itself if all are."""
-    return tensor if bool(good.all()) else tensor[good]
+def of_good(rows: Tensor, good: Tensor) -> Tensor:
+    """A row for each head, with zeros for those that are not good, (n,) bool: to leave these out, the host would have
+    to wait until the device has counted them. On a CPU they are the rows themselves if all are good."""
+    if good.device.type == "cpu" and bool(good.all()):
+        return rows
+    return rows.where(good.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 def finite_rows(tensor: Tensor) -> Tensor:

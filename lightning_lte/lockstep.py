@@ -78,20 +78,20 @@ class _Turn:
         self._runs_closure = self._abandoned = False
         self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         context, device = contextvars.copy_context(), torch.get_default_device()
-        cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         self.thread = threading.Thread(
-            target=context.run, args=(self._work, device, cuda), name=f"lte-head-{head}", daemon=True
+            target=context.run, args=(self._work, device, stream), name=f"lte-head-{head}", daemon=True
         )
         self.thread.start()
 
-    def _work(self, device: torch.device, cuda: int | None) -> None:
+    def _work(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._resumed.acquire()
         try:
             if not self._abandoned:
                 # What torch keeps for each thread.
                 torch.set_default_device(device if device.type != "cpu" else None)
-                if cuda is not None:
-                    torch.cuda.set_device(cuda)
+                if stream is not None:
+                    torch.cuda.set_stream(stream)  # and its device
                 self.output = self._run()
         except _Abandoned:
             pass

@@ -248,8 +248,11 @@ class Merge:
             self._left = _mean_left(self._left, self._transport)
 
     def _check_good(self) -> None:
-        self._good_total = int(self._good_all.sum())
-        self.restarted = tuple(int(h) for h in (~self._good_all).nonzero().flatten())
+        # All that the host waits for, once and not for each weight.
+        good = self._good_all.tolist()
+        self._good_total = sum(good)
+        self.restarted = tuple(head for head, own in enumerate(good) if not own)
+        self._left_of = _named(self.factors, self._left)
         if self._good_total == 0:
             raise FloatingPointError(
                 f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, replicas and"
@@ -276,7 +279,6 @@ class Merge:
 
     def _land_weights(self, payload: Payload, states: States, outer: OuterOptimizer | None) -> None:
         bad = ~self._good if self.restarted else None
-        left = _named(self.factors, self._left)
         for f in payload.factors:
             # Settled one by one, so that a merge that was interrupted can be run, or landed, again.
             if f.merged_at == self.number:
@@ -286,9 +288,9 @@ class Merge:
                 self._squared_mean = self._squared_mean.to(delta) + delta.norm().square()
             f.merging_from, f.merging = f.shard._version, payload.merged(f)
             if outer is None:
-                f.add(delta, left[f.name])
+                f.add(delta, self._left_of[f.name])
             else:
-                outer.step(f, delta, left[f.name])
+                outer.step(f, delta, self._left_of[f.name])
             f.anchored = payload.wire_of(f)
             _settle(f, states, self._config, bad, self.number, f.merging)
 

@@ -63,6 +63,8 @@ class Merging(Trainees):
         check_optimizers(optimizers, config.most_heads // transport.world_size)
         if config.after_merge == "reset" or config.refresh:
             check_writes(optimizers)
+        # Merges on their way must not get mixed up with what devices exchange meanwhile.
+        self._beside = transport.beside() if config.overlap else transport
         if config.decays_weights:
             self._decay = Decay(optimizers, lambda: self.injection.factors.values())
         try:
@@ -74,8 +76,6 @@ class Merging(Trainees):
         self.last_record: MergeRecord | None = None
         self.outer = None if config.outer_optimizer is None else OuterOptimizer(config.outer_optimizer)
         self.flights: list[Flight] = []
-        # Merges on their way must not get mixed up with what devices exchange meanwhile.
-        self._beside = transport.beside() if config.overlap else transport
         self.records: deque[MergeRecord] = deque(maxlen=1000)
         # Those of single merges that `_noted` has not combined yet.
         self._done: list[MergeRecord] = []
@@ -241,13 +241,12 @@ class Merging(Trainees):
             if overlap:
                 merge.flags = self._told()
                 merge.start(self._states())
-                devices = sorted({f.A.device for f in merge.factors if f.A.is_cuda}, key=str)
                 last = self.flights[-1] if self.flights else None
-                self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, devices=devices))
+                self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, device=self._device))
             else:
                 record = self._unless_refused(lambda: merge.run(self._states(), self.outer))
                 self._done.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
-                self._merged(merge)
+                self._after_merge(merge)
         for f in merge.factors:
             f.merged_step, f.left = clock.step, 1.0
         clock.merged()
@@ -293,9 +292,10 @@ class Merging(Trainees):
         with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
             waited = flight.wait()
             record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
+            flight.wait_for_training()
             self.flights.remove(flight)
             self._done.append(record)
-            self._merged(flight.merge)
+            self._after_merge(flight.merge)
             self._hear_of(flight.merge.flags)
         self.merging = False
 
@@ -315,7 +315,7 @@ class Merging(Trainees):
             self.merging = False  # no weight was written, on no device
             raise
 
-    def _merged(self, merge: Merge) -> None:
+    def _after_merge(self, merge: Merge) -> None:
         if merge.restarted:
             # What is on its way of these heads was taken before they start anew.
             self._land_all(self.flights)

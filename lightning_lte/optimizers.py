@@ -13,6 +13,9 @@ from torch.optim import LBFGS, Optimizer
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
+# What torch's optimizers count for a parameter as a whole. For one without dimensions, shapes don't tell these apart.
+COUNTS = ("step", "mu_product", "eta", "mu")
+
 # Shape of what twins of optimizers are tried on.
 _TRIED = (2, 4, 4)
 
@@ -261,6 +264,15 @@ def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Opt
     if state:
         twin.state[param] = state
     return twin
+
+
+def place_counts(optimizer: Optimizer, param: nn.Parameter, state: dict[str, Any]) -> None:
+    """Fused and capturable optimizers keep what they count on the parameter's device."""
+    group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
+    if group.get("fused") or group.get("capturable"):
+        for key in COUNTS:
+            if isinstance(state.get(key), Tensor):
+                state[key] = state[key].to(device=param.device, dtype=torch.float32 if key == "step" else None)
 
 
 def first_state(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> dict[str, Any]:

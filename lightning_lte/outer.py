@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lte.heads import Factors
-from lightning_lte.optimizers import MakeOptimizer
+from lightning_lte.optimizers import MakeOptimizer, place_counts
 
 
 class OuterOptimizer:
@@ -53,10 +53,11 @@ class OuterOptimizer:
         for f in factors:
             if f.name in states:
                 param, optimizer = self._of(f)
-                optimizer.state[param] = {
+                optimizer.state[param] = state = {
                     k: v.to(param.device, copy=True) if isinstance(v, Tensor) and v.dim() else v
                     for k, v in states[f.name].items()
                 }
+                place_counts(optimizer, param, state)
                 param.data = param.new_empty(0)
 
     def _of(self, f: Factors) -> tuple[nn.Parameter, Optimizer]:

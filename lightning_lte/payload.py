@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lte import product
-from lightning_lte.heads import Factors, Pair, rows_of
+from lightning_lte.heads import Factors, Pair, of_good
 from lightning_lte.transport import Transport
 from lightning_lte.wire import PayloadKind, Wire, encoded_bytes
 
@@ -66,6 +66,7 @@ class Payload:
         self._deltas = [f.summed_delta(good) for f in self._dense]
         if self._apart:
             self._copies = {f.name: (f.A.detach().clone(), f.B.detach().clone()) for f in self.factors}
+        self._anchors = {f.name: self._anchors_of(f) for f in self._others if self._rounds_anchors(f)}
         self._sent = [self._of(f) for f in self._others]
         frozen = [f for f in self._others if f.freeze_a]
         self._all_A = {f.name: f.all_A for f in frozen if f.all_A is not None}
@@ -130,7 +131,7 @@ class Payload:
             pairs = [(stacked[0], stacked[1])]
         else:
             pairs = product.pairs(stacked[0], stacked[1].mT, stacked[2], stacked[3].mT)
-        return f.sum_of_products([(rows_of(A, good), rows_of(B, good)) for A, B in pairs])
+        return f.sum_of_products([(of_good(A, good), of_good(B, good)) for A, B in pairs])
 
     def wire_of(self, f: Factors) -> Wire:
         """How the factors of a weight travel; "float32" if its dense delta does, as heads lose nothing by that."""
@@ -171,14 +172,17 @@ class Payload:
             return [f.current()[1].detach().mT]
         if self._wire == "float32":
             return [t.detach() for t in f.current()]
-        assert f.anchor_A is not None and f.anchor_B is not None
         A, B = self._copies.get(f.name, (f.A.detach(), f.B.detach()))
-        # In int8 a row has a scale of its own: rows are to be long.
-        anchors = [f.anchor_A, f.anchor_B.mT]
-        if f.anchored in (None, self._wire):
-            return [A, B.mT, *anchors]
-        self._anchors[f.name] = [t.clone() for t in anchors] if self._apart else anchors
-        return [A, B.mT]
+        return [A, B.mT, *(() if f.name in self._anchors else self._anchors_of(f))]
+
+    def _anchors_of(self, f: Factors) -> list[Tensor]:
+        # In int8 a row has a scale of its own: rows are to be long, here as of the factors.
+        assert f.anchor_A is not None and f.anchor_B is not None
+        return [f.anchor_A, f.anchor_B.mT]
+
+    def _rounds_anchors(self, f: Factors) -> bool:
+        """Whether the wire would take something from the anchors of a weight, as they have not come by it."""
+        return self._wire != "float32" and not f.freeze_a and f.anchored not in (None, self._wire)
 
 
 def is_dense(factors: Factors, world_size: int, wire: Wire = "float32", kind: PayloadKind = "auto") -> bool:

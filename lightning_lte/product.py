@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from torch import Tensor
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # What makes W in a dtype, where nobody holds it whole.
 Reader = Callable[[torch.dtype], Tensor]
+
+_T = TypeVar("_T", Tensor, Tensor | None)
 
 _HALF = {torch.float16, torch.bfloat16}
 # Autocast leaves float64 as it is.
@@ -62,7 +64,7 @@ def product(
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
     factors = _four_dimensional((A, B, anchor_A, anchor_B))
-    x, bias = cast(x), None if bias is None else cast(bias)
+    x, bias = cast(x), cast(bias)
     weight = cast(weight) if isinstance(weight, Tensor) else weight
     with without_autocast(x.device.type):
         y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
@@ -100,10 +102,11 @@ def are_plain(*tensors: Tensor) -> bool:
     )
 
 
-def cast(tensor: Tensor) -> Tensor:
-    """What autocast makes of a factor of a product; the tensor itself where there is no autocast."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if _autocasts(kind) and tensor.dtype in _CASTABLE else tensor
+def cast(tensor: _T) -> _T:
+    """What autocast makes of a factor of a product, or of a bias; the tensor itself where there is no autocast."""
+    if tensor is None or tensor.dtype not in _CASTABLE or not _autocasts(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _autocasts(device_type: str) -> bool:

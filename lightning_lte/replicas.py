@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_lte.heads import finite_rows
+from lightning_lte.heads import finite_rows, of_good
 from lightning_lte.roles import Owner
 from lightning_lte.shards import local, with_part
 from lightning_lte.transport import Transport
@@ -178,11 +178,10 @@ class Replicas:
                 wide = torch.promote_types(wide, torch.float64)
             if replica.stack is None:
                 # Local heads share it, so it counts once for each of them.
-                total = local(replica.param).to(wide, copy=True) * good.sum()
-                if not good.any():
-                    total.zero_()
+                total = local(replica.param).to(wide) * good.sum()
+                total = total.where(good.any(), 0)
             else:
-                total = replica.stack[good].to(wide).sum(0)
+                total = of_good(replica.stack, good).to(wide).sum(0)
             self._taken.append((replica, total, replica.copies.clone() if apart else None))
 
     def exchange(self, transport: Transport) -> None:

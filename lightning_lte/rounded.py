@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_lte.product import cast
 from lightning_lte.transport import Transport
 from lightning_lte.trial import checksum
 
@@ -179,11 +180,9 @@ class Rounded:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W~^T + b for x (..., in): (..., out), in the dtype of autocast, where that is on, or that of x."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         scales = self._parts[1] if len(self._parts) > 1 else None
-        return cast(Tensor, _ProductOfRounded.apply(x, bias, self.kind, self.shape, self._parts[0], scales))
+        y: Tensor = _ProductOfRounded.apply(cast(x), cast(bias), self.kind, self.shape, self._parts[0], scales)
+        return y
 
     def merged(self) -> Tensor:
         """W as well as this device knows it alone, a new tensor: rounded where the rows are sharded."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.heads import of_good
 from lightning_lte.transport import Transport
 
 _KEYS = ("running_mean", "running_var", "num_batches_tracked")
@@ -106,8 +107,8 @@ class RunningStatistics:
         if averaged and (transport.devices > 1 or averaged[0].own):
             stacks = [torch.stack(s.own or [s.buffer]) for s in averaged]
             finite = torch.stack([stack.isfinite().flatten(1).all(1) for stack in stacks])  # (statistics, heads)
-            wide = [torch.where(ok.view(-1, *[1] * (s.dim() - 1)), s, 0) for s, ok in zip(stacks, finite, strict=True)]
-            self._sums = [*(stack.sum(0) for stack in wide), finite.sum(1).to(torch.float32)]
+            sums = [of_good(stack, ok).sum(0) for stack, ok in zip(stacks, finite, strict=True)]
+            self._sums = [*sums, finite.sum(1).to(torch.float32)]
             self._taken = [(s, stack if apart else None) for s, stack in zip(averaged, stacks, strict=True)]
 
     def exchange(self, transport: Transport) -> None:

@@ -21,10 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lte.heads import Factors, Pair
 from lightning_lte.product import PairAndAnchors
 
-# Their names since torch 2.14, and before.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 def is_shared_out(tensor: Tensor) -> bool:
     """Whether devices have a part of a tensor each."""
@@ -172,7 +168,7 @@ class _Gathered(torch.autograd.Function):
         padded = [_padded(part, -(-count // size)) for part, count in zip(parts, rows, strict=True)]
         flat = torch.cat([part.reshape(-1) for part in padded])
         gathered = flat.new_empty(size, flat.numel())
-        _all_gather(gathered.view(-1), flat, group=group)
+        dist.all_gather_single(gathered.view(-1), flat, group=group)
         columns = gathered.split([part.numel() for part in padded], dim=1)
         stacks = [c.reshape(size, *part.shape) for c, part in zip(columns, padded, strict=True)]
         # Rows of the devices below each other, less the padding in the end.
@@ -191,7 +187,7 @@ class _Gathered(torch.autograd.Function):
             stacks.append(_padded(gradients[i], chunk * size).unflatten(-2, (size, chunk)).movedim(-3, 0))
         flat = torch.cat([s.reshape(size, -1) for s in stacks], dim=1) / size
         mine = flat.new_empty(flat.shape[1])
-        _reduce_scatter(mine, flat.view(-1), group=ctx.group)
+        dist.reduce_scatter_single(mine, flat.view(-1), group=ctx.group)
         found: list[Tensor | None] = [None] * len(gradients)
         for i, s, part in zip(wanted, stacks, mine.split([s[0].numel() for s in stacks]), strict=True):
             found[i] = part.view(s.shape[1:]).narrow(-2, 0, ctx.own[i])

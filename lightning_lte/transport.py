@@ -219,11 +219,12 @@ class Transport:
 
     @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Give every device the values of rank 0: of tensors of any layout and dtype."""
+        """Give every device the values of rank 0: of tensors of any layout and dtype, and wherever they are."""
         if self.world_size == 1:
             return
+        of_gpus = "nccl" in dist.get_backend(self.group)
         for tensor in tensors:
-            if tensor.layout == torch.strided and not tensor.is_nested:
+            if tensor.layout == torch.strided and not tensor.is_nested and not (of_gpus and tensor.is_cpu):
                 sent = tensor.contiguous()
                 # As bytes, which all backends send.
                 dist.broadcast(sent.view(-1).view(torch.uint8), src=self._first, group=self.group)
@@ -265,7 +266,7 @@ class Transport:
         dist.distributed_c10d._get_default_store().set(key, what)
         start = time.monotonic()
         timer = None
-        if dist.get_backend() == "nccl":
+        if "nccl" in dist.get_backend():  # also "cpu:gloo,cuda:nccl"
             timer = threading.Timer(0.9 * self.timeout_s, lambda: print(self._missed(what, start), file=sys.stderr))
             timer.daemon = True
             timer.start()
@@ -362,6 +363,8 @@ def _is_of_meeting(error: BaseException) -> bool:
     """Whether an error comes from torch's communication, or is that of `Transport.union`."""
     if isinstance(error, TimeoutError | dist.DistError):
         return True
+    if isinstance(error, torch.OutOfMemoryError):
+        return False  # raised there, too: NCCL sends objects through the memory of GPUs
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, product
 from lightning_lte.execution import run
+from lightning_lte.outer import OuterOptimizer
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
 from tests.modules import Kinds, after_backward, make_data, make_net, train_step
 
@@ -87,6 +88,17 @@ def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) 
     assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
 
 
+@pytest.mark.parametrize("chosen", [{}, {"replicas": "step"}, {"overlap": 1}], ids=str)
+def test_a_merge_waits_for_another_device_as_often_for_many_weights_as_for_one(chosen: dict[str, Any]) -> None:
+    counts = []
+    for kind in (Kinds, Scaled):
+        waits: list[list[str]] = []
+        with another_device():
+            _train(kind, {"execution": "batched", **chosen}, there=True, waits=waits)
+        counts.append(len(waits[PERIOD - 1]))
+    assert counts[0] == counts[1] <= 7
+
+
 def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_other_device() -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -102,6 +114,23 @@ def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_o
     with another_device(), pytest.warns(UserWarning, match="All weights were written from outside"):
         explorer.act()
     assert bases and all(isinstance(part, Elsewhere) for base in bases for part in base._parts)
+
+
+@pytest.mark.parametrize("where", ["cpu", DEVICE.type])
+def test_an_outer_optimizer_counts_its_steps_where_it_wants_them(where: str) -> None:
+    class Weight:
+        name = "weight"
+
+        def exact(self) -> Tensor:
+            return Elsewhere(torch.ones(2, 2))
+
+    outer = OuterOptimizer(partial(torch.optim.AdamW, capturable=where != "cpu"))
+    moments = {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2)}
+    with another_device():
+        outer.load_state_dict([Weight()], {"weight": {"step": torch.tensor(3.0), **moments}})  # type: ignore[list-item]
+    ((param, optimizer),) = outer._optimizers.values()
+    devices = {key: value.device.type for key, value in optimizer.state[param].items()}
+    assert devices == {"step": where, "exp_avg": DEVICE.type, "exp_avg_sq": DEVICE.type}
 
 
 def test_a_checkpoint_waits_for_merges_before_it_copies_what_rounding_took() -> None:

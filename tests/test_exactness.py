@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.execution import run as run_step
+from lightning_lte.gradients import clip_grad_norm_
 from tests.modules import (
     FACTORED,
     IN,
@@ -342,6 +344,20 @@ def test_optimizers_equal_the_oracles(optimizer: Any, after_merge: Any) -> None:
 @pytest.mark.parametrize("execution", ["batched", "sequential"])
 def test_each_head_is_clipped_by_its_own_norm(execution: Any) -> None:
     train_both(LTEConfig(HEADS, 3, rank=RANK, execution=execution), sgd, clip=0.05, steps=10)
+
+
+def clipped_where_there_are_gradients() -> Tensor:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    factor = nn.Parameter(torch.ones(1, 3))
+    if transport.rank == 1:
+        factor.grad = torch.ones(1, 3)
+    clip_grad_norm_([factor], {factor}, 1.0, 1, transport, acting=None, synchronised=True)
+    return transport.stack(torch.tensor([transport.rank]))
+
+
+def test_a_device_without_gradients_does_not_keep_the_others_waiting() -> None:
+    for ranks in run(clipped_where_there_are_gradients, 2, timeout_s=30):
+        assert ranks.tolist() == [0, 1]
 
 
 def test_a_parameter_without_dimensions_is_clipped_as_all_others() -> None:

@@ -28,6 +28,18 @@ class Sparse(Net):
         return super().forward(x.to_sparse())
 
 
+class Gated(Net):
+    """A net with a bare weight that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + nn.functional.linear(y, self.gate)
+
+
 class Normed(Net):
     """With batch norm, which takes no statistics of a single sample."""
 
@@ -63,6 +75,18 @@ def test_a_plain_loop_tries_the_module_first(kind: type[Net], execution: str) ->
     assert fit(nets[0], [16, 16, 16]).execution == execution
     fit(nets[1], [16, 16, 16], execution="sequential")
     torch.testing.assert_close(clone(nets[0].state_dict()), clone(nets[1].state_dict()), rtol=1e-9, atol=1e-11)
+
+
+def test_autocast_forgets_what_weights_were_filled_with_for_the_trial() -> None:
+    losses = []
+    for execution in ("auto", "batched"):
+        net = make_net(Gated).float()
+        explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK, execution=execution))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(explorer, lambda own, net=net: net(own[0].float()).square().mean(), make_data(16))
+        assert explorer.execution == "batched"
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
 
 
 def test_batches_that_the_heads_do_not_divide_are_dealt_out_all_the_same() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -90,11 +91,13 @@ def test_a_rank_that_hangs_ends_the_others_in_time_with_a_word_about_where(
     assert TIMEOUT_S * 0.9 < seconds < TIMEOUT_S + ON_TOP_S
 
 
-def _watched() -> list[str]:
+def _watched(backend: str) -> list[str]:
     import contextlib
     import io
 
-    dist.get_backend = lambda *_: "nccl"  # it ends the process itself when the time is out, before an error can say why
+    dist.get_backend = lambda *_: (
+        backend
+    )  # it ends the process itself when the time is out, before an error can say why
     said = io.StringIO()
     transport = Transport(dist.get_world_size(), dist.get_rank(), timeout=timedelta(seconds=1))
     with contextlib.redirect_stderr(said):
@@ -107,8 +110,9 @@ def _watched() -> list[str]:
     return [soon, said.getvalue()]
 
 
-def test_with_nccl_the_word_comes_before_the_end() -> None:
-    for soon, later in run(_watched, 2):
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_with_nccl_the_word_comes_before_the_end(backend: str) -> None:
+    for soon, later in run(_watched, 2, backend):
         assert soon == ""
         assert "At merge 2, after step 6, all devices have to meet within 1 s" in later
 
@@ -119,6 +123,11 @@ def _other_errors() -> None:
         raise RuntimeError("mine")
     with pytest.raises(FloatingPointError), transport.meeting("merge 1"):
         raise FloatingPointError
+    # Of a collective of objects, say, which go through the memory of GPUs.
+    within: dict[str, Any] = {"__name__": "torch.distributed.distributed_c10d", "torch": torch}
+    exec("def gather_object(): raise torch.OutOfMemoryError('too large')", within)
+    with pytest.raises(torch.OutOfMemoryError, match="too large"), transport.meeting("a checkpoint"):
+        within["gather_object"]()
     assert not transport.lost
 
 

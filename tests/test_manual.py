@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import LTEStrategy
+from lightning_lte.lockstep import _Turn
 from tests.modules import IN, RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
 from tests.oracle import Worker
 from tests.processes import run
@@ -475,6 +476,18 @@ def test_an_error_in_the_turn_of_a_head_ends_all_turns(error: BaseException) -> 
     assert threading.active_count() == before
     assert type(module.net.first) is nn.Linear
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_heads_in_turn_compute_on_the_stream_of_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stream torch turns to its device, too."""
+    streams = threading.local()
+    streams.now = "one of the user's"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.now)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(streams, "now", stream))
+    turn = _Turn(0, torch.cuda.current_stream)
+    turn.go_on()
+    assert turn.output == "one of the user's"
 
 
 def test_a_weight_used_elsewhere_loses_its_heads_and_trains_right() -> None:

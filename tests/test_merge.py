@@ -303,6 +303,20 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_autocast_takes_nothing_from_a_merge() -> None:
+    """In manual optimization steps, and merges with them, come inside of it."""
+    ends = []
+    for enabled in (False, True):
+        chosen = config()
+        injection = made(chosen, torch.float32)
+        learn(injection, seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            record = merged(injection, chosen)
+        ends.append((weights(injection), record.delta_norm, record.disagreement))
+    assert ends[0][1:] == ends[1][1:]
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
+
+
 def test_keep_leaves_moments_alone() -> None:
     chosen = config()
     injection = made(chosen)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_lte import Explorer, LTEConfig, Transport
+from lightning_lte import Explorer, LTEConfig, Transport, flight, merging
+from lightning_lte.merge import Merge
 from tests.modules import RANK, backward, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
 
@@ -302,6 +303,65 @@ def test_the_spread_of_heads_is_that_of_all_that_a_record_tells_of() -> None:
     assert record.delta_norm == pytest.approx(mean**0.5)
     assert record.disagreement == pytest.approx((squares / mean - 1) ** 0.5)
     explorer.finish()
+
+
+def test_a_module_is_as_it_was_where_devices_can_not_meet_at_the_start() -> None:
+    class Alone(Transport):
+        def beside(self) -> Transport:
+            raise RuntimeError("nobody is there")
+
+    net = make_net()
+    optimizer = sgd(net.parameters())
+    held = list(optimizer.param_groups[0]["params"])
+    with pytest.raises(RuntimeError, match="nobody is there"):
+        Explorer(net, optimizer, LTEConfig(HEADS, 4, rank=RANK, overlap=2), Alone())
+    assert type(net.first) is nn.Linear
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held, strict=True))
+
+
+def test_a_state_is_loaded_when_merges_on_their_way_have_been_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read what is loaded, and the next ones would be mixed up with them."""
+    loop = Loop(overlap=2)
+    loop.steps(3)
+    state = loop.explorer.state_dict()
+    assert state is not None
+    done: list[int] = []
+    monkeypatch.setattr(Merge, "exchange", lambda _: time.sleep(0.5) or done.append(1))
+    loop.steps(1)
+    loop.explorer.load_state_dict(state)
+    assert done and not loop.explorer.flights
+
+
+class Stream:
+    """A stream of a GPU that this machine has not: it notes what waits for what."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self._log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self._log.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_merge_on_its_way_has_a_stream_of_its_own_which_waits_for_what_reads_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    training, side = Stream("training", log), Stream("the merge", log)
+    monkeypatch.setattr(flight, "_stream_on", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
+    # Blocks turn to the stream and the device from before in the end: in a thread that is device 0, whatever the rank.
+    monkeypatch.setattr(torch.cuda, "stream", None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(f"turned to {stream.name}"))
+    exchange, land = Merge.exchange, Merge.land
+    monkeypatch.setattr(Merge, "exchange", lambda *given: log.append("exchange") or exchange(*given))
+    monkeypatch.setattr(Merge, "land", lambda *given: log.append("land") or land(*given))
+    on_gpu = partial(flight.Flight, device=torch.device("cuda", 1))
+    monkeypatch.setattr(merging, "Flight", lambda *given, device: on_gpu(*given))
+    loop = Loop(stagger=2, overlap=1)
+    loop.steps(7)
+    started = ["the merge waits for training", "turned to the merge", "exchange"]
+    landed = ["training waits for the merge", "land", "the merge waits for training"]
+    assert log == [*started, *landed, *started, *landed]
 
 
 def _wait_at_the_start() -> tuple[float, float]:

@@ -142,6 +142,21 @@ def test_tensors_of_every_kind_are_broadcast() -> None:
     assert first == second == [[1.0, 0.0], [True], [0], 0j, [0.0], [[], []], [[0.0, 0.0], [0.0, 0.0]]]
 
 
+def on_the_cpu_with_nccl() -> Tensor:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    dist.get_backend, dist.broadcast = lambda *_: "nccl", refuse
+    sent = torch.tensor([float(dist.get_rank())])
+    here().broadcast_([sent])
+    return sent
+
+
+def test_tensors_that_stay_on_the_cpu_are_broadcast_where_the_backend_sends_those_of_gpus_alone() -> None:
+    """Such as buffers that a forward registers."""
+    assert [float(own) for own in run(on_the_cpu_with_nccl, 2)] == [0, 0]
+
+
 def in_groups() -> list[int]:
     rank = dist.get_rank()
     across = Transport.sharing(2, 4, rank)

@@ -99,7 +99,7 @@ def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None 
     geometry = geometry.of_heads(count)
     if x.dim() != weight.dim() or not applies(x, weight, bias):
         return geometry.convolve(side_by_side(x, count), weight, bias)
-    y: Tensor = _Convolution.apply(cast(x), cast(weight), None if bias is None else cast(bias), geometry, count)
+    y: Tensor = _Convolution.apply(cast(x), cast(weight), cast(bias), geometry, count)
     return y
 
 

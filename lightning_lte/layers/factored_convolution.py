@@ -57,9 +57,7 @@ def through_heads(
         x = cast(x)  # once, for all convolutions of it
         if x.dim() != weight.dim() or not factors.applies(x, weight, bias):
             return torch.add(convolve(geometry, x, weight, bias), own.delta(x, *pair_and_anchors), alpha=own.scale)
-        y: Tensor = _FactoredConvolution.apply(
-            x, cast(weight), None if bias is None else cast(bias), *pair_and_anchors, own, again
-        )
+        y: Tensor = _FactoredConvolution.apply(x, cast(weight), cast(bias), *pair_and_anchors, own, again)
         return y
 
 
