@@ -36,6 +36,9 @@ _CASTABLE = {torch.float32, *_HALF}
 # On a CPU, what is made of the factors is made for a few heads at a time, so that it is still in a core's cache when it
 # is read. Most cores have 1 MiB or more to themselves.
 _CACHE = 2**20
+# On other devices they are made for as many heads as bytes allow: effective weights of all heads of a large layer would
+# take more memory than its activations.
+_ROOM = 2**28
 
 
 def product(
@@ -355,9 +358,11 @@ def _pieces(A: Tensor, B: Tensor, numbers: int) -> Iterator[tuple[slice, int, sl
         numbers: how many are made for one part of a head.
     """
     count, parts, size = A.shape[0], A.shape[1], B.shape[2]
-    together = count
+    of_one = numbers * A.element_size()
     if A.device.type == "cpu":
-        together = max(1, _CACHE // (numbers * A.element_size())) * torch.get_num_threads()
+        together = max(1, _CACHE // of_one) * torch.get_num_threads()
+    else:
+        together = max(1, _ROOM // of_one)
     for first in range(0, count, together):
         for part in range(parts):
             yield slice(first, first + together), part, slice(part * size, (part + 1) * size)

@@ -238,3 +238,10 @@ def test_a_scaled_gradient_is_one_in_all_ways_to_differentiate() -> None:
     # A tangent is one of the value, which is as it was.
     _, tangent = torch.func.jvp(cube, (t.detach(),), (torch.ones_like(t),))
     torch.testing.assert_close(tangent, 3 * t.detach().square().sum())
+
+
+@pytest.mark.parametrize(("width", "together"), [(4096, 4), (32, 32), (16384, 1)])
+def test_off_the_cpu_effective_weights_are_made_within_bounds(width: int, together: int) -> None:
+    factors = torch.empty(32, 1, 2, width, device="meta"), torch.empty(32, 1, width, 2, device="meta"), None, None
+    made = [own.shape for *_, own in module._effective(torch.empty(width, width, device="meta"), factors, 1.0)]
+    assert made == [(together, width, width)] * (32 // together)
