@@ -147,8 +147,9 @@ class Trainees:
     def _begin_trials(self) -> None:
         for f in self.injection.factors.values():
             # FSDP puts gradients into weights that it has shared out itself, past the hooks of a trial. One that is
-            # used elsewhere has a gradient all the same, which `Guard` finds.
-            if f.shard is f.weight:
+            # used elsewhere has a gradient all the same, which `Guard` finds. So has one that is frozen by now, and
+            # thawed later.
+            if f.shard is f.weight and f.weight.requires_grad:
                 f.trial = Trial(f.weight)
 
     def rest(self) -> None:

@@ -369,6 +369,22 @@ def test_gradual_unfreezing() -> None:
     assert role(strategy, "net.second.weight")[0] == "factored"
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_weights_may_be_frozen_as_heads_begin(heads: int) -> None:
+    class Frozen(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net.first.requires_grad_(not 1 <= self.trainer.global_step < 6)
+
+    module = Frozen(optimizer=sgd)
+    seen = Recorder(lambda t, m: clone(m.net.first.state_dict()))
+    strategy = train(module, heads=heads, steps=9, full_rank_steps=2, callbacks=[seen])
+    assert role(strategy, "net.first.weight")[0] == "factored"
+    for state in seen.seen[1:6]:
+        torch.testing.assert_close(state, seen.seen[0], rtol=0, atol=0)
+    for name, value in module.net.first.state_dict().items():
+        assert not torch.equal(value, seen.seen[0][name])
+
+
 def unfrozen_on_two_devices() -> tuple[dict[str, Tensor], str]:
     class Late(Module):
         def configure_optimizers(self) -> Any:
