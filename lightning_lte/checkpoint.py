@@ -411,7 +411,9 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         explorer: whose state it is.
         closing: leave out merges that have not landed, and may never do: heads still have what they took.
     """
-    # First of all, as an exchange leaves in `Factors.error` what rounding takes.
+    # What came into an optimizer after the last batch. The run that goes on has it from the start.
+    explorer.adopt()
+    # Before all else, as an exchange leaves in `Factors.error` what rounding takes.
     flights = [] if closing else [flight.state_dict() for flight in explorer.flights]
     injection = explorer.injection
     stacked = explorer.per_head

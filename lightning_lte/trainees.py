@@ -116,6 +116,12 @@ class Trainees:
         if not self._begun:
             self._begun = True
             self.take_weights(self.guard.changed())
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Train what came into the optimizers' groups since as replicas. Nothing is done before heads begin."""
+        if self.full_rank:
+            return
         # Made once: for each parameter anew, it would cost the square of their number in every batch.
         per_head = self.per_head
         for number, optimizer in enumerate(self.optimizers):
