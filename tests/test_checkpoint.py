@@ -539,6 +539,27 @@ def test_a_parameter_without_dimensions_is_resumed_exactly_on_two_devices(tmp_pa
         assert_equal(whole, resumed)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_shows_in_the_second_step_is_found_after_resuming_from_the_first(tmp_path: Path, heads: int) -> None:
+    class Using(Module):
+        """Uses a weight as a tensor from the second step on, whose gradient of this very step counts."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss + (self.net.second.weight.square().mean() if self.trainer.global_step else 0)
+
+    path = tmp_path / "first.ckpt"
+
+    def fit(resume: Path | None) -> dict[str, Tensor]:
+        save = Recorder(lambda t, _: t.global_step == 1 and t.save_checkpoint(path))
+        module = Using(optimizer=sgd)
+        t = trainer(LTEStrategy(heads, 3, rank=RANK), max_steps=5, callbacks=[save])
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    assert_equal(fit(None), fit(path))
+
+
 class Later(Callback):
     """Puts parameters into the optimizer after a batch, and right away in a run that goes on from later on."""
 

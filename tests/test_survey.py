@@ -1121,3 +1121,24 @@ def test_a_sweep_of_learning_rates_leaves_no_trace(choices: dict[str, Any], tmp_
 
     plain, swept = fitted(), fitted(LearningRateFinder(num_training_steps=14, update_attr=False))
     assert all(torch.equal(value, swept[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_weights_are_watched_after_a_sweep_too(heads: int, tmp_path: Path) -> None:
+    """Who asks for the gradient of a weight gets it, in every step; heads would leave none to ask for."""
+
+    class Asking(Module):
+        lr = 0.01
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            (gradient,) = torch.autograd.grad(loss, self.net.second.weight, retain_graph=True)
+            return loss * (1 + gradient.norm().detach())
+
+    module, sweep = Asking(optimizer=sgd), LearningRateFinder(num_training_steps=8, update_attr=False)
+    strategy = LTEStrategy(heads, 3, rank=RANK)
+    trainer(strategy, max_steps=5, callbacks=[sweep], default_root_dir=tmp_path).fit(module, loader(320))
+    assert role(strategy, "net.second.weight") == (
+        "replica",
+        "something asks for its gradient with torch.autograd.grad",
+    )
