@@ -197,6 +197,11 @@ class Trainees:
         self.statistics.split(self.count)
         self.show_exchanged()
 
+    def split_again(self, names: Collection[str], in_turn: bool) -> None:
+        """Give each local head replicas of its own, as it had them before; see `Injection.split_again`."""
+        self.injection.split_again(names, in_turn)
+        self.show_exchanged()
+
     def show_exchanged(self) -> None:
         """Have optimizers and the guard know what is trained now, and its gradients scaled."""
         self.substitution.replace(self._replacements())
