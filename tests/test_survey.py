@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -739,8 +740,15 @@ def test_hooks_on_parameters_keep_their_meaning() -> None:
     assert torch.equal(module.net.first.bias, before["net.first.bias"])
 
 
+OUTER = [
+    partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+    partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("outer", [None, *OUTER], ids=["none", "momentum", "decay"])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int) -> None:
+def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int, outer: Any) -> None:
     class Freezing(Module):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
             if self.trainer.global_step == 3:  # just merged
@@ -749,7 +757,7 @@ def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int) -> None:
                 self.at = clone(self.state_dict())
 
     module = Freezing(optimizer=sgd)
-    train(module, heads=heads, execution="batched" if heads > 1 else "auto")
+    train(module, heads=heads, execution="batched" if heads > 1 else "auto", outer_optimizer=outer)
     for name in ("net.first.weight", "net.first.bias", "net.norm.weight", "net.norm.bias"):
         assert torch.equal(module.state_dict()[name], module.at[name])
     assert not torch.equal(module.net.second.weight, module.at["net.second.weight"])
