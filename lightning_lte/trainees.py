@@ -145,7 +145,7 @@ class Trainees:
         for param in self.trained_by:
             param.grad = None
         self.take_weights({w.name for w in self._watched()})
-        self.statistics.select(None)
+        self.statistics.begin()
         self._begin_trials()
         self.substitution.forget()
         self.act()
