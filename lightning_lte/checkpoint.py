@@ -104,6 +104,10 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     if explorer.execution == "auto" and state["execution"] != "auto":
         go = explorer.go_sequential if state["execution"] == "sequential" else explorer.go_batched
         go("as in the checkpoint")
+    # Heads got copies of what was trained then, which may be frozen now: it is thawed as training goes on.
+    apart = {name for name, saved in state["replicas"].items() if len(saved["value"]) != state["devices"]}
+    if any(replica.name in apart and replica.stack is None for replica in explorer.injection.replicas):
+        explorer.split_again(apart, in_turn=explorer.execution == "sequential")
     for clock, saved_clock in zip(explorer.clocks, state["clocks"], strict=True):
         clock.load_state_dict(saved_clock)
         if state["stagger"] != explorer.config.stagger:
@@ -406,7 +410,9 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         explorer: whose state it is.
         closing: leave out merges that have not landed, and may never do: heads still have what they took.
     """
-    # First of all, as an exchange leaves in `Factors.error` what rounding takes.
+    # What came into an optimizer after the last batch. The run that goes on has it from the start.
+    explorer.adopt()
+    # Before all else, as an exchange leaves in `Factors.error` what rounding takes.
     flights = [] if closing else [flight.state_dict() for flight in explorer.flights]
     injection = explorer.injection
     stacked = explorer.per_head

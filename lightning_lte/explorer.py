@@ -470,9 +470,10 @@ class Explorer(Merging):
         if told and self.transport.rank == 0:
             warnings.warn(told, stacklevel=2)
         for f in self.injection.factors.values():
-            f.end_trial()
             f.merged_at = 0
         if not (self.full_rank or self._is_settling):
+            for f in self.injection.factors.values():
+                f.end_trial()
             same = state.get("base") == [self.config.base, self.config.base_copy]
             self.round_bases(state["bases"] if same else None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -50,6 +50,18 @@ class Injection:
         for replica in self.replicas:
             if replica.stack is None and not replica.shared and self._may_split(replica.param):
                 self._split(replica)
+
+    def split_again(self, names: Collection[str], in_turn: bool) -> None:
+        """Give each local head its own copy of replicas of which it had one before, of those that are frozen now, too.
+
+        Args:
+            names: of these replicas.
+            in_turn: whether heads take turns, so that all replicas can be told apart.
+        """
+        for replica in self.replicas:
+            if replica.name in names and replica.stack is None and replica.param in self.roles:
+                self._tell_apart(replica, self.roles[replica.param], in_turn, frozen=True)
+        self._enter_layers()
 
     def grow(self, factor: int, heads: int) -> dict[nn.Parameter, nn.Parameter]:
         """Put `factor` local heads in the place of each; see `Factors.grow` and `Replica.grow`.
@@ -152,10 +164,10 @@ class Injection:
         self.report.entry(role.name).copies = 1
         self._tell_apart(replica, role, in_turn)
 
-    def _tell_apart(self, replica: Replica, role: Role, in_turn: bool) -> None:
+    def _tell_apart(self, replica: Replica, role: Role, in_turn: bool, frozen: bool = False) -> None:
         """Give each local head its own copy of a replica, if its layer can tell them apart, or heads take turns."""
         owner = role.owner
-        if self._may_split(role.param) and not replica.shared:
+        if self._may_split(role.param, frozen) and not replica.shared:
             known = isinstance(owner.layer, HeadedLayer) or headed_class(owner.layer) is not None
             extensible = known and _extensible(owner.layer)
             tells_apart = extensible and len(role.owners) == 1 and not self.config.excludes(*owner.names)
@@ -176,8 +188,8 @@ class Injection:
             assert headed is not None
             enter(layer, headed, state)
 
-    def _may_split(self, param: nn.Parameter) -> bool:
-        return self.config.replicas == "merge" and self.switch.count > 1 and param.requires_grad
+    def _may_split(self, param: nn.Parameter, frozen: bool = False) -> bool:
+        return self.config.replicas == "merge" and self.switch.count > 1 and (param.requires_grad or frozen)
 
     def _split(self, replica: Replica) -> None:
         replica.split(self.switch.count)

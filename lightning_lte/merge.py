@@ -287,7 +287,8 @@ class Merge:
             if self._measure:
                 self._squared_mean = self._squared_mean.to(delta) + delta.norm().square()
             f.merging_from, f.merging = f.shard._version, payload.merged(f)
-            if outer is None:
+            # An outer optimizer would move what is frozen, by its momentum or its decay.
+            if outer is None or not (f.weight.requires_grad or bool(delta.any())):
                 f.add(delta, self._left_of[f.name])
             else:
                 outer.step(f, delta, self._left_of[f.name])

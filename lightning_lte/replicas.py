@@ -46,6 +46,8 @@ class Replica:
     def _hold(self, copies: Tensor) -> None:
         self.stack = nn.Parameter(copies)
         self._turns = [nn.Parameter(own) for own in self.stack.detach()]
+        for own in self._turns:
+            _learn_with(self.stack, own)
 
     def join(self) -> None:
         """Have all local heads train the user's parameter itself from now on, with the mean of their gradients.
@@ -107,6 +109,28 @@ class Replica:
     def copies(self) -> Tensor:
         """The local copies, (k, *shape): k = n for a stack, else 1; of what devices share out, this one's part."""
         return local(self.param).detach().unsqueeze(0) if self.stack is None else self.stack.detach()
+
+
+def _learn_with(stack: nn.Parameter, own: nn.Parameter) -> None:
+    """Have a row of a stack get gradients only while the stack does: toggled optimizers freeze what they hold.
+
+    Args:
+        stack: what an optimizer holds.
+        own: what the module shows in the turn of a head, whose `requires_grad` is as the module's.
+    """
+    fresh = False
+
+    def silenced(gradient: Tensor | None) -> Tensor | None:
+        nonlocal fresh
+        fresh = own.grad is None
+        return gradient if gradient is None or stack.requires_grad else torch.zeros_like(gradient)
+
+    def dropped(_: Tensor) -> None:
+        if fresh and not stack.requires_grad:
+            own.grad = None
+
+    own.register_hook(silenced)
+    own.register_post_accumulate_grad_hook(dropped)
 
 
 class Replicas:

@@ -77,6 +77,12 @@ class RunningStatistics:
             s.own = s.own or [s.buffer.clone() for _ in range(count)]
             s.accept()
 
+    def begin(self) -> None:
+        """Have all heads go on from the user's buffers as they are now. (Batch norm counts no writes to them.)"""
+        for s in self._statistics:
+            if s.own:
+                self._give(s)
+
     def grow(self, factor: int) -> None:
         """Put `factor` heads in the place of each, which all go on with what that head had."""
         for s in self._statistics:

@@ -116,6 +116,12 @@ class Trainees:
         if not self._begun:
             self._begun = True
             self.take_weights(self.guard.changed())
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Train what came into the optimizers' groups since as replicas. Nothing is done before heads begin."""
+        if self.full_rank:
+            return
         # Made once: for each parameter anew, it would cost the square of their number in every batch.
         per_head = self.per_head
         for number, optimizer in enumerate(self.optimizers):
@@ -139,7 +145,7 @@ class Trainees:
         for param in self.trained_by:
             param.grad = None
         self.take_weights({w.name for w in self._watched()})
-        self.statistics.select(None)
+        self.statistics.begin()
         self._begin_trials()
         self.substitution.forget()
         self.act()
@@ -147,8 +153,9 @@ class Trainees:
     def _begin_trials(self) -> None:
         for f in self.injection.factors.values():
             # FSDP puts gradients into weights that it has shared out itself, past the hooks of a trial. One that is
-            # used elsewhere has a gradient all the same, which `Guard` finds.
-            if f.shard is f.weight:
+            # used elsewhere has a gradient all the same, which `Guard` finds. So has one that is frozen by now, and
+            # thawed later.
+            if f.shard is f.weight and f.weight.requires_grad:
                 f.trial = Trial(f.weight)
 
     def rest(self) -> None:
@@ -188,6 +195,11 @@ class Trainees:
         """Give each local head replicas and running statistics of its own, as heads that take turns may have."""
         self.injection.split_replicas()
         self.statistics.split(self.count)
+        self.show_exchanged()
+
+    def split_again(self, names: Collection[str], in_turn: bool) -> None:
+        """Give each local head replicas of its own, as it had them before; see `Injection.split_again`."""
+        self.injection.split_again(names, in_turn)
         self.show_exchanged()
 
     def show_exchanged(self) -> None:

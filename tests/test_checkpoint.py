@@ -26,6 +26,7 @@ from tests.modules import (
     Slices,
     adamw,
     clone,
+    kept,
     loader,
     make_data,
     make_net,
@@ -536,6 +537,71 @@ def test_a_parameter_without_dimensions_is_resumed_exactly(tmp_path: Path, heads
 def test_a_parameter_without_dimensions_is_resumed_exactly_on_two_devices(tmp_path: Path, heads: int) -> None:
     for whole, resumed in run(fit_in_part, 2, str(tmp_path), scaled, heads, 2, group=False, timeout_s=120):
         assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_shows_in_the_second_step_is_found_after_resuming_from_the_first(tmp_path: Path, heads: int) -> None:
+    class Using(Module):
+        """Uses a weight as a tensor from the second step on, whose gradient of this very step counts."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss + (self.net.second.weight.square().mean() if self.trainer.global_step else 0)
+
+    path = tmp_path / "first.ckpt"
+
+    def fit(resume: Path | None) -> dict[str, Tensor]:
+        save = Recorder(lambda t, _: t.global_step == 1 and t.save_checkpoint(path))
+        module = Using(optimizer=sgd)
+        t = trainer(LTEStrategy(heads, 3, rank=RANK), max_steps=5, callbacks=[save])
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    assert_equal(fit(None), fit(path))
+
+
+class Later(Callback):
+    """Puts parameters into the optimizer after a batch, and right away in a run that goes on from later on."""
+
+    def __init__(self) -> None:
+        self.added = False
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"added": self.added}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        self.added = state["added"]
+
+    def add(self, t: Trainer, module: Any) -> None:
+        self.added = True
+        t.optimizers[0].add_param_group({"params": list(module.net.first.parameters()), "lr": 0.003})
+
+    def on_fit_start(self, t: Trainer, module: Any) -> None:
+        if self.added:
+            self.add(t, module)
+
+    def on_train_batch_end(self, t: Trainer, module: Any, *args: Any) -> None:
+        if t.global_step == 4:
+            self.add(t, module)
+
+
+class WithoutFirst(Module):
+    def configure_optimizers(self) -> Any:
+        return adamw(p for name, p in self.named_parameters() if "first" not in name)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_parameters_that_come_into_an_optimizer_later_are_resumed_exactly(tmp_path: Path, steps: int) -> None:
+    path = tmp_path / "part.ckpt"
+
+    def fit(resume: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        save = Recorder(lambda t, _: t.global_step == steps and resume is None and t.save_checkpoint(path))
+        module = WithoutFirst()
+        t = trainer(LTEStrategy(4, 3, rank=RANK), max_steps=8, callbacks=[Later(), save])
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        return clone(module.state_dict()), kept(t)
+
+    assert_equal(list(fit(None)), list(fit(path)))
 
 
 def with_adafactor() -> Module:

@@ -584,6 +584,22 @@ def test_heads_that_take_turns_have_running_statistics_of_their_own() -> None:
     train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), optimizer, kind=BatchNormed, steps=10)
 
 
+@pytest.mark.parametrize("execution", ["auto", "sequential"])
+def test_heads_begin_with_the_running_statistics_of_full_rank_steps(execution: Any) -> None:
+    net = make_net(BatchNormed)
+    optimizer = sgd(net.parameters())
+    config = LTEConfig(HEADS, 100, rank=RANK, execution=execution, full_rank_steps=5)
+    explorer = Explorer(net, optimizer, config)
+    for step in range(5):
+        train_step(explorer, net, optimizer, make_data(4 * HEADS, seed=step))
+    before = clone(dict(net.named_buffers()))
+    assert before["batch_norm.running_mean"].any()
+    explorer.act()
+    assert not explorer.full_rank
+    with explorer.head(1):
+        torch.testing.assert_close(clone(dict(net.named_buffers())), before, rtol=0, atol=0)
+
+
 def test_running_statistics_are_not_lost_where_they_are_swapped_out_and_in_again() -> None:
     """As by callbacks that validate with averaged weights; who loads others means every head's."""
 

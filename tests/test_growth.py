@@ -483,6 +483,29 @@ def test_checkpoints_before_at_and_after_growth_go_on_exactly(
         assert_equal(fit(folder, execution, 1, step, **choices), whole, f"from step {step}")
 
 
+@pytest.mark.parametrize("execution", ["auto", "sequential"])
+def test_what_is_frozen_at_first_and_not_as_heads_grow_goes_on_exactly(tmp_path: Path, execution: Any) -> None:
+    class Thawed(Module):
+        def __init__(self) -> None:
+            super().__init__(make_net(), adamw)
+            self.net.norm.requires_grad_(False)
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.net.norm.requires_grad_(self.trainer.global_step >= 3)
+
+    path = tmp_path / "grown.ckpt"
+
+    def fit(resume: Path | None) -> dict[str, Tensor]:
+        save = Recorder(lambda t, _: t.global_step == 5 and t.save_checkpoint(path))
+        strategy = LTEStrategy(1, 3, rank=RANK, execution=execution, grow_heads={4: 4})
+        module = Thawed()
+        trainer(strategy, max_steps=10, callbacks=[save]).fit(module, Slices(1, 0), ckpt_path=resume)
+        assert strategy.report().entry("net.norm.weight").copies == 4
+        return clone(module.state_dict())
+
+    assert_equal(fit(None), fit(path))
+
+
 def test_checkpoints_go_on_on_another_number_of_devices(tmp_path: Path) -> None:
     folder = str(tmp_path)
     whole = {1: fit(folder, "auto", 1), 2: run(fit_all, 2, folder, "auto", 2, group=False)[0][None]}

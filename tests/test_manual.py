@@ -398,6 +398,27 @@ def test_a_game_of_two_optimizers_equals_workers_with_models_of_their_own(toggle
                 torch.testing.assert_close(seen, layer.W + layer.delta(), **EXACT)
 
 
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_what_is_toggled_off_gets_no_gradient_in_its_replicas_either(execution: str) -> None:
+    class Forgery(Game):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            forger, critic = self.optimizers()
+            with self.toggled_optimizer(forger):
+                self.manual_backward(-self.judge(nn.functional.pad(self.net(batch[0]), (0, IN - 3))).mean())
+                if batch_idx % 2:
+                    forger.step()
+            if batch_idx % 2 == 0:
+                forger.step()
+            forger.zero_grad()
+            critic.step()  # there is nothing to learn for the judge, nor anything to decay
+
+    module = Forgery(toggle=True)
+    before = clone(module.state_dict())
+    fitted(module, strategy(execution=execution), epochs=1)
+    moved = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("net.")}
+
+
 # ---- once for all heads
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,22 @@ def test_gradual_unfreezing() -> None:
     assert role(strategy, "net.second.weight")[0] == "factored"
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_weights_may_be_frozen_as_heads_begin(heads: int) -> None:
+    class Frozen(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net.first.requires_grad_(not 1 <= self.trainer.global_step < 6)
+
+    module = Frozen(optimizer=sgd)
+    seen = Recorder(lambda t, m: clone(m.net.first.state_dict()))
+    strategy = train(module, heads=heads, steps=9, full_rank_steps=2, callbacks=[seen])
+    assert role(strategy, "net.first.weight")[0] == "factored"
+    for state in seen.seen[1:6]:
+        torch.testing.assert_close(state, seen.seen[0], rtol=0, atol=0)
+    for name, value in module.net.first.state_dict().items():
+        assert not torch.equal(value, seen.seen[0][name])
+
+
 def unfrozen_on_two_devices() -> tuple[dict[str, Tensor], str]:
     class Late(Module):
         def configure_optimizers(self) -> Any:
@@ -723,8 +740,15 @@ def test_hooks_on_parameters_keep_their_meaning() -> None:
     assert torch.equal(module.net.first.bias, before["net.first.bias"])
 
 
+OUTER = [
+    partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+    partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("outer", [None, *OUTER], ids=["none", "momentum", "decay"])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int) -> None:
+def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int, outer: Any) -> None:
     class Freezing(Module):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
             if self.trainer.global_step == 3:  # just merged
@@ -733,7 +757,7 @@ def test_what_is_frozen_half_way_stays_where_it_was_merged(heads: int) -> None:
                 self.at = clone(self.state_dict())
 
     module = Freezing(optimizer=sgd)
-    train(module, heads=heads, execution="batched" if heads > 1 else "auto")
+    train(module, heads=heads, execution="batched" if heads > 1 else "auto", outer_optimizer=outer)
     for name in ("net.first.weight", "net.first.bias", "net.norm.weight", "net.norm.bias"):
         assert torch.equal(module.state_dict()[name], module.at[name])
     assert not torch.equal(module.net.second.weight, module.at["net.second.weight"])
@@ -1105,3 +1129,24 @@ def test_a_sweep_of_learning_rates_leaves_no_trace(choices: dict[str, Any], tmp_
 
     plain, swept = fitted(), fitted(LearningRateFinder(num_training_steps=14, update_attr=False))
     assert all(torch.equal(value, swept[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_weights_are_watched_after_a_sweep_too(heads: int, tmp_path: Path) -> None:
+    """Who asks for the gradient of a weight gets it, in every step; heads would leave none to ask for."""
+
+    class Asking(Module):
+        lr = 0.01
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            (gradient,) = torch.autograd.grad(loss, self.net.second.weight, retain_graph=True)
+            return loss * (1 + gradient.norm().detach())
+
+    module, sweep = Asking(optimizer=sgd), LearningRateFinder(num_training_steps=8, update_attr=False)
+    strategy = LTEStrategy(heads, 3, rank=RANK)
+    trainer(strategy, max_steps=5, callbacks=[sweep], default_root_dir=tmp_path).fit(module, loader(320))
+    assert role(strategy, "net.second.weight") == (
+        "replica",
+        "something asks for its gradient with torch.autograd.grad",
+    )
