@@ -165,9 +165,8 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
         children = _children(value)
         if children is None:
             return isinstance(value, str | bytes | int | float | bool | complex | np.generic | None)
-        # Images beside a list of targets, one for each: as many as they have channels, perhaps.
-        targets = known and any(_is_list_of_mappings(child) and len(child) == samples for _, child in children)
-        if targets:
+        # Images beside a list of targets, one for each: as many as they have channels, or vectors as long, perhaps.
+        if known and any(_has_an_item_for_each(child, samples) for _, child in children):
             for key, child in children:
                 if _is_list(child) and len(child) == samples:
                     items.add((*path, key))
@@ -193,6 +192,15 @@ def _is_list(value: Any) -> bool:
 
 def _is_list_of_mappings(value: Any) -> bool:
     return _is_list(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _has_an_item_for_each(value: Any, samples: int) -> bool:
+    """Whether a list is as long as the batch, and its items can't have rows for the samples: they are mappings, or
+    tensors of other sizes."""
+    if not _is_list(value) or len(value) != samples:
+        return False
+    sizes = {_size(item) for item in value if isinstance(item, Tensor) and item.dim()}
+    return _is_list_of_mappings(value) or not sizes <= {samples}
 
 
 def _size(tensor: Tensor) -> int:

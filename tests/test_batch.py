@@ -147,6 +147,17 @@ def test_images_of_different_sizes_and_of_one_size_are_dealt_out_whole() -> None
         assert layout.size((images[:3], targets[:3])) == 3  # as the channels, and yet a list of images
 
 
+def test_lists_beside_one_of_images_are_lists_of_samples_too_whatever_their_lengths() -> None:
+    """A vector of 4 numbers, or 4 boxes, for each of 4 images of different sizes, as `zip(*samples)` has them."""
+    images = [torch.zeros(3, 5 + i, 4) for i in range(4)]
+    for shape in ((4,), (4, 4)):
+        vectors = [torch.full(shape, float(i)) for i in range(4)]
+        for batch in ((images, vectors), {"vectors": vectors, "images": images}):
+            _, second = halves(batch, expected=4)
+            own = second["vectors"] if isinstance(second, dict) else second[1]
+            assert [int(v.max()) for v in own] == [2, 3] and own[0].shape == shape
+
+
 def test_images_beside_their_targets_are_told_without_a_batch_size() -> None:
     images = [torch.full((3, 5 + i, 4), float(i)) for i in range(4)]
     targets = [{"boxes": torch.zeros(i, 4)} for i in range(4)]
