@@ -224,7 +224,8 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
     if _is_list(value) or (isinstance(value, tuple) and hasattr(value, "_fields")):
         return list(enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        # Those that its `__init__` doesn't take, too: it may make them of what it takes.
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)]
     return None
 
 
