@@ -165,9 +165,8 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
         children = _children(value)
         if children is None:
             return isinstance(value, str | bytes | int | float | bool | complex | np.generic | None)
-        # Images beside a list of targets, one for each: as many as they have channels, perhaps.
-        targets = known and any(_is_list_of_mappings(child) and len(child) == samples for _, child in children)
-        if targets:
+        # Images beside a list of targets, one for each: as many as they have channels, or vectors as long, perhaps.
+        if known and any(_has_an_item_for_each(child, samples) for _, child in children):
             for key, child in children:
                 if _is_list(child) and len(child) == samples:
                     items.add((*path, key))
@@ -195,6 +194,15 @@ def _is_list_of_mappings(value: Any) -> bool:
     return _is_list(value) and all(isinstance(v, Mapping) for v in value)
 
 
+def _has_an_item_for_each(value: Any, samples: int) -> bool:
+    """Whether a list is as long as the batch, and its items can't have rows for the samples: they are mappings, or
+    tensors of other sizes."""
+    if not _is_list(value) or len(value) != samples:
+        return False
+    sizes = {_size(item) for item in value if isinstance(item, Tensor) and item.dim()}
+    return _is_list_of_mappings(value) or not sizes <= {samples}
+
+
 def _size(tensor: Tensor) -> int:
     """Rows of a tensor; -1 of one that can't be cut along dimension 0, as it is sparse or nested."""
     return -1 if tensor.is_nested or tensor.layout != torch.strided else tensor.shape[0]
@@ -216,7 +224,8 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
     if _is_list(value) or (isinstance(value, tuple) and hasattr(value, "_fields")):
         return list(enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        # Those that its `__init__` doesn't take, too: it may make them of what it takes.
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)]
     return None
 
 

@@ -274,7 +274,7 @@ class Factors:
     def acting(self, head: int | Tensor | None = None, part: int | None = None) -> Pair:
         """The pair of `current` with the heads that act as dimension 0, for use in a forward; see `apply`."""
         A, B, *anchors = self._acting(head, part)
-        A, B = (product.scaled_gradient(t, self.gradient_scale) if t.requires_grad else t for t in (A, B))
+        A, B = (product.scaled_gradient(t, self.gradient_scale) for t in (A, B))
         return product.stacked(A, B, *anchors)
 
     def _acting(self, head: int | Tensor | None, part: int | None) -> product.PairAndAnchors:

@@ -154,6 +154,9 @@ def scaled_gradient(tensor: Tensor, factor: int) -> Tensor:
 
     n local heads share the mean of their losses, so each head's gradient comes out n times smaller than that of its own
     loss. It is put right here, before optimizers, clipping or gradient scalers see it.
+
+    A tensor that wants no gradient may be given, too. Inside a transform of torch.func nobody can tell: a slice of a
+    parameter says there that it wants none, and gets one all the same.
     """
     if factor == 1:
         return tensor

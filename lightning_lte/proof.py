@@ -81,6 +81,8 @@ def reason_against_batched(
             reason = _compare_inputs(module, seen, seen_alone, tolerance, left_out)
             if reason is not None:
                 return reason
+    except _HidesTheBatch as layer:
+        return f"{layer} is called inside of torch.func.vmap, where it sees samples one by one"
     except Exception as error:
         return f"it could not be tried: {type(error).__name__}: {error}"
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
@@ -100,6 +102,10 @@ def reason_against_batched(
 _Seen = list[tuple[str, Tensor]]
 
 
+class _HidesTheBatch(Exception):
+    """A layer, by name, is called where the batch can't be seen, let alone be split."""
+
+
 def _watch(module: nn.Module, run: Callable[[], Any], count: int, left_out: set[nn.Module]) -> tuple[_Seen, Any]:
     """Run and keep what every layer with heads receives of the batch, call by call.
 
@@ -112,6 +118,8 @@ def _watch(module: nn.Module, run: Callable[[], Any], count: int, left_out: set[
 
             def forward(*args: Any, layer: HeadedLayer = layer, name: str = name, **kwargs: Any) -> Any:
                 inputs = layer.of_the_batch(*args, **kwargs)
+                if any(map(_is_mapped, inputs)):
+                    raise _HidesTheBatch(name)
                 if any(x.dim() < layer.least_dims() or x.shape[0] % count for x in inputs[:1]):
                     left_out.add(layer)
                 seen.extend((name, x.detach().clone()) for x in inputs)
@@ -126,6 +134,16 @@ def _watch(module: nn.Module, run: Callable[[], Any], count: int, left_out: set[
     finally:
         for layer in watched:
             del layer.__dict__["forward"]
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether torch.func.vmap maps over a dimension of it, also inside of other transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _compare_inputs(

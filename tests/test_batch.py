@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -145,6 +145,38 @@ def test_images_of_different_sizes_and_of_one_size_are_dealt_out_whole() -> None
             assert len(second[1]) == 2 and second[1][1]["boxes"].shape == (3, 4)
         layout = Layout((images, targets), 4)
         assert layout.size((images[:3], targets[:3])) == 3  # as the channels, and yet a list of images
+
+
+def test_lists_beside_one_of_images_are_lists_of_samples_too_whatever_their_lengths() -> None:
+    """A vector of 4 numbers, or 4 boxes, for each of 4 images of different sizes, as `zip(*samples)` has them."""
+    images = [torch.zeros(3, 5 + i, 4) for i in range(4)]
+    for shape in ((4,), (4, 4)):
+        vectors = [torch.full(shape, float(i)) for i in range(4)]
+        for batch in ((images, vectors), {"vectors": vectors, "images": images}):
+            _, second = halves(batch, expected=4)
+            own = second["vectors"] if isinstance(second, dict) else second[1]
+            assert [int(v.max()) for v in own] == [2, 3] and own[0].shape == shape
+
+
+@dataclass
+class Graphs:
+    """Graphs in one, as chemprop has them: what its `__init__` takes is none of its fields."""
+
+    sizes: InitVar[list[int]]
+    nodes: torch.Tensor = field(init=False)
+    owner: torch.Tensor = field(init=False)
+    later: Any = field(init=False)
+
+    def __post_init__(self, sizes: list[int]) -> None:
+        self.nodes, self.owner = torch.zeros(sum(sizes), 2), torch.arange(len(sizes))
+
+
+def test_fields_of_dataclasses_that_are_set_later_count() -> None:
+    """Every head would have all graphs, and targets for some of them."""
+    with pytest.raises(ValueError, match=r"received tensors with dimension 0 of sizes \[4, 9\].* define `split_batch"):
+        Layout((Graphs([1, 2, 2, 4]), numbers(4)), 4)
+    first, second = halves((Graphs([1, 1, 1, 1]), numbers(4)), 4)
+    assert first[0].owner.tolist() == [0, 1] and second[0].owner.tolist() == second[1].tolist() == [2, 3]
 
 
 def test_images_beside_their_targets_are_told_without_a_batch_size() -> None:

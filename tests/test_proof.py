@@ -139,6 +139,18 @@ def test_layers_whose_forward_is_called_directly_are_seen_too() -> None:
     assert execution == "sequential" and "net.body.inner does not see the batch outermost" in why
 
 
+class Mapped(TimeFirst):
+    """Maps a layer over the samples, with the derivative of its output beside it, as physics-informed networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda own: self.inner(own).square().sum()))(x)
+
+
+def test_layers_that_see_samples_one_by_one_are_sequential_and_named() -> None:
+    execution, why = verdict(Pooled(Mapped()), images())
+    assert execution == "sequential" and "net.body.inner is called inside of torch.func.vmap" in why
+
+
 class Padded(nn.Module):
     """A transformer that is told what is padding, which torch hands on as a mask of minus infinities."""
 

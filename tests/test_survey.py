@@ -586,6 +586,46 @@ def test_gradient_penalties_go_through_the_heads_twice() -> None:
     torch.testing.assert_close(states[0], states[1], rtol=1e-10, atol=1e-12)
 
 
+class Pixels(nn.Module):
+    """A convolution between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.out = nn.Linear(IN, 32), nn.Conv2d(2, 16, 3), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.conv(torch.tanh(self.first(x)).unflatten(1, (2, 4, 4)))).flatten(1))
+
+
+def by_jvp(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(net, (x,), (torch.ones_like(x),))[1]  # type: ignore[no-any-return]
+
+
+def by_vjp(net: nn.Module, x: Tensor) -> Tensor:
+    y, pulled_back = torch.func.vjp(net, x)
+    return pulled_back(torch.ones_like(y))[0]  # type: ignore[no-any-return]
+
+
+def by_grad(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda own: net(own).square().sum())(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("derivative", [by_jvp, by_vjp, by_grad])
+def test_penalties_through_transforms_of_torch_func_are_the_same_in_turns(derivative: Callable[..., Tensor]) -> None:
+    class Penalised(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            penalty = derivative(self.net, batch[0]).square().sum(1).mean()
+            return super().training_step(batch, batch_idx) + 0.01 * penalty
+
+    states = []
+    for execution in ("batched", "sequential"):
+        module = Penalised(make_net(Pixels), partial(sgd, lr=0.01))
+        strategy = train(module, heads=4, execution=execution)
+        assert role(strategy, "net.first.weight")[0] == role(strategy, "net.conv.weight")[0] == "factored"
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-10, atol=1e-12)
+
+
 def test_functional_calls_compute_with_what_they_are_given() -> None:
     """A teacher whose weights live outside the module, as EMA by torch.func has them."""
 

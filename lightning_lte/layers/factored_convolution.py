@@ -111,7 +111,7 @@ class _Form:
 
     def delta(self, x: Tensor, A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> Tensor:
         """(B_h A_h - B'_h A'_h) x_h in plain operations."""
-        A, B = (scaled_gradient(t, self.gradient_scale) if t.requires_grad else t for t in (A, B))
+        A, B = (scaled_gradient(t, self.gradient_scale) for t in (A, B))
         A, B = (t.to(x.dtype) for t in stacked(A, B, anchor_A, anchor_B))
         inner = convolve(self.by_A, x, self.of_A(A), None, len(A))
         return below_each_other(self.by_B.of_heads(len(A)).convolve(inner, self.of_B(B), None), len(A))
