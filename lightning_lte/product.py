@@ -251,7 +251,7 @@ class _Product(torch.autograd.Function):
             else:
                 y.copy_(bias.unsqueeze(1) if per_head else bias)
             inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
-            for heads, part, out, pairs in _pairs(factors, x.dtype):
+            for heads, part, out, pairs in _pairs(factors, x.dtype, forward=True):
                 by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
                 for own, (_, second) in zip(by_A, pairs, strict=True):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
@@ -297,14 +297,12 @@ class _Product(torch.autograd.Function):
                 of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
         elif for_x:
             of_x = x.new_zeros(x.shape)
-            # In half precision a sum of two products is rounded more often than the one below.
-            learning = None if half else x.new_zeros(*A.shape[:2], x.shape[1], A.shape[2])
-            for heads, part, _, pairs in _pairs(factors, x.dtype):
-                for first, second in pairs:
-                    by_B = torch.bmm(own[heads, part], second)
-                    of_x[heads].baddbmm_(by_B, first, alpha=ctx.scale)
-                    if learning is not None:
-                        learning[heads, part] += by_B
+            learning = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])
+            for heads, part, _, pairs in _pairs(factors, x.dtype, forward=False):
+                by_B = [torch.bmm(own[heads, part], second) for _, second in pairs]
+                for through, (first, _) in zip(by_B, pairs, strict=True):
+                    of_x[heads].baddbmm_(through, first, alpha=ctx.scale)
+                learning[heads, part] = by_B[0]
             # Last, as in the forward.
             flat = of_x.view(-1, of_x.shape[-1])
             torch.addmm(flat, gradient.view(-1, gradient.shape[-1]), weight, out=flat)
@@ -316,7 +314,7 @@ class _Product(torch.autograd.Function):
             of_B = own.mT @ (inner if half else inner * size)
         if half:
             # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
-            of_A, of_B = (None if t is None else t.to(A.dtype) * size for t in (of_A, of_B))
+            of_A, of_B = (None if t is None else t.to(A.dtype).mul_(size) for t in (of_A, of_B))
         if for_weight:
             # The largest of them comes last: only the first steps want it, and let it go at once.
             of_weight = gradient.reshape(-1, gradient.shape[-1]).mT @ x.flatten(0, 1)
@@ -333,13 +331,23 @@ def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, an
 
 
 def _pairs(
-    factors: PairAndAnchors, dtype: torch.dtype
+    factors: PairAndAnchors, dtype: torch.dtype, forward: bool
 ) -> Iterator[tuple[slice, int, slice, list[tuple[Tensor, Tensor]]]]:
     """For some heads at a time, and each part: which heads and which part, where its rows of W are, and matrices in
-    `dtype` whose products add up to B A - B' A': (A, B - B') and (A - A', B'), or (A, B) where there are no anchors."""
+    `dtype` whose products add up to B A - B' A'.
+
+    They are (A, B - B') and (A - A', B') for a forward, (A - A', B) and (A', B - B') for a backward, or (A, B) where
+    there are no anchors. So the first is the one whose product gradients are made of, too: A x, or B^T times what
+    comes back.
+    """
     A, B, *_ = factors
     for heads, part, out in _pieces(A, B, A.shape[2] * (B.shape[2] + A.shape[3])):
-        own = pairs(*(None if t is None else t[heads, part] for t in factors))  # type: ignore[arg-type]
+        own_A, own_B, old_A, old_B = (None if t is None else t[heads, part] for t in factors)
+        assert own_A is not None and own_B is not None
+        if forward or old_A is None or old_B is None:
+            own = pairs(own_A, own_B, old_A, old_B)
+        else:
+            own = [(own_A - old_A, own_B), (old_A, own_B - old_B)]
         yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in own]
 
 

@@ -176,13 +176,18 @@ def test_straight_after_a_merge_it_is_exactly_the_base_product(rows: int, dtype:
     assert torch.equal(merged, product(x, weight, bias, A, zero, A, zero, SCALE))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("rows", "anchored"), [(30, True), (30, False), (400, True), (400, False)])
-def test_it_takes_no_more_multiply_adds_than_its_count_says(rows: int, anchored: bool) -> None:
+@pytest.mark.parametrize("rows", [30, 400])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_takes_no_more_multiply_adds_than_its_count_says(rows: int, anchored: bool, dtype: torch.dtype) -> None:
     m, n, r = 96, 64, 4
-    weight = torch.randn(m, n)
-    x = torch.randn(1, rows, n, requires_grad=True)
-    A, B = torch.randn(1, r, n, requires_grad=True), torch.randn(1, m, r, requires_grad=True)
-    anchors = (torch.randn(1, r, n), torch.randn(1, m, r)) if anchored else (None, None)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype)
+
+    weight, x = random(m, n), random(1, rows, n).requires_grad_()
+    A, B = random(1, r, n).requires_grad_(), random(1, m, r).requires_grad_()
+    anchors = (random(1, r, n), random(1, m, r)) if anchored else (None, None)
 
     def added(_: Any, a: torch.Size, b: torch.Size, **more: Any) -> int:
         return 2 * a.numel() * b[-1]
@@ -193,7 +198,9 @@ def test_it_takes_no_more_multiply_adds_than_its_count_says(rows: int, anchored:
     pairs = 2 if anchored else 1
     few = rows * (2 * m * n + (1 + 2 * pairs) * r * (m + n))
     many = rows * (2 * m * n + 2 * r * (m + n)) + 2 * pairs * r * m * n
-    assert counter.get_total_flops() // 2 == (many if rows == 400 else few) < rows * 3 * m * n
+    # In half precision no effective weight is made.
+    expected = many if rows == 400 and dtype is torch.float32 else few
+    assert counter.get_total_flops() // 2 == expected < rows * 3 * m * n
 
 
 def test_a_weight_that_a_first_layer_writes_to_later_breaks_no_backward() -> None:
