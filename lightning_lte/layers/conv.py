@@ -76,8 +76,7 @@ class HeadedConv(HeadedLayer):
             y = through_heads(Geometry.of(own, padding), x, bias, factors, state.head)
         elif own_weight is not None:
             x, padding = _padded(own, input)
-            y = convolve_each(Geometry.of(own, padding), x, own.weight, own_weight)
-            y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
+            return convolve_each(Geometry.of(own, padding), x, own.weight, own_weight, added)
         else:
             y = own._conv_forward(input, own.weight, bias)
         return y if own_bias is None else add_per_head(y, own_bias)
