@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_lte.thin import times_thin, transposed_times_thin
+
 # A, B and their anchors.
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # What makes W in a dtype, where nobody holds it whole.
@@ -299,7 +301,7 @@ class _Product(torch.autograd.Function):
             of_x = x.new_zeros(x.shape)
             learning = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])
             for heads, part, _, pairs in _pairs(factors, x.dtype, forward=False):
-                by_B = [torch.bmm(own[heads, part], second) for _, second in pairs]
+                by_B = [times_thin(own[heads, part], second) for _, second in pairs]
                 for through, (first, _) in zip(by_B, pairs, strict=True):
                     of_x[heads].baddbmm_(through, first, alpha=ctx.scale)
                 learning[heads, part] = by_B[0]
@@ -307,11 +309,11 @@ class _Product(torch.autograd.Function):
             flat = of_x.view(-1, of_x.shape[-1])
             torch.addmm(flat, gradient.view(-1, gradient.shape[-1]), weight, out=flat)
         if for_A:
-            learning = own @ B.to(x.dtype) if learning is None else learning
+            learning = times_thin(own, B.to(x.dtype)) if learning is None else learning
             of_A = (learning if half else learning * size).mT @ x.unsqueeze(1)
         if for_B:
             inner = x.unsqueeze(1) @ A.mT.to(x.dtype) if inner is None else inner
-            of_B = own.mT @ (inner if half else inner * size)
+            of_B = transposed_times_thin(own, inner if half else inner * size)
         if half:
             # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
             of_A, of_B = (None if t is None else t.to(A.dtype).mul_(size) for t in (of_A, of_B))

@@ -142,9 +142,10 @@ class Made(TorchDispatchMode):
 def test_a_step_makes_nothing_of_the_size_of_factors_but_differences_and_their_gradients(
     heads: int, after_merge: Any, split: dict[str, int]
 ) -> None:
-    net = nn.Sequential(OrderedDict(first=nn.Linear(46, 22), second=nn.Linear(22, 39)))
+    net = nn.Sequential(OrderedDict(first=nn.Linear(46, 26), second=nn.Linear(26, 66)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    config = LTEConfig(heads, 100, rank=7, execution="batched", after_merge=after_merge, split=split)
+    # Of a lower rank some are transposed on a CPU: see thin.py.
+    config = LTEConfig(heads, 100, rank=9, execution="batched", after_merge=after_merge, split=split)
     explorer = Explorer(net, optimizer, config)
     x = torch.randn(20, 46)
 

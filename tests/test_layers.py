@@ -809,3 +809,21 @@ def test_attributes_that_users_set_to_one_number(attribute: str) -> None:
     layer: Any = nn.Conv2d(4, 6, 3)
     setattr(layer, attribute, 2)
     assert_each_head_computes_as_a_layer_of_its_own(layer, (random(2 * COUNT, 4, 9, 8, seed=5),))
+
+
+def test_on_a_cpu_group_norms_of_heads_are_torchs_own_operation() -> None:
+    """What is scaled apart takes up to twice as long there."""
+    layer, switch = nn.GroupNorm(2, 4), Switch(COUNT)
+    stacks = {key: nn.Parameter(torch.randn(COUNT, 4)) for key in ("weight", "bias")}
+    headed(layer, LayerState(switch, stacks=stacks))
+    scaled: list[bool] = []
+
+    class Scaled(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.native_group_norm.default:
+                scaled.append(args[1] is not None)
+            return func(*args, **(kwargs or {}))
+
+    with switch.at("all"), Scaled():
+        layer(torch.randn(2 * COUNT, 4, 3))
+    assert scaled == COUNT * [True]

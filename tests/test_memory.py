@@ -182,6 +182,20 @@ def test_convolutions_keep_their_input_once(case: str, way: dict[str, Any], half
     assert own <= full + of_rank + differences + half * sum(t.nbytes for t in copies)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_where_there_are_many_patches_no_copy_of_the_input_is_kept(heads: int) -> None:
+    net = nn.Sequential(nn.Sigmoid(), nn.Conv2d(16, 24, 2, stride=2), nn.Flatten(), nn.LazyLinear(CLASSES))
+    x = torch.randn(16, 16, 12, 12).requires_grad_()
+    net(x)
+    full = kept(lambda: net[1](net[0](x)), list(net.parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(heads, merge_every=100, rank=1, execution="batched"))
+    past_the_first_steps(explorer, optimizer, lambda: net(x))
+    with explorer.heads():
+        own = kept(lambda: net[1](net[0](x)), [*net.parameters(), *held(explorer)])
+    assert own <= full
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("heads", [1, 8])
 def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_size_of_the_rank(

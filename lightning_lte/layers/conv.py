@@ -6,7 +6,7 @@ the same kernel, stride, padding and dilation into g * r channels, and B_h one o
     y_h = conv(x_h; W) + s * conv1(conv(x_h; A_h); B_h) - s * conv1(conv(x_h; A'_h); B'_h) + b_h
 
 All local heads run in one convolution with n * g groups, in which head h has the channels from h * in on, or each in
-one with its effective weight: see `factored_convolution.py`. Where the kernel's patches don't overlap, they are
+one with its effective weight: see `factored_convolution.py`. Where the kernel's patches don't overlap, they can be
 the rows of a linear layer.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.heads import Matrices
+from lightning_lte.heads import Factors, Matrices
 from lightning_lte.layers.base import (
     HeadedLayer,
     acting_state,
@@ -30,6 +30,7 @@ from lightning_lte.layers.base import (
 from lightning_lte.layers.convolution import Geometry, channels_last, convolve_each
 from lightning_lte.layers.factored_convolution import through_heads
 from lightning_lte.layers.linear import project
+from lightning_lte.product import folds
 
 
 class HeadedConv(HeadedLayer):
@@ -65,8 +66,7 @@ class HeadedConv(HeadedLayer):
             bias = None
         factors = state.factors.get("weight")
         added = bias if own_bias is None else own_bias
-        # Several heads in one convolution with as many groups are slow, in plain operations as well.
-        if factors is not None and _takes_patches(own, input) and (n > 1 or factors.applies(input, own.weight, added)):
+        if factors is not None and _takes_patches(own, input, n, factors, added):
             last = channels_last(input, own.weight)
             y = project(self, _patches(own, input, last), factors.base().flatten(1), bias, factors, None, own_bias)
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
@@ -76,8 +76,7 @@ class HeadedConv(HeadedLayer):
             y = through_heads(Geometry.of(own, padding), x, bias, factors, state.head)
         elif own_weight is not None:
             x, padding = _padded(own, input)
-            y = convolve_each(Geometry.of(own, padding), x, own.weight, own_weight)
-            y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
+            return convolve_each(Geometry.of(own, padding), x, own.weight, own_weight, added)
         else:
             y = own._conv_forward(input, own.weight, bias)
         return y if own_bias is None else add_per_head(y, own_bias)
@@ -93,21 +92,30 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:
     return (x, sides[::-2]) if sides[::2] == sides[1::2] else (functional.pad(x, sides), 0)
 
 
-def _takes_patches(layer: Any, x: Tensor) -> bool:
+def _takes_patches(layer: Any, x: Tensor, count: int, factors: Factors, bias: Tensor | None) -> bool:
     """Whether a convolution is a linear layer of patches that don't overlap, as those that embed images are.
 
-    As a convolution with n times as many groups, n heads would be slow, as a linear layer they are not. But on a CPU,
-    to lay out patches of one place takes longer than that, and what is laid out would be kept beside the input. With
-    the channels last they are laid out already.
+    As a convolution with n times as many groups, n heads would be slow, in plain operations as well; as a linear layer
+    they are not. But on a CPU to lay out patches takes time, and what is laid out would be kept beside the input. With
+    the channels last, patches of one place are laid out already. Of larger ones there may be so many that a convolution
+    for each head, with its effective weight, takes less.
     """
-    return (
-        (x.device.type != "cpu" or math.prod(layer.kernel_size) > 1 or channels_last(x))
-        and x.dim() == len(layer.kernel_size) + 2
+    if not (
+        x.dim() == len(layer.kernel_size) + 2
         and layer.kernel_size == layer.stride
         and layer.groups == 1
         and layer.padding in ("valid", (0,) * len(layer.kernel_size))
         and set(layer.dilation) == {1}
-    )
+    ):
+        return False
+    applies = factors.applies(x, layer.weight, bias)
+    if x.device.type == "cpu" and math.prod(layer.kernel_size) == 1:
+        return channels_last(x) and (count > 1 or applies)
+    if x.device.type == "cpu" and applies:
+        # What a call takes by itself is not in the count of rows that decides, so they are counted once more per head.
+        m, rows = factors.matrices, len(x) // count * math.prod(_counts(layer, x))
+        return not folds(rows // count, m.out_features, m.in_features, x.dtype, factors.anchor_B is not None)
+    return count > 1 or applies
 
 
 def _counts(layer: Any, x: Tensor) -> list[int]:

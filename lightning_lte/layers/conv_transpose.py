@@ -67,8 +67,7 @@ class HeadedConvTranspose(HeadedLayer):
         if factors is not None:
             y = through_heads(geometry, input, bias, factors, state.head)
         elif own_weight is not None:
-            y = convolve_each(geometry, input, own.weight, own_weight)
-            y = y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(kernel))
+            return convolve_each(geometry, input, own.weight, own_weight, bias if own_bias is None else own_bias)
         else:
             y = geometry.convolve(input, own.weight, bias)
         return y if own_bias is None else add_per_head(y, own_bias)

@@ -103,7 +103,7 @@ def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None 
     return y
 
 
-def convolve_each(geometry: Geometry, x: Tensor, weight: Tensor, own: Tensor) -> Tensor:
+def convolve_each(geometry: Geometry, x: Tensor, weight: Tensor, own: Tensor, bias: Tensor | None) -> Tensor:
     """The convolutions of n heads with a weight each, below each other: (batch, out, *size).
 
     Args:
@@ -111,13 +111,25 @@ def convolve_each(geometry: Geometry, x: Tensor, weight: Tensor, own: Tensor) ->
         x: (batch, in, *size).
         weight: the user's, whose memory format counts.
         own: (n, *shape) in place of the weight.
+        bias: (out,), or (n, out) with one for each head, or None.
     """
-    if x.device.type == "cpu":
-        # torch's gradient of depthwise weights takes many times as long there with the channels of all heads together.
-        pairs = zip(x.chunk(len(own)), own, strict=True)
-        return torch.cat([convolve(geometry, part, in_format_of(weight, each)) for part, each in pairs])
-    weights = in_format_of(weight, own.flatten(0, 1))
-    return below_each_other(convolve(geometry, x, weights, count=len(own)), len(own))
+    count = len(own)
+    biases = None if bias is None else bias.expand(count, -1)
+    if x.device.type != "cpu":
+        weights = in_format_of(weight, own.flatten(0, 1))
+        whole = convolve(geometry, x, weights, None if biases is None else biases.flatten(), count)
+        return below_each_other(whole, count)
+    if x.dim() != weight.dim() or not applies(x, own, biases):
+        return _one_by_one(geometry, x, own, biases, channels_last(weight))
+    x, own, biases = cast(x), cast(own), cast(biases)
+    y: Tensor = _EachConvolution.apply(x, own, biases, geometry, channels_last(weight))
+    return y
+
+
+def _one_by_one(geometry: Geometry, x: Tensor, own: Tensor, biases: Tensor | None, last: bool) -> Tensor:
+    """What `convolve_each` computes, one head after the other."""
+    each = zip(x.chunk(len(own)), own, [None] * len(own) if biases is None else biases, strict=True)
+    return torch.cat([geometry.convolve(part, _formatted(of_head, last), bias) for part, of_head, bias in each])
 
 
 class _Convolution(torch.autograd.Function):
@@ -142,6 +154,68 @@ class _Convolution(torch.autograd.Function):
         of_x = of_x if of_x is None else below_each_other(of_x, ctx.count)
         of_bias = gradient_of_bias(gradient) if for_bias else None
         return of_x, of_weight, of_bias, None, None
+
+
+class _EachConvolution(torch.autograd.Function):
+    """One head after the other, as torch's gradient of depthwise weights takes many times as long on a CPU with the
+    channels of all heads together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Tensor, biases: Tensor | None, geometry: Geometry, last: bool) -> Tensor:
+        for_x, for_own, _ = ctx.needs_input_grad[:3]
+        ctx.geometry, ctx.last, ctx.count, ctx.laid_out = geometry, last, len(own), (x.shape, x.stride())
+        ctx.save_for_backward(x if for_own else None, own if for_x or for_own else None)
+        ctx.set_materialize_grads(False)
+        return _one_by_one(geometry, x, own, biases, last)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:  # from functions that stop gradients
+            return (None,) * 5
+        for_x, for_own, for_biases = ctx.needs_input_grad[:3]
+        geometry: Geometry = ctx.geometry
+        x, own = ctx.saved_tensors
+        of_x = of_own = of_biases = None
+        if for_biases:
+            of_biases = torch.stack([gradient_of_bias(part) for part in gradient.chunk(ctx.count)])
+        if x is None and for_x:
+            x = own.new_empty_strided(*ctx.laid_out)  # see `_Convolution`
+        if for_own and _is_large_and_depthwise(geometry, x, own) and not is_batched(gradient):
+            of_own, for_own = _depthwise(geometry, gradient, x, own), False
+        if for_x or for_own:
+            weights = [_formatted(each, ctx.last) for each in own]
+            parts = zip(gradient.chunk(ctx.count), x.chunk(ctx.count), weights, strict=True)
+            found = [geometry.backward(*of_head, for_x, for_own) for of_head in parts]
+            of_x = torch.cat([part for part, _ in found]) if for_x else None
+            of_own = torch.stack([part for _, part in found]) if for_own else of_own
+        return of_x, of_own, of_biases, None, None
+
+
+def _is_large_and_depthwise(geometry: Geometry, x: Tensor, own: Tensor) -> bool:
+    """Whether these are depthwise weights whose gradient oneDNN is slow at: for large ones it has no kernel of its own,
+    and pads each to 16 times 16 channels."""
+    return (
+        not geometry.transposed
+        and geometry.groups == x.shape[1] == own.shape[1]
+        and max(own.shape[3:]) > 4
+        and x.dtype == torch.float32
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _depthwise(geometry: Geometry, gradient: Tensor, x: Tensor, own: Tensor) -> Tensor:
+    """The gradient of depthwise weights, (n, channels, 1, *kernel).
+
+    Place i of a kernel gets the sum over p of x[stride p + dilation i - padding] gradient[p], of each sample and
+    channel. That is a depthwise convolution, too: the gradient is the kernel, and stride and dilation change places.
+    """
+    samples = x.reshape(1, -1, *x.shape[2:])
+    kernels = gradient.reshape(-1, 1, *gradient.shape[2:])
+    swapped = geometry._replace(stride=geometry.dilation, dilation=geometry.stride, groups=len(kernels))
+    found = swapped.convolve(samples, kernels, None)
+    for dim, size in enumerate(own.shape[3:], start=2):
+        found = found.narrow(dim, 0, size)
+    return found.reshape(len(own), -1, *own.shape[1:]).sum(1)
 
 
 def gradient_of_bias(gradient: Tensor) -> Tensor:
@@ -179,7 +253,10 @@ def channels_last(*tensors: Tensor) -> bool:
 
 def in_format_of(other: Tensor, tensor: Tensor) -> Tensor:
     """A tensor in the memory format of another."""
-    last = channels_last(other)
+    return _formatted(tensor, channels_last(other))
+
+
+def _formatted(tensor: Tensor, last: bool) -> Tensor:
     return tensor.contiguous(memory_format=_FORMATS[tensor.dim()] if last else torch.contiguous_format)
 
 

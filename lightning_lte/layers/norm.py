@@ -66,14 +66,24 @@ class HeadedNorm(HeadedLayer):
             check_slices(self, input, state.count)
         elif isinstance(self, _INSTANCE) and input.dim() == own._get_no_batch_dim():
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        dims = input.dim() + 1
-        weight = self._aligned(_affine(state, "weight", own.weight), dims)
         shared: Tensor | None = getattr(self, "bias", None)
-        bias = None if shared is None else self._aligned(_affine(state, "bias", shared), dims)
+        weight, bias = _affine(state, "weight", own.weight), None if shared is None else _affine(state, "bias", shared)
+        compute = partial(self._scaled, count=state.count)
         if not are_plain(input, weight):
-            return _scaled(self._normalised(input), weight, bias, state.count)
-        y: Tensor = _ScaledNorm.apply(input, weight, bias, self._normalised, state.count)
+            return compute(input, weight, bias)
+        y: Tensor = _ScaledNorm.apply(input, weight, bias, compute)
         return y
+
+    def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        """What the layer computes, with the weight and bias of each of `count` heads: (n or 1, *shape)."""
+        if isinstance(self, nn.GroupNorm) and x.device.type == "cpu":
+            # One head after the other, by torch's own operation: what is scaled apart takes longer there.
+            biases = [None] * count if bias is None else bias.expand(count, -1)
+            each = zip(x.chunk(count), weight.expand(count, -1), biases, strict=True)
+            return torch.cat([functional.group_norm(part, self.num_groups, w, b, self.eps) for part, w, b in each])
+        dims = x.dim() + 1
+        weight, bias = self._aligned(weight, dims), None if bias is None else self._aligned(bias, dims)
+        return _scaled(self._normalised(x), weight, bias, count)
 
     def _normalised(self, input: Tensor) -> Tensor:
         """What the layer computes without weight and bias."""
@@ -94,20 +104,18 @@ class HeadedNorm(HeadedLayer):
 
 
 class _ScaledNorm(torch.autograd.Function):
-    """`_scaled(normalise(x), weight, bias, count)`, which keeps x alone, as torch's norms do.
+    """`compute(x, weight, bias)`, which keeps x alone, as torch's norms do.
 
     Plain operations would keep x normalised beside it, as the gradient of the weight needs it. To compute it once more
     in the backward takes little time.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, normalise: Callable[[Tensor], Tensor], count: int
-    ) -> Tensor:
-        ctx.normalise, ctx.count, ctx.autocast = normalise, count, _autocast_of_now(x.device.type)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable[..., Tensor]) -> Tensor:
+        ctx.compute, ctx.autocast = compute, _autocast_of_now(x.device.type)
         ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
-        y = _scaled(normalise(x), weight, bias, count)
+        y = compute(x, weight, bias)
         # Not as a view: what a function of ours returns as one, users can't write to.
         whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return whole
@@ -115,7 +123,7 @@ class _ScaledNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # from functions that stop gradients
-            return (None,) * 5
+            return (None,) * 4
         wanted = ctx.needs_input_grad[:3]
         # A derivative of this one has to see where all comes from.
         twice, inputs = torch.is_grad_enabled(), ctx.saved_tensors
@@ -123,9 +131,9 @@ class _ScaledNorm(torch.autograd.Function):
             inputs = [t if t is None else t.detach().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
         x, weight, bias = inputs
         with torch.enable_grad(), ctx.autocast():
-            y = _scaled(ctx.normalise(x), weight, bias, ctx.count)
+            y = ctx.compute(x, weight, bias)
         found = iter(torch.autograd.grad(y, list(compress(inputs, wanted)), gradient, create_graph=twice))
-        return *(next(found) if w else None for w in wanted), None, None
+        return *(next(found) if w else None for w in wanted), None
 
 
 def _scaled(normalised: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
