@@ -14,6 +14,8 @@ WRITTEN = "something else than merges writes to it"
 
 # Elements of a weight that a checksum takes at a time on a CPU: as int64 they fit in its cache.
 PIECE = 2**17
+# Odd numbers of 64 bits, those of SplitMix64 (Steele et al. 2014).
+_MIXERS = -0x61C8864680B583EB, -0x40A7B892E31B1A47
 
 # Sums of the same gradients in another order differ by rounding.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -119,7 +121,8 @@ def checksum(weight: Tensor) -> Tensor:
     On a CPU it is taken a few rows at a time. Torch makes a copy in int64 of all that it sums there, which would be two
     times a weight in float32, and allocators don't give back all that they lent for a moment.
     """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}[weight.element_size()]
+    # Larger numbers as several of 32 bits: in a sum of 64, the signs of an even number of them would add up to nothing.
+    bits = {1: torch.uint8, 2: torch.int16}.get(weight.element_size(), torch.int32)
     weight = weight.detach().reshape(weight.shape or (1,))
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     if not weight.numel():
@@ -130,17 +133,23 @@ def checksum(weight: Tensor) -> Tensor:
     columns: Tensor | None = None
     for first in range(0, len(weight), rows):
         piece = weight[first : first + rows].flatten(1) if weight.dim() > 1 else weight[first : first + rows, None]
-        piece = piece.contiguous().view(bits)
-        own = piece.sum(0, dtype=torch.int64)
+        piece = piece.contiguous().view(bits).to(torch.int64)
+        own = piece.sum(0)
         columns = own if columns is None else columns.add_(own)
-        total += _weighted(piece.sum(1, dtype=torch.int64), first)
+        total += _weighted(piece.sum(1), first)
     assert columns is not None
-    return total + _weighted(columns, 0)
+    # Twice, so that a number counts an odd number of times, by its row and its column.
+    return total + 2 * _weighted(columns, 0)
 
 
 def _weighted(sums: Tensor, first: int) -> Tensor:
-    """Their sum, each times its place."""
-    return (sums * torch.arange(first + 1, first + 1 + len(sums), device=sums.device)).sum()
+    """Their sum, each times an odd number that looks drawn by chance and depends on its place alone.
+
+    With places themselves, 1, 2, 3 and 4, signs that change in a row of four add up to nothing once in eight times.
+    """
+    numbers = torch.arange(first + 1, first + 1 + len(sums), device=sums.device) * _MIXERS[0]
+    numbers = (numbers ^ (numbers >> 29)) * _MIXERS[1]
+    return (sums * (numbers ^ (numbers >> 32) | 1)).sum()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -22,11 +22,20 @@ WEIGHT = 4 * WIDTH**2
 
 
 def literal_checksum(weight: Tensor) -> int:
-    """Every number's bits, times its row and its column, counted from 1."""
-    bits = {4: torch.int32, 8: torch.int64}[weight.element_size()]
-    rows = weight.reshape(len(weight), -1).contiguous().view(bits).tolist()
-    total = sum((i + j) * value for i, row in enumerate(rows, 1) for j, value in enumerate(row, 1))
-    return (total + 2**63) % 2**64 - 2**63
+    """The sum of all bits, 32 at a time, times what mixes their row and twice what mixes their column."""
+    rows = weight.reshape(len(weight), -1).contiguous().view(torch.int32).tolist()
+
+    def signed(number: int) -> int:
+        return (number + 2**63) % 2**64 - 2**63
+
+    def mixed(place: int) -> int:
+        number = signed(place * 0x9E3779B97F4A7C15)
+        number = signed((number ^ number >> 29) * 0xBF58476D1CE4E5B9)
+        return number ^ number >> 32 | 1
+
+    return signed(
+        sum((mixed(i) + 2 * mixed(j)) * value for i, row in enumerate(rows, 1) for j, value in enumerate(row, 1))
+    )
 
 
 @pytest.mark.parametrize("piece", [1, 10, 25, 10**6])
@@ -53,6 +62,19 @@ def test_a_checksum_tells_places_apart_within_pieces_and_across(monkeypatch: pyt
     other[3, 2] *= -1
     changed = [*(weight[order] for order in rows), weight[:, [0, 2, 1, 3]], other]
     assert len({int(checksum(w)) for w in [weight, *changed]}) == 1 + len(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_checksum_tells_signs_apart(dtype: Any) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4, dtype=dtype)
+    for rows in (slice(None), slice(3, 4), slice(2, 4)):
+        other = weight.clone()
+        other[rows] *= -1
+        assert int(checksum(other)) != int(checksum(weight))
+    other = weight.clone()
+    other[3, 3] *= -1
+    assert int(checksum(other)) != int(checksum(weight))
 
 
 def test_a_checksum_takes_a_small_piece_of_memory(tmp_path: Path) -> None:
