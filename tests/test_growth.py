@@ -141,8 +141,12 @@ def test_each_head_is_clipped_by_its_own_norm(heads: int) -> None:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("kind", [ScaledNet, BatchNormed])
 def test_heads_that_take_turns_share_nothing_from_then_on(kind: Any, heads: int) -> None:
+    def optimizer(params: Any) -> torch.optim.Optimizer:
+        # A bias before a batch norm has no gradient but for rounding, which Adam's own eps would make much of.
+        return torch.optim.AdamW(params, lr=0.01, eps=1e-5)
+
     config = LTEConfig(heads, 3, rank=RANK, execution="sequential", grow_heads=PLAN)
-    train_both(config, adamw, kind=kind, batch=32)
+    train_both(config, optimizer, kind=kind, batch=32)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
