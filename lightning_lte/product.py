@@ -15,9 +15,9 @@ the dtype of the factors. An effective weight is never made, as it would be roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -129,26 +129,38 @@ def is_batched(gradient: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def pairs(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Matrices whose products add up to B A - B' A': (A, B - B') and (A - A', B'). Where there are no anchors it is
-    (A, B), and where B alone has one (A, B - B').
+def pairs(
+    A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None, whole: Literal["A", "B"] = "A"
+) -> list[tuple[Tensor, Tensor]]:
+    """Matrices whose products add up to B A - B' A': (A, B - B') and (A - A', B'), or (A - A', B) and (A', B - B').
+    Where there are no anchors it is (A, B), and where B alone has one (A, B - B').
 
     Differences are taken before products: straight after a merge the sum is exactly zero, and small deltas don't drown
     in the rounding of B A.
+
+    Args:
+        A, B, anchor_A, anchor_B: of the heads, or of some of them.
+        whole: which of A and B is in the first pair as it is.
     """
     if anchor_B is None:
         return [(A, B)]
     if anchor_A is None:
         return [(A, B - anchor_B)]
-    return [(A, B - anchor_B), (A - anchor_A, anchor_B)]
+    if whole == "A":
+        return [(A, B - anchor_B), (A - anchor_A, anchor_B)]
+    return [(A - anchor_A, B), (anchor_A, B - anchor_B)]
+
+
+def as_one(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The pair whose product is the sum of theirs, with ranks below each other."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)
 
 
 def stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """`pairs` as one: [A - A'; A'] and [B, B - B'] where both have anchors."""
-    if anchor_A is None or anchor_B is None:
-        [pair] = pairs(A, B, anchor_A, anchor_B)
-        return pair
-    return torch.cat([A - anchor_A, anchor_A], dim=-2), torch.cat([B, B - anchor_B], dim=-1)
+    return as_one(pairs(A, B, anchor_A, anchor_B, whole="B"))
 
 
 def scaled_gradient(tensor: Tensor, factor: int) -> Tensor:
@@ -253,7 +265,7 @@ class _Product(torch.autograd.Function):
             else:
                 y.copy_(bias.unsqueeze(1) if per_head else bias)
             inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
-            for heads, part, out, pairs in _pairs(factors, x.dtype, forward=True):
+            for heads, part, out, pairs in _pairs(factors, x.dtype, whole="A"):
                 by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
                 for own, (_, second) in zip(by_A, pairs, strict=True):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
@@ -300,7 +312,7 @@ class _Product(torch.autograd.Function):
         elif for_x:
             of_x = x.new_zeros(x.shape)
             learning = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])
-            for heads, part, _, pairs in _pairs(factors, x.dtype, forward=False):
+            for heads, part, _, pairs in _pairs(factors, x.dtype, whole="B"):
                 by_B = [times_thin(own[heads, part], second) for _, second in pairs]
                 for through, (first, _) in zip(by_B, pairs, strict=True):
                     of_x[heads].baddbmm_(through, first, alpha=ctx.scale)
@@ -333,23 +345,18 @@ def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, an
 
 
 def _pairs(
-    factors: PairAndAnchors, dtype: torch.dtype, forward: bool
+    factors: PairAndAnchors, dtype: torch.dtype, whole: Literal["A", "B"]
 ) -> Iterator[tuple[slice, int, slice, list[tuple[Tensor, Tensor]]]]:
-    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and matrices in
-    `dtype` whose products add up to B A - B' A'.
+    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and `pairs` in
+    `dtype`.
 
-    They are (A, B - B') and (A - A', B') for a forward, (A - A', B) and (A', B - B') for a backward, or (A, B) where
-    there are no anchors. So the first is the one whose product gradients are made of, too: A x, or B^T times what
-    comes back.
+    A forward wants A whole and a backward B, so that the first pair is the one whose product gradients are made of,
+    too: A x, or B^T times what comes back.
     """
     A, B, *_ = factors
     for heads, part, out in _pieces(A, B, A.shape[2] * (B.shape[2] + A.shape[3])):
-        own_A, own_B, old_A, old_B = (None if t is None else t[heads, part] for t in factors)
-        assert own_A is not None and own_B is not None
-        if forward or old_A is None or old_B is None:
-            own = pairs(own_A, own_B, old_A, old_B)
-        else:
-            own = [(own_A - old_A, own_B), (old_A, own_B - old_B)]
+        chosen = tuple(None if t is None else t[heads, part] for t in factors)
+        own = pairs(*chosen, whole=whole)  # type: ignore[arg-type,misc]
         yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in own]
 
 

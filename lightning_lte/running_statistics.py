@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_lte.heads import of_good
+from lightning_lte.heads import finite_rows, of_good
 from lightning_lte.transport import Transport
 
 _KEYS = ("running_mean", "running_var", "num_batches_tracked")
@@ -112,7 +112,7 @@ class RunningStatistics:
         self._taken, self._sums = [], []
         if averaged and (transport.devices > 1 or averaged[0].own):
             stacks = [torch.stack(s.own or [s.buffer]) for s in averaged]
-            finite = torch.stack([stack.isfinite().flatten(1).all(1) for stack in stacks])  # (statistics, heads)
+            finite = torch.stack([finite_rows(stack) for stack in stacks])  # (statistics, heads)
             sums = [of_good(stack, ok).sum(0) for stack, ok in zip(stacks, finite, strict=True)]
             self._sums = [*sums, finite.sum(1).to(torch.float32)]
             self._taken = [(s, stack if apart else None) for s, stack in zip(averaged, stacks, strict=True)]

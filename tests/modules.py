@@ -133,6 +133,12 @@ def adamw(params: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(params, lr=0.01)
 
 
+def adamw_of_large_eps(params: Iterable[nn.Parameter]) -> Optimizer:
+    """Some gradients are rounding alone, as those of a bias before a batch norm, or of attention's keys, which Adam's
+    own eps would make much of."""
+    return torch.optim.AdamW(params, lr=0.01, eps=1e-5)
+
+
 def train_step(explorer: Explorer, net: nn.Module, opt: Optimizer, batch: tuple[Tensor, Tensor]) -> None:
     """A step of a plain loop, as the documentation has it."""
     loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), batch)

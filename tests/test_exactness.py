@@ -28,6 +28,7 @@ from tests.modules import (
     Recorder,
     ScaledNet,
     adamw,
+    adamw_of_large_eps,
     after_backward,
     clone,
     loader,
@@ -576,12 +577,7 @@ class BatchNormed(Net):
 
 def test_heads_that_take_turns_have_running_statistics_of_their_own() -> None:
     """As workers have, each with a copy of the whole model; merges average them."""
-
-    def optimizer(params: Any) -> torch.optim.Optimizer:
-        # A bias before a batch norm has no gradient but for rounding, which Adam's own eps would make much of.
-        return torch.optim.AdamW(params, lr=0.01, eps=1e-5)
-
-    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), optimizer, kind=BatchNormed, steps=10)
+    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), adamw_of_large_eps, kind=BatchNormed, steps=10)
 
 
 @pytest.mark.parametrize("execution", ["auto", "sequential"])

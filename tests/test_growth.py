@@ -31,6 +31,7 @@ from tests.modules import (
     ScaledNet,
     Slices,
     adamw,
+    adamw_of_large_eps,
     clone,
     kept,
     loader,
@@ -141,23 +142,14 @@ def test_each_head_is_clipped_by_its_own_norm(heads: int) -> None:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("kind", [ScaledNet, BatchNormed])
 def test_heads_that_take_turns_share_nothing_from_then_on(kind: Any, heads: int) -> None:
-    def optimizer(params: Any) -> torch.optim.Optimizer:
-        # A bias before a batch norm has no gradient but for rounding, which Adam's own eps would make much of.
-        return torch.optim.AdamW(params, lr=0.01, eps=1e-5)
-
     config = LTEConfig(heads, 3, rank=RANK, execution="sequential", grow_heads=PLAN)
-    train_both(config, optimizer, kind=kind, batch=32)
+    train_both(config, adamw_of_large_eps, kind=kind, batch=32)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_layers_of_every_kind_equal_the_oracle(heads: int) -> None:
     choices: dict[str, Any] = {"split": {"linear1": 2}, "execution": "batched", "grow_heads": {4: 4}}
-
-    def optimizer(params: Any) -> torch.optim.Optimizer:
-        # The bias of attention's keys has no gradient but for rounding, which Adam's own eps would make much of.
-        return torch.optim.AdamW(params, lr=0.01, eps=1e-5)
-
-    train_both(LTEConfig(heads, 3, rank=RANK, **choices), optimizer, kind=Kinds, width=2 * 6 * 6 + 5, steps=8)
+    train_both(LTEConfig(heads, 3, rank=RANK, **choices), adamw_of_large_eps, kind=Kinds, width=2 * 6 * 6 + 5, steps=8)
 
 
 def test_norms_as_vector_and_scalar_equal_the_oracle() -> None:

@@ -16,6 +16,7 @@ from benchmarks.learning.tasks import Batch
 from lightning_lte import Explorer, Piecewise
 from lightning_lte.heads import Factors, Pair
 from lightning_lte.merge import MergeRecord
+from lightning_lte.product import as_one
 
 
 class Candidate:
@@ -110,7 +111,7 @@ class SignAgreement(Candidate):
         for f in explorer.injection.factors.values():
 
             def agreed(pairs: Sequence[Pair], f: Factors = f) -> torch.Tensor:
-                A, B = _as_one(pairs)
+                A, B = as_one(pairs)
                 deltas = torch.stack([f.matrices.as_weight(b @ a, f.weight.shape) for a, b in zip(A, B, strict=True)])
                 agree = deltas.sign() == deltas.sum(0).sign()
                 mean = (deltas * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -133,7 +134,7 @@ class WeightedHeads(Candidate):
         for f in explorer.injection.factors.values():
 
             def weighted(pairs: Sequence[Pair], f: Factors = f) -> torch.Tensor:
-                A, B = _as_one(pairs)
+                A, B = as_one(pairs)
                 rows = optimizer.state[f.B]["exp_avg_sq"].mean(-1, keepdim=True)  # (heads, *lead, out, 1)
                 if self.value == "noise":
                     weights = 1 / rows.mean(-2, keepdim=True).clamp_min(1e-30)
@@ -242,8 +243,3 @@ def made(extra: dict[str, Any]) -> list[Candidate]:
     if unknown:
         raise ValueError(f"extra must name candidates, {sorted(CANDIDATES)}; received {unknown}.")
     return [CANDIDATES[name](value) for name, value in extra.items()]
-
-
-def _as_one(pairs: Sequence[Pair]) -> Pair:
-    """A pair whose product is the sum of theirs."""
-    return torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)

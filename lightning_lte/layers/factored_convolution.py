@@ -26,11 +26,13 @@ from lightning_lte.layers.convolution import (
 )
 from lightning_lte.product import (
     PairAndAnchors,
+    as_one,
     cast,
     folds,
     is_batched,
     keep,
     kept_by,
+    pairs,
     scaled_gradient,
     stacked,
     without_autocast,
@@ -155,7 +157,7 @@ class _FactoredConvolution(torch.autograd.Function):
             parts = zip(x.chunk(count), own.effective(weight, factors), strict=True)
             y: Any = _joined([own.geometry.convolve(part, each, bias) for part, each in parts])
         else:
-            first, second = _stacked(*factors)
+            first, second = as_one(pairs(*factors))  # with A itself first, so that A x comes with it
             inner = own.by_A.of_heads(count).convolve(side_by_side(x, count), own.of_A(first.to(x.dtype)), None)
             delta = own.by_B.of_heads(count).convolve(inner, own.of_B(second.to(x.dtype)), None)
             y = own.geometry.convolve(x, weight, bias).add_(below_each_other(delta, count), alpha=own.scale)
@@ -193,7 +195,7 @@ def _gradients(
         of_x, of_weight = own.geometry.backward(gradient, x, weight, for_x, for_weight)
         x, gradient = side_by_side(x, count), side_by_side(gradient, count)
         if of_x is not None:
-            first, second = (t.to(x.dtype) for t in _stacked(*factors))
+            first, second = (t.to(x.dtype) for t in as_one(pairs(*factors)))
             assert inner is not None
             like = in_format_of(x, inner.new_empty(len(inner), first[..., 0].numel(), *inner.shape[2:]))
             of_inner, _ = own.by_B.of_heads(count).backward(gradient, like, own.of_B(second), True, False)
@@ -202,14 +204,14 @@ def _gradients(
         return of_x, of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
     _, of_weight = own.geometry.backward(gradient, x, weight, False, for_weight)
     effective = None if weight is None else own.effective(weight, factors)
-    parts, pairs = [], []
+    parts, learned = [], []
     for head, (own_x, own_gradient) in enumerate(zip(x.chunk(count), gradient.chunk(count), strict=True)):
         if for_x and effective is not None:
             parts.append(own.geometry.backward(own_gradient, own_x, next(effective), True, False)[0])
         own_A, own_B = A[head : head + 1], B[head : head + 1]
         inner = own.by_A.convolve(own_x, own.of_A(own_A), None)
-        pairs.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
-    of_A, of_B = (_joined(each) for each in zip(*pairs, strict=True))
+        learned.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
+    of_A, of_B = (_joined(each) for each in zip(*learned, strict=True))
     return _joined(parts), of_weight, of_A, of_B
 
 
@@ -244,13 +246,6 @@ def _derived(ctx: Any, gradient: Tensor, *saved: Tensor | None) -> list[Tensor |
     asked = [t for t, w in zip(inputs, wanted, strict=True) if t is not None and w]
     found = iter(torch.autograd.grad(y, asked, gradient, create_graph=twice))
     return [next(found) if w else None for w in wanted[:4]]
-
-
-def _stacked(A: Tensor, B: Tensor, anchor_A: Tensor | None, anchor_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `stacked`, with A itself first, so that A x comes with it: [A; A - A'] and [B - B', B']."""
-    if anchor_A is None or anchor_B is None:
-        return A, B
-    return torch.cat([A, A - anchor_A], dim=-2), torch.cat([B - anchor_B, anchor_B], dim=-1)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
