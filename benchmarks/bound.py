@@ -7,14 +7,22 @@ m n + 3 r (m + n) - r n, and r (m + n) more for anchors. The rest of the model s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lightning_lte.injection import Injection
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -66,32 +74,85 @@ class Arithmetic:
 
 
 def uses(injection: Injection, model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Use, ...]:
-    """What a step asks of each factored weight.
+    """What a step asks of each factored weight that is multiplied with, in the order of the forward.
+
+    A product is known by the weight that it reads, whichever function of whichever module makes it.
 
     Args:
-        injection: heads in the model.
-        model: it.
-        forward: runs the model once, with gradients, and without heads.
+        injection: heads in the model, or in another of its kind.
+        model: whose weights are read as they are. Its parameters that learn tell which inputs want a gradient.
+        forward: runs the model once, without heads, and returns what a backward starts from.
     """
-    found: list[Use] = []
-    handles = []
-    for weight, factors in injection.factors.items():
-        m = factors.matrices
-
-        def note(_: nn.Module, args: tuple[Tensor, ...], y: Tensor, weight: Tensor = weight, f=factors, m=m) -> None:
-            # Each weight meets every place of the output once.
-            tokens = y.numel() // (m.out_features * m.count)
-            found.append(Use(m.out_features, m.in_features, f.rank, tokens * m.count, args[0].requires_grad))
-
-        handles.append(injection.roles[weight].owner.module.register_forward_hook(note))
-    forward()
-    for handle in handles:
-        handle.remove()
+    weights = {role.name: weight for weight, role in injection.roles.items() if weight in injection.factors}
+    read = [(name, model.get_parameter(name).detach()) for name in weights]
+    with _Products(read) as forwards:
+        y = forward()
+    with _Products(forwards.read) as backwards:
+        torch.autograd.grad(y.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    found = []
+    for name, multiply_adds in forwards.multiply_adds.items():
+        factors = injection.factors[weights[name]]
+        m, n = factors.matrices.out_features, factors.matrices.in_features
+        found.append(Use(m, n, factors.rank, multiply_adds // (m * n), backwards.multiply_adds[name] > 0))
     return tuple(found)
 
 
+class _Products(TorchDispatchMode):
+    """Counts the multiply-adds of products that read certain tensors.
+
+    Args:
+        read: these, each with its name.
+
+    Attributes:
+        read: these and what they were copied to, for the precision of autocast. As they are held, no other tensor comes
+            to lie where they do.
+        multiply_adds: by name, in the order of the first product.
+    """
+
+    def __init__(self, read: Iterable[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.read = list(read)
+        self.multiply_adds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        inputs = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        for name, tensor in tuple(self.read):
+            if tensor.untyped_storage().data_ptr() not in inputs:
+                continue
+            if func.overloadpacket is aten._to_copy:
+                self.read.append((name, y))
+            elif func.overloadpacket is aten.convolution_backward:
+                # Of its gradients, only the input's reads the weight.
+                if args[-1][0]:
+                    self.multiply_adds[name] += _of_each_gradient(*args) // 2
+            elif func.overloadpacket in flop_registry:
+                self.multiply_adds[name] += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=y) // 2
+        return y
+
+
 def multiply_adds(step: Callable[[], object]) -> int:
-    """What a step takes as it runs, by torch's counter. Attention is counted as plain products."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """What a step takes as it runs, by torch's counter. Attention is counted as plain products.
+
+    But for gradients of grouped convolutions' weights: torch (2.14) counts them as if there were one group.
+    """
+
+    def of_gradients(*args: Any, out_val: object) -> int:
+        # Of the input and of the weight; the bias has no products.
+        return sum(args[-1][:2]) * _of_each_gradient(*args)
+
+    of_gradients._get_raw = True  # type: ignore[attr-defined]
+    counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: of_gradients})
+    with sdpa_kernel(SDPBackend.MATH), counter:
         step()
     return int(counter.get_total_flops()) // 2
+
+
+def _of_each_gradient(grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> int:
+    """Twice the multiply-adds of aten.convolution_backward for the gradient of its input, or of its weight.
+
+    Both meet each element of the weight at every place, as the forward does.
+    """
+    transposed = options[4]
+    places = x if transposed else grad
+    return 2 * places.shape[0] * math.prod(places.shape[2:]) * weight.numel()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,40 @@ def test_the_bound_knows_what_a_model_computes() -> None:
     factored = sum(use.full_rank for use in found)
     attention = 3 * 2 * 202 * 101 * plain.embed_dim * len(plain.blocks)
     assert whole == factored + attention
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_bound_counts_products_wherever_they_are_made(autocast: bool) -> None:
+    """Attention reads both of its weights in a function and not in a layer's forward; convolutions have groups."""
+    model = torch.nn.ModuleDict(
+        {
+            "first": torch.nn.Conv2d(4, 8, 3, padding=1, bias=False),
+            "grouped": torch.nn.Conv2d(8, 8, 3, padding=1, groups=4),
+            "up": torch.nn.ConvTranspose2d(8, 16, 2, stride=2),
+            "attention": torch.nn.MultiheadAttention(16, 4, batch_first=True),
+        }
+    )
+    plain = copy.deepcopy(model)
+    image = torch.randn(2, 4, 5, 6)
+
+    def forward() -> torch.Tensor:
+        x = plain["up"](plain["grouped"](plain["first"](image))).flatten(2).transpose(1, 2)
+        some = x[:, :3]
+        return plain["attention"](x, some, some)[0]  # type: ignore[no-any-return]
+
+    explorer = Explorer(model, torch.optim.AdamW(model.parameters()), LTEConfig(1, rank=1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = uses(explorer.injection, plain, forward)
+    assert [(u.out_features, u.in_features, u.tokens, u.inner) for u in found] == [
+        (8, 36, 60, False),
+        (2, 18, 4 * 60, True),
+        (4 * 16, 8, 60, True),
+        (16, 16, 240 + 6 + 6, True),  # queries, keys and values
+        (16, 16, 240, True),
+    ]
+    whole = multiply_adds(lambda: forward().sum().backward())
+    attention = 3 * 2 * (2 * 120 * 3 * 16)
+    assert whole == sum(use.full_rank for use in found) + attention
 
 
 def test_all_that_the_released_formulation_computes_is_what_lte_does() -> None:
