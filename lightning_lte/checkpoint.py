@@ -7,6 +7,7 @@ differ between heads or devices have these as dimension 0, over all devices in t
 from __future__ import annotations
 
 import random
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
         "flights": [_joined_flight(each) for each in zip(*parts["flights"], strict=True)],
         "optimizers": [_joined(list(each)) for each in zip(*parts["optimizers"], strict=True)],
         "holders": [holders(each) for each in zip(*parts["optimizers"], strict=True)],
+        "late": dict(ChainMap(*parts["late"])),
         "buffers": parts["buffers"],
         # The first of the devices that share out a head has those of all of them.
         "generators": parts["generators"] if within is None else [s for own in parts["generators"] for s in own or ()],
@@ -169,6 +171,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     _restore_flights(explorer, state["flights"], layout, merged)
     merged["replica"] += [name for name in averaged if name not in merged["replica"]]
     explorer.guard.accept_writes()
+    explorer.late = dict(state.get("late", {}))  # checkpoints of before have none
     kept = explorer.statistics.copies()
     left = (
         [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(state["devices"]) else []
@@ -441,6 +444,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "execution": explorer.execution if explorer.count > 1 else "auto",
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
+        "late": dict(explorer.late),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "left": {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64)} for f in factors if decays},

@@ -59,6 +59,8 @@ class Explorer(Merging):
         layout: how batches are laid out, once one was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
+        late: names of what heads turned out in the middle of a period not to train, with the reason, for all devices to
+            hear of at the next merge.
         terminated: whether a device has told at the last merge that it is to end.
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
@@ -80,8 +82,7 @@ class Explorer(Merging):
         self.layout: Layout | None = None
         self._closed: checkpoint.State | None = None
         self._starved_known = self._averaged = False
-        # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
-        self._late: dict[str, str] = {}
+        self.late: dict[str, str] = {}
         self._taken = self.terminated = False
         self.on_growth: Callable[[], None] | None = None
         self._taken_at = -2
@@ -503,7 +504,7 @@ class Explorer(Merging):
         if self.transport.world_size == 1:
             self._demote(found)
         else:
-            self._late.update(found)
+            self.late.update(found)
             for w in self._watched():
                 if w.name in found:
                     w.param.grad = None
@@ -512,7 +513,7 @@ class Explorer(Merging):
         if not self._is_settling:
             self._look(look_at_bits=True)
         buffers = self.transport.devices > 1 and bool(self.buffers.found())
-        self.flags.update(late=bool(self._late), taken=self._taken, buffers=buffers)
+        self.flags.update(late=bool(self.late), taken=self._taken, buffers=buffers)
         self._taken = False
 
     def _hear(self, flags: Mapping[str, Tensor]) -> None:
@@ -529,7 +530,7 @@ class Explorer(Merging):
             written = self.transport.union(self.buffers.found(), self.transport.timeout_s) if told else {}
             self.buffers.take_first(self.transport, written)
         if late.any():
-            found, self._late = self._late, {}
+            found, self.late = self.late, {}
             self._demote(self.transport.union(found, self.transport.timeout_s))
 
     def _demote(self, reasons: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -72,11 +73,12 @@ def save(
     if own is not None:
         streams, own = own["generators"], {key: value for key, value in own.items() if key != "generators"}
         rest["lte"] = _without_tensors(own)
-        plain = transport.gather(rest["lte"]["optimizers"])
+        plain = transport.gather({key: rest["lte"][key] for key in ("optimizers", "late")})
         if plain is not None:
-            of_each = list(zip(*plain, strict=True))
+            of_each = list(zip(*(own["optimizers"] for own in plain), strict=True))
             rest["lte"]["optimizers"] = [{n: v for own in reversed(each) for n, v in own.items()} for each in of_each]
             rest["lte"]["holders"] = [holders(each) for each in of_each]
+            rest["lte"]["late"] = dict(ChainMap(*(own["late"] for own in plain)))
         tensors[SHARDS] = _dealt(own, str(transport.rank))
         _put(tensors[SHARDS], (str(transport.rank), "generators"), _as_tensor(streams))
     partial_path = files.partial_of(path)

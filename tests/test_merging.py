@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_lte import Explorer, LTEConfig, Transport, flight, merging
+from lightning_lte import Explorer, LTEConfig, Transport, flight, merging, sharded
 from lightning_lte.merge import Merge
 from tests.modules import RANK, backward, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
@@ -36,6 +38,12 @@ class Loop:
         for _ in range(count):
             train_step(self.explorer, self.net, self.opt, make_data(16, seed=self.done))
             self.done += 1
+
+    def go_on_from(self, done: int, weights: dict[str, Tensor], optimizer: Any, state: Any) -> None:
+        self.net.load_state_dict(weights)
+        self.opt.load_state_dict(optimizer)
+        self.explorer.load_state_dict(state)
+        self.done = done
 
     @torch.no_grad()
     def write(self, value: float) -> None:
@@ -482,3 +490,37 @@ def test_a_last_merge_is_that_of_all_weights_where_devices_stopped_at_a_merge_an
     torch.testing.assert_close(at, after, rtol=0, atol=0)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert not any(torch.equal(at[name], weight) for name, weight in first.items())
+
+
+def _found_before_a_checkpoint(folder: str) -> Any:
+    """A checkpoint after a weight was written and before the merge at which all devices hear of it."""
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    loop = Loop(transport)
+    loop.steps(6)
+    with torch.no_grad():
+        loop.net.second.weight.mul_(0.9)
+    loop.steps(1)
+    weights, optimizer = clone(loop.net.state_dict()), copy.deepcopy(loop.opt.state_dict())
+    saved = transport.gather(loop.explorer.state_dict())
+    state = saved[0] if saved else None
+    own = loop.explorer.local_state()
+    sharded.save({"state_dict": weights}, own, loop.explorer.weight_names, folder, transport)
+    shared = [state]
+    dist.broadcast_object_list(shared, src=0)
+    loop.steps(5)
+    for each in (shared[0], sharded.load(folder)["lte"]):
+        other = Loop(transport)
+        other.go_on_from(loop.done - 5, weights, optimizer, each)
+        other.steps(5)
+        assert other.explorer.made_replicas == loop.explorer.made_replicas
+        torch.testing.assert_close(clone(other.net.state_dict()), clone(loop.net.state_dict()), rtol=0, atol=0)
+    return state, weights, optimizer, loop.explorer.made_replicas
+
+
+def test_what_heads_turned_out_not_to_train_is_in_a_checkpoint_before_all_devices_hear_of_it(tmp_path: Path) -> None:
+    (state, weights, optimizer, made_replicas), _ = run(_found_before_a_checkpoint, 2, str(tmp_path / "sharded"))
+    assert "second" in made_replicas
+    alone = Loop()
+    alone.go_on_from(7, weights, optimizer, state)
+    alone.steps(1)
+    assert alone.explorer.made_replicas == made_replicas
