@@ -80,7 +80,7 @@ def uses(injection: Injection, model: nn.Module, forward: Callable[[], Tensor]) 
 
     Args:
         injection: heads in the model, or in another of its kind.
-        model: whose weights are read as they are. Its parameters that learn tell which inputs want a gradient.
+        model: whose weights are read as they are. What learns in it without heads tells which inputs want a gradient.
         forward: runs the model once, without heads, and returns what a backward starts from.
     """
     weights = {role.name: weight for weight, role in injection.roles.items() if weight in injection.factors}
@@ -88,7 +88,9 @@ def uses(injection: Injection, model: nn.Module, forward: Callable[[], Tensor]) 
     with _Products(read) as forwards:
         y = forward()
     with _Products(forwards.read) as backwards:
-        torch.autograd.grad(y.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        # Who asks for the gradient of a weight with heads is taken for a use that they can't train.
+        learning = [p for p in model.parameters() if p.requires_grad and p not in injection.factors]
+        torch.autograd.grad(y.sum(), learning, allow_unused=True)
     found = []
     for name, multiply_adds in forwards.multiply_adds.items():
         factors = injection.factors[weights[name]]

@@ -133,7 +133,7 @@ def measure(
     )
     plain = partial(Plain, device=device, fused=options.fused)
     lte, full = heads_in(make()), plain(make())
-    found = uses(lte.explorer.injection, lte.model, lambda: loss_of(lte.model, batch))
+    found = uses(lte.explorer.injection, full.model, lambda: loss_of(full.model, batch))
     arithmetic = Arithmetic(found, multiply_adds(lambda: loss_of(full.model, batch).backward()))
     full.optimizer.zero_grad()
     bound = arithmetic.bound(after_merge == "keep")

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.config import LossReduction
 from lightning_lte.layers.base import HeadedLayer
-from lightning_lte.rehearsal import Determined, alike, not_compiled, untouched, without_zeros
+from lightning_lte.rehearsal import Determined, alike, in_full_float32, not_compiled, untouched, without_zeros
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
@@ -42,10 +42,10 @@ def reason_against_batched(
        and the layers before it compute the same in both ways.
     3. The loss of the batch is the mean, or the sum, of the losses of its slices.
 
-    The module runs in the mode it is in, with every random draw replaced by a constant, once on the batch and once on
-    each slice, which costs two forward passes over the batch. What starts at zero is filled for the time, so that
-    nothing is hidden behind it, and all heads are alike, so that what follows a layer whose input is not the batch can
-    be judged before it is known to be one. Whatever the step changes is put back; see `untouched`.
+    The module runs in the mode it is in, in float32 without TF32, with every random draw replaced by a constant, once
+    on the batch and once on each slice, which costs two forward passes over the batch. What starts at zero is filled
+    for the time, so that nothing is hidden behind it, and all heads are alike, so that what follows a layer whose input
+    is not the batch can be judged before it is known to be one. Whatever the step changes is put back; see `untouched`.
 
     Args:
         module: with heads.
@@ -66,7 +66,7 @@ def reason_against_batched(
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
         zeros = without_zeros([*module.parameters(), *factors], replicas)
-        with zeros, alike(stacks), untouched(module) as again, Determined(), not_compiled():
+        with zeros, alike(stacks), untouched(module) as again, Determined(), not_compiled(), in_full_float32():
             with heads():
                 seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)

@@ -95,6 +95,29 @@ def not_compiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+@contextmanager
+def in_full_float32() -> Iterator[None]:
+    """Compute float32 as such, whatever else is allowed for speed.
+
+    On GPUs, TF32 has 10 bits of mantissa in place of 23; convolutions take it unless they are told otherwise, and
+    matrix products where `torch.set_float32_matmul_precision` allows it.
+    """
+    cudnn: Any = torch.backends.cudnn
+    cpu: Any = torch.backends.mkldnn
+    kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+    before = [kind.fp32_precision for kind in kinds]
+    with ExitStack() as stack:
+        # The older setting goes with them: `torch.backends.cudnn.flags` reads it, and refuses one that is at odds with
+        # them, as it would be where the user chose by these alone.
+        with suppress(RuntimeError):
+            stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            cudnn.allow_tf32 = False
+        for kind, precision in zip(kinds, before, strict=True):
+            stack.callback(setattr, kind, "fp32_precision", precision)
+            kind.fp32_precision = "ieee"
+        yield
+
+
 class Determined(TorchDispatchMode):
     """Replaces every random draw of torch's by a constant that does not depend on how many samples there are.
 

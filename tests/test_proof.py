@@ -151,6 +151,33 @@ def test_layers_that_see_samples_one_by_one_are_sequential_and_named() -> None:
     assert execution == "sequential" and "net.body.inner is called inside of torch.func.vmap" in why
 
 
+class OnAGPU(nn.Module):
+    """Takes TF32 where that is allowed, in a kernel that another number of samples would not have had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+            allowed = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+            rounds = any(kind.fp32_precision == "tf32" for kind in allowed)
+        return self.inner(x * (1 + rounds * len(x) / 2**13))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_trial_is_in_full_float32_whatever_training_is(precision: str) -> None:
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        before = [kind.fp32_precision for kind in kinds]
+        assert verdict(Pooled(OnAGPU()), images())[0] == "batched"
+        assert torch.get_float32_matmul_precision() == precision and torch.backends.cudnn.allow_tf32
+        assert [kind.fp32_precision for kind in kinds] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 class Padded(nn.Module):
     """A transformer that is told what is padding, which torch hands on as a mask of minus infinities."""
 
