@@ -527,7 +527,7 @@ def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[T
     # The step count of a scalar parameter has its shape, too.
     kept = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
     # Those in 8 bits are codes, of which none need mean zero.
-    kept = [value for value in kept if value.is_floating_point()]
+    kept = [value for value in kept if value.is_floating_point() or value.is_complex()]
     return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
 
 

@@ -177,8 +177,7 @@ class Replicas:
     @torch.no_grad()
     def finite(self) -> Tensor | None:
         """(n,) bool: whether what a local head trains besides factors is finite; None if that is nothing."""
-        trained = [r for r in self._replicas if r.param.requires_grad and r.param.is_floating_point()]
-        checks = [finite_rows(r.copies).expand(self.count) for r in trained]
+        checks = [finite_rows(r.copies).expand(self.count) for r in self._replicas if r.param.requires_grad]
         return torch.stack(checks).all(0) if checks else None
 
     @torch.no_grad()
