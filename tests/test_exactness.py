@@ -362,6 +362,15 @@ def test_a_device_without_gradients_does_not_keep_the_others_waiting() -> None:
         assert ranks.tolist() == [0, 1]
 
 
+def test_a_complex_parameter_is_clipped_as_all_others() -> None:
+    factor, replica = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+    factor.grad, replica.grad = torch.full((1, 3), 2.0), torch.tensor([1 + 1j, 2j])
+    norms = clip_grad_norm_([replica, factor], {factor}, 0.1, 1, Transport(), acting=None, synchronised=False)
+    torch.testing.assert_close(norms, torch.tensor([18.0**0.5]))
+    torch.testing.assert_close(factor.grad, torch.full((1, 3), 0.2 / 18.0**0.5))
+    torch.testing.assert_close(replica.grad, torch.tensor([1 + 1j, 2j]) * 0.1 / 18.0**0.5)
+
+
 def test_a_parameter_without_dimensions_is_clipped_as_all_others() -> None:
     class Tempered(Net):
         def __init__(self) -> None:
