@@ -57,7 +57,7 @@ class HeadsCallback(_Base):
             # Now already: a run that goes on from a checkpoint saved after this batch skips its validation.
             _strategy(trainer).merge_before_validation()
         # Lightning keeps a tensor where it is. It would copy a number to the module's device, and wait for that.
-        merges = torch.tensor(float(explorer.merges))
+        merges = torch.tensor(float(explorer.merges), device="cpu")
         pl_module.log("lte/merges", merges, prog_bar=True, logger=False, batch_size=1)
         self._log_merges(trainer)
 

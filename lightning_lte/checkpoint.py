@@ -426,7 +426,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         optimizers.append(fields)
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
-    decays = explorer.config.decays_weights
+    left = {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64, device="cpu")} for f in factors}
     return {
         "version": VERSION,
         "heads": explorer.config.heads,
@@ -443,7 +443,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "made_replicas": dict(explorer.made_replicas),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
-        "left": {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64)} for f in factors if decays},
+        "left": left if explorer.config.decays_weights else {},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
         "flights": flights,
         "stagger": explorer.config.stagger,

@@ -110,7 +110,6 @@ class Merge:
         self._time_s = self._wait_s = 0.0
         self.flags = torch.zeros(1, 0, dtype=torch.uint8, device=self._device)
         self._sent_before = transport.bytes_sent
-        self._good = torch.ones(replicas.count, dtype=torch.bool)
         # What weight decay has left of each weight: on this device, and once it is exchanged the mean over devices.
         self._left = torch.ones(len(factors), dtype=torch.float64, device=self._device)
         self._squared_mean = self._squared_heads = torch.zeros((), device=self._device)
@@ -232,8 +231,8 @@ class Merge:
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
-        good = _finite(self.factors, self.replicas, states).to(self._device)
-        good = good & _finite(self._others, self._other_replicas, states).to(self._device)
+        good = _finite(self.factors, self.replicas, states, self._device)
+        good = good & _finite(self._others, self._other_replicas, states, self._device)
         self._good = ~self._transport.any_within(~good)
         if self._config.decays_weights:
             self._left = _taken_left(self.factors, self._device)
@@ -443,7 +442,7 @@ def _mean_left(left: Tensor, transport: Transport) -> Tensor:
     return transport.stack(left.unsqueeze(0)).mean(0)
 
 
-def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> Tensor:
+def _finite(factors: Sequence[Factors], replicas: Replicas, states: States, device: torch.device) -> Tensor:
     """(n,) bool: whether a local head is finite: its factors, its replicas, and the optimizer's moments of both.
 
     A gradient that is finite and overflows when it is squared leaves the factors finite. But the second moment is
@@ -455,9 +454,9 @@ def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> T
     trained = [p for f in factors for p in f.trained.values()]
     trained += [r.trained for r in replicas if r.count == replicas.count]
     for moment in (moment for p in trained for moment in _moments(p, states.get(p, {}), replicas.count)):
-        own = finite_rows(moment.reshape(replicas.count, -1))
-        checks.append(own.to((checks or [own])[0].device))
-    return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
+        checks.append(finite_rows(moment.reshape(replicas.count, -1)))
+    none = torch.ones(replicas.count, dtype=torch.bool, device=device)
+    return torch.stack([none, *(own.to(device) for own in checks)]).all(0)
 
 
 def _settle(
