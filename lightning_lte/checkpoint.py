@@ -527,25 +527,30 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             f"This version of lightning-lte reads heads of version {VERSION}; the checkpoint has version {version}."
             " Update lightning-lte."
         )
+
+    def need(holds: bool, what: str) -> None:  # asserts are left out by python -O
+        if not holds:
+            raise ValueError(what)
+
     try:
-        assert version == VERSION, f"version {version!r}"
+        need(version == VERSION, f"version {version!r}")
         heads, devices = state["heads"], state["devices"]
         for name, weight in state["weights"].items():
             factors = state["factors"][name]
             keys = {"A", "B"} if state["after_merge"] == "reset" else {"A", "B", "anchor_A", "anchor_B"}
             keys -= {"anchor_A"} if state.get("freeze_a") else set()
-            assert set(factors) == keys, f"factors of {name}"
-            assert all(len(rows) == heads for rows in factors.values()), f"factors of {name}"
-            assert all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}"
+            need(set(factors) == keys, f"factors of {name}")
+            need(all(len(rows) == heads for rows in factors.values()), f"factors of {name}")
+            need(all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}")
         for name, replica in state["replicas"].items():
-            assert len(replica["value"]) in (heads, devices), f"replica {name}"
+            need(len(replica["value"]) in (heads, devices), f"replica {name}")
         for optimizer in state["optimizers"]:
             for name, fields in optimizer.items():
                 for value in fields.values():
                     rows = value.items() if isinstance(value, Mapping) else ()
-                    assert all(len(r) == (heads if w == "heads" else devices) for w, r in rows), f"moments of {name}"
+                    need(all(len(r) == (heads if w == "heads" else devices) for w, r in rows), f"moments of {name}")
         for clock in state["clocks"]:
-            assert all(isinstance(clock[key], int) for key in ("step", "merges", "last_merge")), "clocks"
+            need(all(isinstance(clock[key], int) for key in ("step", "merges", "last_merge")), "clocks")
         for key in (
             "made_replicas",
             "statistics",
@@ -562,8 +567,8 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             "execution",
             "optimizer_kinds",
         ):
-            assert key in state, key
-    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+            need(key in state, key)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"What the checkpoint has for heads is damaged ({type(error).__name__}: {error}). Load its weights and"
             ' start fresh heads: model.load_state_dict(torch.load(path)["state_dict"]), then fit without ckpt_path.'
