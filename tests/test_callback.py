@@ -146,6 +146,16 @@ def test_the_progress_bar_shows_the_count_of_merges() -> None:
     assert seen == [0, 0, 1, 1, 1, 2, 2]
 
 
+def test_a_barebones_trainer_has_nothing_to_warn_of(recwarn: pytest.WarningsRecorder) -> None:
+    class Quiet(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]).square().mean()
+
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    Trainer(barebones=True, accelerator="cpu", devices=1, max_steps=4, strategy=strategy).fit(Quiet(), loader(64))
+    assert not [w for w in recwarn if "self.log" in str(w.message)]
+
+
 def test_no_batch_copies_the_count_of_merges_to_the_device() -> None:
     """Lightning would copy a number there, for which a GPU is waited for; a tensor it keeps where it is."""
     logged: list[Any] = []
