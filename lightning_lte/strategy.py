@@ -295,6 +295,8 @@ class HeadsStrategy(Resumable):
             )
         check_sharing(self._config.shard, self._world_size, self._checkpoint, self.precision_plugin.precision)
         self.config.local_heads(self._groups)
+        if self._module.trainer.state.fn == "fit":
+            self._put_callback_first()  # now, as those of `LightningModule.configure_callbacks` have come
         if self._world_size > 1:
             try:
                 super().setup_environment()
@@ -344,11 +346,12 @@ class HeadsStrategy(Resumable):
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
-        if trainer.state.fn == "fit":
-            # First, so that the callbacks after it see merged weights when training ends.
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
-            callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
+
+    def _put_callback_first(self) -> None:
+        """Add one if there is none. Those after it see merged weights when training ends."""
+        callbacks: list[Any] = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
+        callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
 
     def setup(self, trainer: Trainer) -> None:
         shares = self._config.shard > 1

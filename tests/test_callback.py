@@ -191,6 +191,20 @@ def test_one_comes_by_itself_and_a_users_own_is_kept() -> None:
     assert [c for c in t.callbacks if isinstance(c, LTECallback)] == [own]
 
 
+def test_one_of_the_modules_own_comes_before_all_others_too() -> None:
+    class Configured(Module):
+        def configure_callbacks(self) -> Any:
+            return [LTECallback(effective_rank=True)]
+
+    class Last(Callback):
+        def on_train_end(self, t: Trainer, module: Any) -> None:
+            seen.append((t.strategy.explorer.unmerged, [type(c) for c in t.callbacks]))
+
+    seen: list[Any] = []
+    trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4, callbacks=[Last()]).fit(Configured(), loader(64))
+    assert seen == [(False, [LTECallback, Last])]
+
+
 def test_without_the_strategy_it_says_what_is_missing() -> None:
     with pytest.raises(TypeError, match="LTECallback watches LTEStrategy"):
         trainer("auto", max_steps=1, callbacks=[LTECallback()]).fit(Module(), loader())
