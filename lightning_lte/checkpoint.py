@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.buffers import put_back_
 from lightning_lte.optimizers import COUNTS, place_counts
 from lightning_lte.report import listed
 from lightning_lte.rows import Rows
@@ -105,7 +106,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
         buffers = dict(explorer.module.named_buffers())
         for name, value in state["buffers"][layout.device_of_first_head(len(state["buffers"]))].items():
             if name in buffers:
-                buffers[name].copy_(value)
+                put_back_(buffers[name], value)
         _take_statistics(explorer, state, layout, merged["running statistic"])
     averaged = _scatter_moments(explorer, state, layout)
     _restore_flights(explorer, state["flights"], layout, merged)
