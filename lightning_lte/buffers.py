@@ -58,3 +58,11 @@ class Buffers:
 
     def _own(self) -> list[tuple[str, Tensor]]:
         return [(name, buffer) for name, buffer in self._module.named_buffers() if name not in self._others]
+
+
+@torch.no_grad()
+def put_back_(buffer: Tensor, value: Tensor) -> None:
+    """Write what a buffer had, or nothing if it has that yet: what is written to travels at each merge from then on."""
+    comparable = buffer.layout == torch.strided and not buffer.is_nested
+    if not (comparable and torch.equal(buffer, value.to(buffer.device))):
+        buffer.copy_(value)

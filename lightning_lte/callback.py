@@ -56,9 +56,10 @@ class HeadsCallback(_Base):
         if explorer.merges_before_validation and _validation_is_next(trainer):
             # Now already: a run that goes on from a checkpoint saved after this batch skips its validation.
             _strategy(trainer).merge_before_validation()
-        # Lightning keeps a tensor where it is. It would copy a number to the module's device, and wait for that.
-        merges = torch.tensor(float(explorer.merges))
-        pl_module.log("lte/merges", merges, prog_bar=True, logger=False, batch_size=1)
+        if not trainer.barebones:  # where Lightning warns of each `log`
+            # Lightning keeps a tensor where it is. It would copy a number to the module's device, and wait for that.
+            merges = torch.tensor(float(explorer.merges), device="cpu")
+            pl_module.log("lte/merges", merges, prog_bar=True, logger=False, batch_size=1)
         self._log_merges(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

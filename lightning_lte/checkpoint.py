@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lte.buffers import put_back_
 from lightning_lte.optimizers import COUNTS, place_counts
 from lightning_lte.report import listed
 from lightning_lte.rows import Rows
@@ -93,6 +94,41 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
         ValueError: the state is of other heads, ranks, targets or a newer version.
     """
     _check_shape(state)
+    _take_roles(explorer, state)
+    _take_clocks(explorer, state)
+    layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
+    merged: dict[str, list[str]] = {"replica": [], "running statistic": []}
+    with torch.no_grad():
+        for f in explorer.injection.factors.values():
+            _take_factors(f, state, layout, explorer.config.decays_weights)
+        if explorer.outer is not None:
+            explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
+        for replica in explorer.injection.replicas:
+            _take_replica(replica, state, layout, merged["replica"])
+        buffers = dict(explorer.module.named_buffers())
+        for name, value in state["buffers"][layout.device_of_first_head(len(state["buffers"]))].items():
+            if name in buffers:
+                put_back_(buffers[name], value)
+        _take_statistics(explorer, state, layout, merged["running statistic"])
+    averaged = _scatter_moments(explorer, state, layout)
+    _restore_flights(explorer, state["flights"], layout, merged)
+    merged["replica"] += [name for name in averaged if name not in merged["replica"]]
+    explorer.guard.accept_writes()
+    explorer.late = dict(state.get("late", {}))  # checkpoints of before have none
+    kept, devices = explorer.statistics.copies(), state["devices"]
+    left_out = [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(devices) else []
+    told = _told(devices, layout.world_size, merged, left_out)
+    if state["outer"] and explorer.outer is None:
+        told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
+    if state.get("left") and not explorer.config.decays_weights:
+        told += (
+            " In the checkpoint weight decay was that of weights: what it took off since their last merge was left out."
+        )
+    return told.strip()
+
+
+def _take_roles(explorer: Explorer, state: Mapping[str, Any]) -> None:
+    """Have as many heads as there were, in the same weights, and share the device as they did; or raise before that."""
     lost = {name: why for name, why in state["made_replicas"].items() if name not in explorer.made_replicas}
     _check(explorer, state, lost)
     if lost:
@@ -110,80 +146,47 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     apart = {name for name, saved in state["replicas"].items() if len(saved["value"]) != state["devices"]}
     if any(replica.name in apart and replica.stack is None for replica in explorer.injection.replicas):
         explorer.split_again(apart, in_turn=explorer.execution == "sequential")
-    for clock, saved_clock in zip(explorer.clocks, state["clocks"], strict=True):
-        clock.load_state_dict(saved_clock)
-        if state["stagger"] != explorer.config.stagger:
+
+
+def _take_clocks(explorer: Explorer, state: Mapping[str, Any]) -> None:
+    same = state["stagger"] == explorer.config.stagger
+    for clock, saved in zip(explorer.clocks, state["clocks"], strict=True):
+        clock.load_state_dict(saved)
+        if not same:
             clock.groups_left = 0
-    if state["stagger"] == explorer.config.stagger:
+    if same:
         explorer.load_groups(state["groups"])
-    layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
-    merged: dict[str, list[str]] = {"replica": [], "running statistic": []}
-    # Checkpoints of before have none.
-    left = state.get("left", {}) if explorer.config.decays_weights else {}
-    with torch.no_grad():
-        for f in explorer.injection.factors.values():
-            saved = state["factors"][f.name]
-            for key, tensor in _factor_tensors(f).items():
-                put_(tensor, layout.mine(saved[key], f.count))
-            f.all_A = None
-            f.merged_step = state["merged_steps"].get(f.name, -1)
-            f.refreshed = state.get("refreshed", {}).get(f.name, 0)  # checkpoints of before have none
-            f.anchored = state.get("anchored", {}).get(f.name, "float32")
-            if f.name in left:
-                rows = left[f.name]["value"][:]
-                f.left = float(rows[layout.rank] if len(rows) == layout.world_size else rows.mean())
-            _take_remainder(f, state["remainders"].get(f.name))
-            f.error = None
-            lost_on_wire = state["wire_errors"].get(f.name)
-            if lost_on_wire is not None:
-                rows = lost_on_wire["value"]
-                same = len(rows) == layout.world_size
-                # What all devices have lost together is what counts.
-                own = rows[layout.rank] if same else sum(rows[i] for i in range(len(rows))) / layout.world_size
-                f.error = own.to(f.A.device, copy=True)
-        if explorer.outer is not None:
-            explorer.outer.load_state_dict(explorer.injection.factors.values(), state["outer"])
-        for replica in explorer.injection.replicas:
-            rows = state["replicas"][replica.name]["value"]
-            if layout.must_merge(rows, len(replica.copies)):
-                merged["replica"].append(replica.name)
-                rows = layout.mean(rows)
-            own = layout.mine(rows, len(replica.copies))
-            put_(replica.trained, own if replica.stack is not None else own[0])
-            if replica.stack is not None and len(rows) == state["devices"]:
-                # The devices trained it in place: the module's own has what the first of them had, and no mean.
-                replica.param.copy_(layout.mean(rows)[0])
-        buffers = dict(explorer.module.named_buffers())
-        for name, value in state["buffers"][layout.device_of_first_head(len(state["buffers"]))].items():
-            if name in buffers:
-                buffers[name].copy_(value)
-        statistics = {}
-        for name, copies in explorer.statistics.copies().items():
-            rows = _statistic_rows(state, name)
-            if rows is None:
-                continue
-            if layout.must_merge(rows, copies):
-                merged["running statistic"].append(name)
-                rows = layout.mean(rows)
-            statistics[name] = layout.mine(rows, copies)
-        explorer.statistics.load_rows(statistics)
-    averaged = _scatter_moments(explorer, state, layout)
-    _restore_flights(explorer, state["flights"], layout, merged)
-    merged["replica"] += [name for name in averaged if name not in merged["replica"]]
-    explorer.guard.accept_writes()
-    explorer.late = dict(state.get("late", {}))  # checkpoints of before have none
-    kept = explorer.statistics.copies()
-    left = (
-        [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(state["devices"]) else []
-    )
-    told = _told(state["devices"], layout.world_size, merged, left)
-    if state["outer"] and explorer.outer is None:
-        told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
-    if state.get("left") and not explorer.config.decays_weights:
-        told += (
-            " In the checkpoint weight decay was that of weights: what it took off since their last merge was left out."
-        )
-    return told.strip()
+
+
+def _take_factors(f: Factors, state: Mapping[str, Any], layout: _Layout, decays: bool) -> None:
+    """Take what a weight's heads are, and what they have not merged yet.
+
+    Args:
+        f: of the weight.
+        state: of all heads.
+        layout: of this run.
+        decays: whether weight decay pulls W in this run.
+    """
+    for key, tensor in _factor_tensors(f).items():
+        put_(tensor, layout.mine(state["factors"][f.name][key], f.count))
+    f.all_A = None
+    f.merged_step = state["merged_steps"].get(f.name, -1)
+    # Checkpoints of before have none of these three.
+    f.refreshed = state.get("refreshed", {}).get(f.name, 0)
+    f.anchored = state.get("anchored", {}).get(f.name, "float32")
+    left = state.get("left", {}).get(f.name) if decays else None
+    if left is not None:
+        rows = left["value"][:]
+        f.left = float(rows[layout.rank] if len(rows) == layout.world_size else rows.mean())
+    _take_remainder(f, state["remainders"].get(f.name))
+    lost = state["wire_errors"].get(f.name)
+    f.error = None
+    if lost is not None:
+        rows = lost["value"]
+        same = len(rows) == layout.world_size
+        # What all devices have lost together is what counts.
+        own = rows[layout.rank] if same else sum(rows[i] for i in range(len(rows))) / layout.world_size
+        f.error = own.to(f.A.device, copy=True)
 
 
 def _take_remainder(f: Factors, saved: Tensor | None) -> None:
@@ -195,6 +198,33 @@ def _take_remainder(f: Factors, saved: Tensor | None) -> None:
         f.remainder.zero_()
     else:
         f.remainder.copy_(saved)
+
+
+def _take_replica(replica: Replica, state: Mapping[str, Any], layout: _Layout, merged: list[str]) -> None:
+    """Take the copies of a replica; `merged` gets its name if one copy has to stand for several that differed."""
+    rows, copies = state["replicas"][replica.name]["value"], len(replica.copies)
+    if layout.must_merge(rows, copies):
+        merged.append(replica.name)
+        rows = layout.mean(rows)
+    own = layout.mine(rows, copies)
+    put_(replica.trained, own if replica.stack is not None else own[0])
+    if replica.stack is not None and len(rows) == state["devices"]:
+        # The devices trained it in place: the module's own has what the first of them had, and no mean.
+        replica.param.copy_(layout.mean(rows)[0])
+
+
+def _take_statistics(explorer: Explorer, state: Mapping[str, Any], layout: _Layout, merged: list[str]) -> None:
+    """Take all running statistics; `merged` as in `_take_replica`. The module's buffers have to be loaded before."""
+    statistics = {}
+    for name, copies in explorer.statistics.copies().items():
+        rows = _statistic_rows(state, name)
+        if rows is None:
+            continue
+        if layout.must_merge(rows, copies):
+            merged.append(name)
+            rows = layout.mean(rows)
+        statistics[name] = layout.mine(rows, copies)
+    explorer.statistics.load_rows(statistics)
 
 
 def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
@@ -429,7 +459,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         optimizers.append(fields)
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
-    decays = explorer.config.decays_weights
+    left = {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64, device="cpu")} for f in factors}
     return {
         "version": VERSION,
         "heads": explorer.config.heads,
@@ -447,7 +477,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "late": dict(explorer.late),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
-        "left": {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64)} for f in factors if decays},
+        "left": left if explorer.config.decays_weights else {},
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
         "flights": flights,
         "stagger": explorer.config.stagger,
@@ -531,25 +561,30 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             f"This version of lightning-lte reads heads of version {VERSION}; the checkpoint has version {version}."
             " Update lightning-lte."
         )
+
+    def need(holds: bool, what: str) -> None:  # asserts are left out by python -O
+        if not holds:
+            raise ValueError(what)
+
     try:
-        assert version == VERSION, f"version {version!r}"
+        need(version == VERSION, f"version {version!r}")
         heads, devices = state["heads"], state["devices"]
         for name, weight in state["weights"].items():
             factors = state["factors"][name]
             keys = {"A", "B"} if state["after_merge"] == "reset" else {"A", "B", "anchor_A", "anchor_B"}
             keys -= {"anchor_A"} if state.get("freeze_a") else set()
-            assert set(factors) == keys, f"factors of {name}"
-            assert all(len(rows) == heads for rows in factors.values()), f"factors of {name}"
-            assert all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}"
+            need(set(factors) == keys, f"factors of {name}")
+            need(all(len(rows) == heads for rows in factors.values()), f"factors of {name}")
+            need(all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}")
         for name, replica in state["replicas"].items():
-            assert len(replica["value"]) in (heads, devices), f"replica {name}"
+            need(len(replica["value"]) in (heads, devices), f"replica {name}")
         for optimizer in state["optimizers"]:
             for name, fields in optimizer.items():
                 for value in fields.values():
                     rows = value.items() if isinstance(value, Mapping) else ()
-                    assert all(len(r) == (heads if w == "heads" else devices) for w, r in rows), f"moments of {name}"
+                    need(all(len(r) == (heads if w == "heads" else devices) for w, r in rows), f"moments of {name}")
         for clock in state["clocks"]:
-            assert all(isinstance(clock[key], int) for key in ("step", "merges", "last_merge")), "clocks"
+            need(all(isinstance(clock[key], int) for key in ("step", "merges", "last_merge")), "clocks")
         for key in (
             "made_replicas",
             "statistics",
@@ -566,8 +601,8 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             "execution",
             "optimizer_kinds",
         ):
-            assert key in state, key
-    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+            need(key in state, key)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"What the checkpoint has for heads is damaged ({type(error).__name__}: {error}). Load its weights and"
             ' start fresh heads: model.load_state_dict(torch.load(path)["state_dict"]), then fit without ckpt_path.'

@@ -151,7 +151,8 @@ def combined(outputs: Sequence[Any]) -> Any:
     """One output from those of all local heads.
 
     The loss is their mean. Other tensors of a mapping are concatenated along dimension 0, or stacked if they are
-    scalars; what else there is comes as a list. An output that can't have a loss is left to whoever asks for it.
+    scalars; what else there is comes as a list, and so do tensors that fit neither way. An output that can't have a
+    loss is left to whoever asks for it.
 
     Raises:
         RuntimeError: some heads have a loss and some have none, or it is not a scalar.
@@ -178,12 +179,16 @@ def combined(outputs: Sequence[Any]) -> Any:
     loss = torch.stack([own.reshape(()) for own in losses]).mean()
     if not isinstance(first, Mapping):
         return loss
-    together: dict[str, Any] = {}
-    for key in first:
-        together[key] = values = [output.get(key) for output in outputs]
-        if all(isinstance(value, Tensor) for value in values):
-            together[key] = torch.cat(values) if values[0].dim() else torch.stack(values)
-    return {**together, "loss": loss}
+    return {**{key: _joined([output.get(key) for output in outputs]) for key in first}, "loss": loss}
+
+
+def _joined(values: list[Any]) -> Any:
+    if not all(isinstance(value, Tensor) for value in values):
+        return values
+    # Heads may pad what they have to the longest sample of their own.
+    if len({None if value.is_nested else (value.dim(), value.shape[1:]) for value in values}) > 1:
+        return values
+    return torch.cat(values) if values[0].dim() else torch.stack(values)
 
 
 def _without_repeats(output: Any, rows: int, samples: int) -> Any:

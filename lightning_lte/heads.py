@@ -427,8 +427,7 @@ class Factors:
         return self._finite(self.A, self.B)
 
     def _finite(self, A: Tensor, B: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        A, B = (t.abs().flatten(1).amax(1).to(dtype) for t in (A, B))
+        A, B = (t.abs().flatten(1).amax(1).to(self._wide) for t in (A, B))
         # No element of s B A is larger; and a factor that is not finite makes this so, times zero too.
         return (self.scale * self.rank * A * B).isfinite()
 

@@ -9,21 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors, Pair, finite_rows
+from lightning_lte.moments import States, elementwise_moments, moments_of, prune_moments, zero_moments
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.payload import Payload, grouped
 from lightning_lte.replicas import Replicas
 from lightning_lte.report import listed
 from lightning_lte.running_statistics import RunningStatistics
-from lightning_lte.shards import local
 from lightning_lte.span import span
 from lightning_lte.transport import Transport
 from lightning_lte.wire import Wire
-
-States = Mapping[Tensor, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,6 @@ class Merge:
         self._time_s = self._wait_s = 0.0
         self.flags = torch.zeros(1, 0, dtype=torch.uint8, device=self._device)
         self._sent_before = transport.bytes_sent
-        self._good = torch.ones(replicas.count, dtype=torch.bool)
         # What weight decay has left of each weight: on this device, and once it is exchanged the mean over devices.
         self._left = torch.ones(len(factors), dtype=torch.float64, device=self._device)
         self._squared_mean = self._squared_heads = torch.zeros((), device=self._device)
@@ -232,8 +229,8 @@ class Merge:
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
-        good = _finite(self.factors, self.replicas, states).to(self._device)
-        good = good & _finite(self._others, self._other_replicas, states).to(self._device)
+        good = _finite(self.factors, self.replicas, states, self._device)
+        good = good & _finite(self._others, self._other_replicas, states, self._device)
         self._good = ~self._transport.any_within(~good)
         if self._config.decays_weights:
             self._left = _taken_left(self.factors, self._device)
@@ -443,21 +440,19 @@ def _mean_left(left: Tensor, transport: Transport) -> Tensor:
     return transport.stack(left.unsqueeze(0)).mean(0)
 
 
-def _finite(factors: Sequence[Factors], replicas: Replicas, states: States) -> Tensor:
+def _finite(factors: Sequence[Factors], replicas: Replicas, states: States, device: torch.device) -> Tensor:
     """(n,) bool: whether a local head is finite: its factors, its replicas, and the optimizer's moments of both.
 
     A gradient that is finite and overflows when it is squared leaves the factors finite. But the second moment is
     infinite from then on, and the element would never learn again.
     """
-    checks = [f.finite() for f in factors]
-    others = replicas.finite()
-    checks += [] if others is None else [others]
+    checks = [f.finite() for f in factors] + replicas.finite()
     trained = [p for f in factors for p in f.trained.values()]
     trained += [r.trained for r in replicas if r.count == replicas.count]
-    for moment in (moment for p in trained for moment in _moments(p, states.get(p, {}), replicas.count)):
-        own = finite_rows(moment.reshape(replicas.count, -1))
-        checks.append(own.to((checks or [own])[0].device))
-    return torch.stack(checks).all(0) if checks else torch.ones(replicas.count, dtype=torch.bool)
+    for p in trained:
+        checks += [finite_rows(m.reshape(replicas.count, -1)) for m in moments_of(p, states, replicas.count)]
+    none = torch.ones(replicas.count, dtype=torch.bool, device=device)
+    return torch.stack([none, *(own.to(device) for own in checks)]).all(0)
 
 
 def _settle(
@@ -475,12 +470,12 @@ def _settle(
         others = torch.ones(f.count, dtype=torch.bool, device=f.A.device) if bad is None else ~bad
         f.restart(others, redraw=config.reset_a == "redraw", merges=merges)
         for p in f.trained.values():
-            _prune_moments(p, states.get(p, {}), config.reset_moments)
+            prune_moments(p, states, config.reset_moments)
     if f.refresh and merged is None:  # else they have learned something since: it was on its way when it was saved
         vectors = f.start_vectors_anew(merges)
         for name, param in f.trained.items():
             gradient = [] if param.grad is None else [param.grad]
-            for tensor in (*gradient, *_moments_of_shape(param, states.get(param, {}))):
+            for tensor in (*gradient, *elementwise_moments(param, states)):
                 tensor.index_fill_(-2 if name == "A" else -1, vectors.to(tensor.device), 0)
     f.merging_from, f.merging, f.merged_at = None, None, merges
 
@@ -489,63 +484,18 @@ def _restart(f: Factors, states: States, bad: Tensor, merges: int) -> None:
     # An A that is frozen is finite, and what travels between devices goes with it.
     f.restart(bad, redraw=not f.freeze_a, merges=merges)
     for p in f.trained.values():
-        _zero_moments(p, states.get(p, {}), bad)
+        zero_moments(p, states, bad)
 
 
 def _restart_replicas(replicas: Replicas, states: States, bad: Tensor) -> None:
     for replica in replicas:
         which = bad if replica.stack is not None else bad.any().expand(1)
-        _zero_moments(replica.trained, states.get(replica.trained, {}), which)
+        zero_moments(replica.trained, states, which)
 
 
 def _mend_shared_moments(replicas: Replicas, states: States) -> None:
     """Zero moments that are not finite of replicas that local heads share: they are of no head that could be bad."""
     for replica in replicas:
         if replica.count < replicas.count:
-            for moment in _moments(replica.trained, states.get(replica.trained, {}), 1):
+            for moment in moments_of(replica.trained, states, 1):
                 moment.nan_to_num_(0, 0, 0)
-
-
-def _zero_moments(param: nn.Parameter, state: Mapping[str, Any], heads: Tensor) -> None:
-    for moment in _moments(param, state, len(heads)):
-        if len(heads) > 1:
-            moment[heads] = 0
-        elif bool(heads) and moment.shape == local(param).shape:
-            moment.zero_()
-        elif bool(heads):
-            moment.nan_to_num_(0, 0, 0)
-
-
-def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[Tensor]:
-    """What an optimizer keeps of the gradients of a parameter.
-
-    Args:
-        param: what it trains.
-        state: its state.
-        rows: heads that have a row of the parameter each. Of a head alone, moments may have other shapes (Adafactor's).
-    """
-    # The step count of a scalar parameter has its shape, too.
-    kept = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
-    # Those in 8 bits are codes, of which none need mean zero.
-    kept = [value for value in kept if value.is_floating_point()]
-    return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
-
-
-def _moments_of_shape(param: nn.Parameter, state: Mapping[str, Any]) -> list[Tensor]:
-    """Those that have a number for each of the parameter's."""
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape and v.is_floating_point()]
-
-
-def _prune_moments(param: nn.Parameter, state: Mapping[str, Any], fraction: float) -> None:
-    """Zero a fraction of each head's moments, the smallest first, and all moments of an element together.
-
-    An element with a first moment and no second one would make a step of any size.
-    """
-    moments = _moments_of_shape(param, state)
-    if not moments or not fraction:
-        return
-    # Second moments, where there are some, say how large the gradients of an element are.
-    size = next((m for m in reversed(moments) if bool((m >= 0).all())), moments[0]).abs().flatten(1)
-    smallest = size.topk(round(fraction * size.shape[1]), dim=1, largest=False).indices
-    for moment in moments:
-        moment.view(len(moment), -1).scatter_(1, smallest, 0)

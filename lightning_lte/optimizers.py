@@ -116,8 +116,7 @@ def acts_per_element(optimizer: Optimizer) -> bool:
     """
     if not all(acts_per_element(own) for own in wrapped_optimizers(optimizer)):
         return False
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    start, *gradients = _drawn(5, 2, 4, 4).unbind()
     for number, gradient in enumerate(gradients, 1):
         gradient[1] *= 100**number  # so that norms over both matrices show, and those of updates that are clipped
     for group in optimizer.param_groups:
@@ -140,9 +139,7 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
     A twin shows it on random numbers, so that the answer is the same whatever an optimizer holds; None for one that
     can't be copied.
     """
-    generator = torch.Generator().manual_seed(0)
-    gradients = torch.randn(4, *_TRIED, generator=generator, dtype=torch.float64)
-    return _kept(optimizer, gradients, lambda v, _: v.shape == _TRIED and bool((v >= 0).all()))
+    return _kept(optimizer, _drawn(4, *_TRIED), lambda v, _: v.shape == _TRIED and bool((v >= 0).all()))
 
 
 def moments(optimizer: Optimizer) -> set[str] | None:
@@ -153,7 +150,7 @@ def moments(optimizer: Optimizer) -> set[str] | None:
     """
     found: set[str] = set()
     for shape in (_TRIED, (4,)):  # Adafactor keeps others of vectors, and some add an eps to zeros
-        gradients = torch.zeros(2, *shape, dtype=torch.float64)
+        gradients = torch.zeros(2, *shape, dtype=torch.float64, device="cpu")
         kept = _kept(
             optimizer, gradients, lambda v, _: v.dim() > 0 and v.is_floating_point() and bool((v.abs() < 1e-6).all())
         )
@@ -170,7 +167,7 @@ def check_writes(optimizers: Iterable[Optimizer]) -> None:
         ValueError: with the names of the copies.
     """
     for optimizer in optimizers:
-        gradients = torch.zeros(2, *_TRIED, dtype=torch.float64)
+        gradients = torch.zeros(2, *_TRIED, dtype=torch.float64, device="cpu")
         copies = _kept(optimizer, gradients, lambda v, p: v.shape == p.shape and torch.allclose(v.to(p), p, 1e-2, 1e-3))
         if copies:
             raise ValueError(
@@ -183,7 +180,7 @@ def check_writes(optimizers: Iterable[Optimizer]) -> None:
 def _kept(optimizer: Optimizer, gradients: Tensor, wanted: Callable[[Tensor, Tensor], bool]) -> set[str] | None:
     """Names of tensors in a twin's state after steps on these gradients, those that are wanted, given also what was
     trained; None where none can be made."""
-    start = torch.randn(gradients.shape[1:], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = _drawn(*gradients.shape[1:], seed=1)
     found: set[str] = set()
     for group in optimizer.param_groups:
         param = nn.Parameter(start.clone())
@@ -209,8 +206,7 @@ def decays_apart(optimizer: Optimizer) -> bool | str:
     Returns:
         Or why it could not be tried.
     """
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    start, *gradients = _drawn(3, 4, 4).unbind()
     lr, taken = 0.1, 0.01
     for group in optimizer.param_groups:
         if "weight_decay" not in group:
@@ -225,6 +221,12 @@ def decays_apart(optimizer: Optimizer) -> bool | str:
         if not any(torch.allclose(decayed * factor, plain, rtol=1e-4, atol=1e-5) for factor in (1, 1 - taken)):
             return False
     return True
+
+
+def _drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers to try twins on, whatever the user's default dtype and device are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _plain_kernels(group: Mapping[str, Any]) -> dict[str, Any]:

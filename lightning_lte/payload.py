@@ -104,8 +104,9 @@ class Payload:
         """
         if not self._apart or self._wire == "float32" or not self._others:
             return
-        own = torch.tensor([[f.name in self._anchors for f in self._others]], dtype=torch.uint8)
-        all_ = self._transport.stack(own.to(self._others[0].A.device))
+        with_anchors = [[f.name in self._anchors for f in self._others]]
+        own = torch.tensor(with_anchors, dtype=torch.uint8, device=self._others[0].A.device)
+        all_ = self._transport.stack(own)
         if bool((all_ != all_[:1]).any()):
             raise RuntimeError(
                 "Whoever writes to all weights has to do so on all devices alike; they were written on some ranks only"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lte.buffers import put_back_
+
 # Containers with more items are data, and taken to be constant.
 _MOST_ITEMS = 10_000
 
@@ -348,7 +350,7 @@ def _refill_slot(slot: Any, value: Any, own: Restore | None) -> None:
 def _refill_tensor(value: Tensor, shape: torch.Size, saved: Tensor) -> Tensor:
     if value.shape != shape:
         value.resize_(shape)
-    _once(value).copy_(saved)
+    put_back_(_once(value), saved)
     return value
 
 

@@ -175,11 +175,9 @@ class Replicas:
             replica.collect_gradients(scale)
 
     @torch.no_grad()
-    def finite(self) -> Tensor | None:
-        """(n,) bool: whether what a local head trains besides factors is finite; None if that is nothing."""
-        trained = [r for r in self._replicas if r.param.requires_grad and r.param.is_floating_point()]
-        checks = [finite_rows(r.copies).expand(self.count) for r in trained]
-        return torch.stack(checks).all(0) if checks else None
+    def finite(self) -> list[Tensor]:
+        """For each that is trained, (n,) bool: whether a local head's copy is finite."""
+        return [finite_rows(r.copies).expand(self.count) for r in self._replicas if r.param.requires_grad]
 
     @torch.no_grad()
     def take(self, transport: Transport, good: Tensor, apart: bool) -> None:

@@ -102,7 +102,8 @@ class RunningStatistics:
 
     @torch.no_grad()
     def take(self, transport: Transport, apart: bool) -> None:
-        """Sum over the local heads, leaving out those that are not finite: they would spoil all others.
+        """Sum over the local heads, in float32 or better, leaving out those that are not finite: they would spoil all
+        others.
 
         Args:
             transport: to the other devices.
@@ -110,11 +111,12 @@ class RunningStatistics:
         """
         averaged = [s for s in self._statistics if s.buffer.is_floating_point()]
         self._taken, self._sums = [], []
-        if averaged and (transport.devices > 1 or averaged[0].own):
+        if averaged and (transport.devices > 1 or any(s.own for s in averaged)):
             stacks = [torch.stack(s.own or [s.buffer]) for s in averaged]
-            finite = torch.stack([finite_rows(stack) for stack in stacks])  # (statistics, heads)
-            sums = [of_good(stack, ok).sum(0) for stack, ok in zip(stacks, finite, strict=True)]
-            self._sums = [*sums, finite.sum(1).to(torch.float32)]
+            finite = [finite_rows(stack) for stack in stacks]
+            wide = [torch.promote_types(stack.dtype, torch.float32) for stack in stacks]
+            sums = [of_good(*own).sum(0, dtype=dtype) for *own, dtype in zip(stacks, finite, wide, strict=True)]
+            self._sums = [*sums, torch.stack([ok.sum() for ok in finite]).to(torch.float32)]
             self._taken = [(s, stack if apart else None) for s, stack in zip(averaged, stacks, strict=True)]
 
     def exchange(self, transport: Transport) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lightning_lte.config import (
     Norms,
     Preset,
     ReplicaPolicy,
+    ResetA,
     Split,
     WeightDecay,
     preset_settings,
@@ -159,7 +160,7 @@ class HeadsStrategy(Resumable):
         rank: int | None = None,
         alpha: float | None = None,
         after_merge: AfterMerge = "keep",
-        reset_a: Literal["keep", "redraw"] = "keep",
+        reset_a: ResetA = "keep",
         freeze_a: bool = False,
         reset_moments: float = 0.0,
         refresh: int = 0,
@@ -295,6 +296,8 @@ class HeadsStrategy(Resumable):
             )
         check_sharing(self._config.shard, self._world_size, self._checkpoint, self.precision_plugin.precision)
         self.config.local_heads(self._groups)
+        if self._module.trainer.state.fn == "fit":
+            self._put_callback_first()  # now, as those of `LightningModule.configure_callbacks` have come
         if self._world_size > 1:
             try:
                 super().setup_environment()
@@ -344,11 +347,12 @@ class HeadsStrategy(Resumable):
         if self._world_size == 1:
             # Lightning takes every subclass of DDPStrategy for distributed, and would shuffle all training data.
             trainer._accelerator_connector.use_distributed_sampler = False
-        if trainer.state.fn == "fit":
-            # First, so that the callbacks after it see merged weights when training ends.
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
-            callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
+
+    def _put_callback_first(self) -> None:
+        """Add one if there is none. Those after it see merged weights when training ends."""
+        callbacks: list[Any] = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        own = next((c for c in callbacks if isinstance(c, HeadsCallback)), None) or self.callback_class()
+        callbacks[:] = [own, *(c for c in callbacks if not isinstance(c, HeadsCallback))]
 
     def setup(self, trainer: Trainer) -> None:
         shares = self._config.shard > 1

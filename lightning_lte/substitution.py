@@ -27,7 +27,7 @@ class _Swap:
     group: dict[str, Any]
     params: list[nn.Parameter]
     names: list[str] | None
-    inside: list[nn.Parameter]
+    inside: set[nn.Parameter]
 
 
 class Substitution:
@@ -105,7 +105,7 @@ class Substitution:
                 group["params"][:] = [new for own in inside.values() for new in own.values()]
                 if names is not None:
                     group["param_names"] = [name for own in inside.values() for name in own]
-                self._swaps[number].append(_Swap(group, outside, names, list(group["params"])))
+                self._swaps[number].append(_Swap(group, outside, names, set(group["params"])))
                 for param in outside:
                     state = optimizer.state.pop(param, None) if param in self._replacements else None
                     if state is not None:
@@ -121,7 +121,7 @@ class Substitution:
         ours = {p for new in self._replacements.values() for p in new.values()}
         for number, optimizer in enumerate(self.optimizers):
             for swap in self._swaps[number]:
-                added = [p for p in swap.group["params"] if not any(p is own for own in swap.inside)]
+                added = [p for p in swap.group["params"] if p not in swap.inside]
                 swap.group["params"][:] = [*swap.params, *added]
                 if swap.names is not None:
                     swap.group["param_names"] = swap.names

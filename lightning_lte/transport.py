@@ -50,7 +50,7 @@ class Transport:
         devices, device: number of all devices, and of this one among them: those that meet.
         bytes_sent: bytes this device has sent since the start, by the count of a ring: an all-reduce of b bytes sends
             2 b (w - 1) / w, an all-gather of b bytes per device sends b (w - 1), and an exchange of b bytes between all
-            sends b (w - 1) / w. Each device receives as much.
+            sends b (w - 1) / w, as a broadcast does in the mean of the devices. Each device receives as much.
         timeout_s: seconds that devices wait for each other where they meet.
         lost: whether a meeting has failed. The devices that failed can't meet again.
     """
@@ -233,6 +233,7 @@ class Transport:
                 whole = [tensor.cpu()]  # that of the others gives way to the first one's
                 dist.broadcast_object_list(whole, src=self._first, group=self.group)
                 tensor.copy_(whole[0])
+            self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1) // self.world_size
 
     def gather(self, value: Any) -> list[Any] | None:
         """Collect a picklable value of each device on rank 0; the others receive None."""

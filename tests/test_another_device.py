@@ -79,6 +79,42 @@ def test_running_statistics_on_another_device_are_the_same() -> None:
     _check(WithStatistics, {})
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"execution": "sequential"},
+        {"after_merge": "reset", "reset_a": "redraw", "reset_moments": 0.5},
+        {"grow_heads": {4: 8}},
+        {"weight_decay": "weights"},
+        {"overlap": 2},
+        {"outer_optimizer": partial(torch.optim.SGD, lr=0.7)},
+    ],
+    ids=str,
+)
+def test_a_default_device_of_the_users_makes_no_difference(chosen: dict[str, Any]) -> None:
+    def trained() -> dict[str, Any]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0 if "weight_decay" in chosen else 0.9)
+        optimizer.param_groups[0]["weight_decay"] = 0.01
+        explorer = Explorer(net, optimizer, LTEConfig(4, 3, rank=2, **chosen))
+        for batch in batches:
+            train_step(explorer, net, optimizer, batch)
+        explorer.load_state_dict(explorer.state_dict())
+        explorer.finish()
+        return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    batches = [make_data(16 + step % 2, seed=step) for step in range(7)]
+    net = make_net()
+    expected = trained()
+    net = make_net()
+    torch.set_default_device("meta")  # where nothing has a value
+    try:
+        found = trained()
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", [Kinds, Scaled])
 def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) -> None:
     waits: list[list[str]] = []

@@ -17,9 +17,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, MergeRecord, Transport
+from lightning_lte.execution import run as run_step
 from lightning_lte.heads import Factors
 from tests.modules import (
     RANK,
+    WIDTH,
     Module,
     Recorder,
     ScaledNet,
@@ -153,6 +155,44 @@ def test_a_sample_that_is_not_finite_takes_its_own_head_out_and_no_other(executi
         t.fit(module, loader(16 * 11))
     assert records.seen[4:] == [(BAD,)] * 5 + [()] * 2
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+class Spectral(nn.Module):
+    """Complex numbers for each frequency, as in Fourier neural operators: replicas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.frequencies = nn.Parameter(torch.ones(WIDTH // 2 + 1, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.fft.irfft(torch.fft.rfft(self.first(x)) * self.frequencies, WIDTH))
+
+
+@pytest.mark.parametrize("what", ["value", "gradient", "first moment"])
+def test_a_complex_replica_that_is_not_finite_takes_its_head_out(what: str) -> None:
+    torch.manual_seed(0)
+    net = Spectral()
+    optimizer = Adam(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(HEADS, PERIOD, rank=RANK, execution="sequential"))
+    replica = next(r for r in explorer.injection.replicas if r.param is net.frequencies)
+    assert replica.stack is not None
+    for step in range(PERIOD):
+        x = torch.randn(4 * HEADS, WIDTH)
+        loss = run_step(explorer, lambda own: net(own).square().mean(), x)
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        if step == PERIOD - 1:
+            assert replica.stack.grad is not None
+            state = optimizer.state[replica.stack]
+            spoilt = {"value": replica.stack, "gradient": replica.stack.grad, "first moment": state["exp_avg"]}[what]
+            spoilt.detach()[BAD, 1] = torch.nan
+        optimizer.step()
+        record = explorer.step()
+    assert record is not None and record.restarted == (BAD,)
+    kept = optimizer.state[replica.stack]
+    assert all(t.isfinite().all() for t in (net.frequencies, replica.stack, kept["exp_avg"], kept["exp_avg_sq"]))
 
 
 def test_factors_whose_product_overflows_are_not_finite() -> None:

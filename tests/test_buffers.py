@@ -72,6 +72,24 @@ def test_devices_may_keep_their_own_buffers() -> None:
     assert all(mine[0] != other[0] for mine, other in zip(first, second, strict=True))
 
 
+def test_a_buffer_that_nobody_writes_to_does_not_travel() -> None:
+    """The trial of the first batch puts all of them back, and so does a checkpoint."""
+    net = Centered().double()
+    optimizer = sgd(net.parameters())
+    explorer = Explorer(net, optimizer, LTEConfig(2, PERIOD, rank=RANK))
+    train_step(explorer, net, optimizer, make_data(8))
+    assert explorer.execution == "sequential"  # as a center is one of the whole batch
+    assert explorer.buffers.found().keys() == {"center"}
+
+    state = explorer.local_state()
+    state["buffers"] = [{name: buffer.clone() for name, buffer in net.named_buffers()}]  # as of several devices
+    other = Centered().double()
+    other.load_state_dict(net.state_dict())
+    resumed = Explorer(other, sgd(other.parameters()), LTEConfig(2, PERIOD, rank=RANK))
+    resumed.load_state_dict(state)
+    assert resumed.buffers.found() == {}
+
+
 def under_lightning(broadcast: bool) -> list[float]:
     class Own(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -146,6 +146,16 @@ def test_the_progress_bar_shows_the_count_of_merges() -> None:
     assert seen == [0, 0, 1, 1, 1, 2, 2]
 
 
+def test_a_barebones_trainer_has_nothing_to_warn_of(recwarn: pytest.WarningsRecorder) -> None:
+    class Quiet(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]).square().mean()
+
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    Trainer(barebones=True, accelerator="cpu", devices=1, max_steps=4, strategy=strategy).fit(Quiet(), loader(64))
+    assert not [w for w in recwarn if "self.log" in str(w.message)]
+
+
 def test_no_batch_copies_the_count_of_merges_to_the_device() -> None:
     """Lightning would copy a number there, for which a GPU is waited for; a tensor it keeps where it is."""
     logged: list[Any] = []
@@ -179,6 +189,20 @@ def test_one_comes_by_itself_and_a_users_own_is_kept() -> None:
     t = trainer(LTEStrategy(4, rank=RANK), max_steps=1, callbacks=[own])
     t.fit(Module(), loader())
     assert [c for c in t.callbacks if isinstance(c, LTECallback)] == [own]
+
+
+def test_one_of_the_modules_own_comes_before_all_others_too() -> None:
+    class Configured(Module):
+        def configure_callbacks(self) -> Any:
+            return [LTECallback(effective_rank=True)]
+
+    class Last(Callback):
+        def on_train_end(self, t: Trainer, module: Any) -> None:
+            seen.append((t.strategy.explorer.unmerged, [type(c) for c in t.callbacks]))
+
+    seen: list[Any] = []
+    trainer(LTEStrategy(4, 3, rank=RANK), max_steps=4, callbacks=[Last()]).fit(Configured(), loader(64))
+    assert seen == [(False, [LTECallback, Last])]
 
 
 def test_without_the_strategy_it_says_what_is_missing() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -685,6 +687,16 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path,
     with pytest.raises(ValueError, match=r"damaged .*fit without ckpt_path"):
         trainer(LTEStrategy(4, 3, rank=RANK), max_steps=6).fit(module, loader(160), ckpt_path=tmp_path / "damaged.ckpt")
     assert all(type(m).__module__.startswith(("torch.nn", "tests")) for m in module.modules())
+
+
+def test_a_damaged_checkpoint_is_refused_by_python_without_asserts(tmp_path: Path) -> None:
+    saved = saved_after(tmp_path)["lte"]
+    DAMAGES["no version"](saved)
+    path = str(tmp_path / "damaged.pt")
+    torch.save(saved, path)
+    code = f"import torch, lightning_lte.checkpoint; lightning_lte.checkpoint.scatter_state(None, torch.load({path!r}))"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert "damaged (ValueError: version None)" in done.stderr
 
 
 def test_another_optimizer_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lte import LTEStrategy
+from lightning_lte import Every, LTEStrategy
 from lightning_lte.config import LTEConfig, matches
 
 BAD: list[tuple[dict[str, Any], type[Exception]]] = [
@@ -67,6 +67,8 @@ BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"overlap": 11}, ValueError),
     ({"stagger": 0}, ValueError),
     ({"stagger": 11}, ValueError),
+    ({"overlap": 6, "merge_every": Every(5)}, ValueError),
+    ({"stagger": 6, "merge_every": Every(5)}, ValueError),
     ({"verify_every": 0}, ValueError),
     ({"outer_optimizer": 0.7}, TypeError),
     ({"outer_optimizer": len}, TypeError),

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.execution import run as run_step
 from lightning_lte.gradients import clip_grad_norm_
+from lightning_lte.running_statistics import RunningStatistics
 from tests.modules import (
     FACTORED,
     IN,
@@ -361,6 +362,15 @@ def test_a_device_without_gradients_does_not_keep_the_others_waiting() -> None:
         assert ranks.tolist() == [0, 1]
 
 
+def test_a_complex_parameter_is_clipped_as_all_others() -> None:
+    factor, replica = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+    factor.grad, replica.grad = torch.full((1, 3), 2.0), torch.tensor([1 + 1j, 2j])
+    norms = clip_grad_norm_([replica, factor], {factor}, 0.1, 1, Transport(), acting=None, synchronised=False)
+    torch.testing.assert_close(norms, torch.tensor([18.0**0.5]))
+    torch.testing.assert_close(factor.grad, torch.full((1, 3), 0.2 / 18.0**0.5))
+    torch.testing.assert_close(replica.grad, torch.tensor([1 + 1j, 2j]) * 0.1 / 18.0**0.5)
+
+
 def test_a_parameter_without_dimensions_is_clipped_as_all_others() -> None:
     class Tempered(Net):
         def __init__(self) -> None:
@@ -619,6 +629,35 @@ def test_running_statistics_are_not_lost_where_they_are_swapped_out_and_in_again
     torch.testing.assert_close(trained(swapped=True), plain, rtol=0, atol=0)
     assert int(plain["batch_norm.num_batches_tracked"]) == 6
     assert int(trained(swapped=False, loaded=True)["batch_norm.num_batches_tracked"]) == 2
+
+
+def merged_statistics(net: nn.Module, *of_heads: float) -> None:
+    """Have each head's running variances be one number, and merge them."""
+    statistics = RunningStatistics(net)
+    statistics.split(len(of_heads))
+    for head, value in enumerate(of_heads):
+        statistics.select(head)
+        for name, buffer in net.named_buffers():
+            if "running_var" in name:
+                buffer.fill_(value)
+    statistics.select(None)
+    statistics.take(Transport(), apart=False)
+    statistics.exchange(Transport())
+    statistics.land()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_running_statistics_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    net = nn.BatchNorm1d(WIDTH, dtype=dtype)
+    merged_statistics(net, 40000.0, 60000.0)  # float16 ends at 65504
+    torch.testing.assert_close(net.running_var, torch.full((WIDTH,), 50000.0).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_running_statistics_are_merged_beside_a_scripted_layer_that_heads_share() -> None:
+    net = nn.Sequential(torch.jit.script(nn.BatchNorm1d(WIDTH)), nn.BatchNorm1d(WIDTH))
+    merged_statistics(net, 3.0, 5.0)
+    torch.testing.assert_close(net[1].running_var, torch.full((WIDTH,), 4.0))
 
 
 @pytest.mark.parametrize("execution", ["batched", "sequential", "auto"])

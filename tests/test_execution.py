@@ -156,6 +156,8 @@ def test_outputs_of_heads_become_one() -> None:
     outputs = [{"loss": torch.tensor(float(i)), "rows": torch.ones(i + 1), "note": i} for i in range(3)]
     together = combined(outputs)
     assert together["loss"] == 1 and together["rows"].shape == (6,) and together["note"] == [0, 1, 2]
+    sequences = [torch.ones(2, 5), torch.ones(2, 7)]  # each padded to the longest of its slice
+    assert combined([{"loss": torch.tensor(1.0), "logits": own} for own in sequences])["logits"] == sequences
     assert combined([None, None]) is None
     with pytest.raises(RuntimeError, match=r"received None for heads \[1\] of 2"):
         combined([torch.tensor(1.0), None])

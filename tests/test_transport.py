@@ -107,8 +107,10 @@ def exchanges() -> dict[str, Any]:
     stacked = t.stack(torch.arange(4).view(2, 2).mT + 10 * rank)
     flags = t.stack(torch.tensor([rank], dtype=torch.uint8))
     given = [nn.Parameter(torch.full((2,), float(rank))), torch.full((2, 3), rank).mT, torch.tensor(rank)]
+    before = t.bytes_sent
     t.broadcast_(given)
     return {
+        "bytes": t.bytes_sent - before,
         "stacked": stacked.tolist(),
         "flags": flags.tolist(),
         "broadcast": [g.detach().tolist() for g in given],
@@ -121,6 +123,7 @@ def test_stack_broadcast_and_gather_follow_the_order_of_ranks() -> None:
     assert first["stacked"] == second["stacked"] == [[0, 2], [1, 3], [10, 12], [11, 13]]
     assert first["flags"] == second["flags"] == [0, 1]
     assert first["broadcast"] == second["broadcast"] == [[0, 0], [[0, 0]] * 3, 0]
+    assert first["bytes"] == second["bytes"] == (2 * 4 + 6 * 8 + 8) // 2
     assert first["gathered"] == [{"rank": 0}, {"rank": 1}] and second["gathered"] is None
 
 

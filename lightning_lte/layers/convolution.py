@@ -132,13 +132,27 @@ def _one_by_one(geometry: Geometry, x: Tensor, own: Tensor, biases: Tensor | Non
     return torch.cat([geometry.convolve(part, _formatted(of_head, last), bias) for part, of_head, bias in each])
 
 
+def _keep(ctx: Any, x: Tensor, weight: Tensor) -> None:
+    """Keep what the backward reads of the two arguments that come first."""
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x or for_weight else None)
+    ctx.laid_out = x.shape, x.stride()
+    ctx.set_materialize_grads(False)
+
+
+def _kept_by(ctx: Any) -> tuple[Any, Any]:
+    """What `_keep` kept: an x of which nothing but the shape is read is laid out as it was, and empty."""
+    x, weight = ctx.saved_tensors
+    if x is None and ctx.needs_input_grad[0]:
+        x = weight.new_empty_strided(*ctx.laid_out)
+    return x, weight
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, count: int) -> Tensor:
-        for_x, for_weight, _ = ctx.needs_input_grad[:3]
-        ctx.geometry, ctx.count, ctx.laid_out = geometry, count, (x.shape, x.stride())
-        ctx.save_for_backward(x if for_weight else None, weight if for_x or for_weight else None)
-        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.count = geometry, count
+        _keep(ctx, x, weight)
         return geometry.convolve(side_by_side(x, count), weight, bias)
 
     @staticmethod
@@ -146,9 +160,7 @@ class _Convolution(torch.autograd.Function):
         if gradient is None:  # from functions that stop gradients
             return (None,) * 5
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
-        x, weight = ctx.saved_tensors
-        if x is None and for_x:
-            x = weight.new_empty_strided(*ctx.laid_out)  # where nothing is, as its gradient reads its shape alone
+        x, weight = _kept_by(ctx)
         x = x if x is None else side_by_side(x, ctx.count)
         of_x, of_weight = ctx.geometry.backward(gradient, x, weight, for_x, for_weight)
         of_x = of_x if of_x is None else below_each_other(of_x, ctx.count)
@@ -162,10 +174,8 @@ class _EachConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, own: Tensor, biases: Tensor | None, geometry: Geometry, last: bool) -> Tensor:
-        for_x, for_own, _ = ctx.needs_input_grad[:3]
-        ctx.geometry, ctx.last, ctx.count, ctx.laid_out = geometry, last, len(own), (x.shape, x.stride())
-        ctx.save_for_backward(x if for_own else None, own if for_x or for_own else None)
-        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.last, ctx.count = geometry, last, len(own)
+        _keep(ctx, x, own)
         return _one_by_one(geometry, x, own, biases, last)
 
     @staticmethod
@@ -174,12 +184,10 @@ class _EachConvolution(torch.autograd.Function):
             return (None,) * 5
         for_x, for_own, for_biases = ctx.needs_input_grad[:3]
         geometry: Geometry = ctx.geometry
-        x, own = ctx.saved_tensors
+        x, own = _kept_by(ctx)
         of_x = of_own = of_biases = None
         if for_biases:
             of_biases = torch.stack([gradient_of_bias(part) for part in gradient.chunk(ctx.count)])
-        if x is None and for_x:
-            x = own.new_empty_strided(*ctx.laid_out)  # see `_Convolution`
         if for_own and _is_large_and_depthwise(geometry, x, own) and not is_batched(gradient):
             of_own, for_own = _depthwise(geometry, gradient, x, own), False
         if for_x or for_own:
