@@ -14,10 +14,11 @@ import numpy as np
 from lightning_lte.growth import check_growth
 from lightning_lte.optimizers import MakeOptimizer, check_outer_optimizer
 from lightning_lte.rounded import Base, BaseCopy, check_kernels
-from lightning_lte.schedule import MergeSchedule, as_schedule
+from lightning_lte.schedule import Every, MergeSchedule, as_schedule
 from lightning_lte.wire import PayloadKind, ShortDtype, Wire
 
 AfterMerge = Literal["keep", "reset"]
+ResetA = Literal["keep", "redraw"]
 ReplicaPolicy = Literal["merge", "step", "freeze"]
 Init = Literal["orthogonal", "kaiming", "xavier"]
 Execution = Literal["auto", "batched", "sequential"]
@@ -25,6 +26,7 @@ LossReduction = Literal["mean", "sum"]
 Norms = Literal["replica", "vector-scalar"]
 Embeddings = Literal["factors", "replica"]
 WeightDecay = Literal["factors", "weights"]
+BadHeads = Literal["restart", "stop"]
 Split = Mapping[str, int] | Literal["qkv"]
 Preset = Literal["paper"]
 
@@ -33,9 +35,34 @@ Preset = Literal["paper"]
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "paper": {"rank": 64, "alpha": 4096.0, "split": "qkv", "embeddings": "replica"}
 }
-BadHeads = Literal["restart", "stop"]
 _LONG_NAMES: Mapping[ShortDtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
-
+# The least that a whole number may be, and an example.
+_COUNTS: Mapping[str, tuple[int, int]] = {
+    "heads": (1, 8),
+    "rank": (1, 16),
+    "refresh": (0, 1),
+    "full_rank_steps": (0, 1000),
+    "overlap": (0, 2),
+    "stagger": (1, 4),
+    "verify_every": (1, 100),
+    "shard": (1, 2),
+}
+_CHOICES: Mapping[str, Any] = {
+    "after_merge": AfterMerge,
+    "reset_a": ResetA,
+    "weight_decay": WeightDecay,
+    "replicas": ReplicaPolicy,
+    "norms": Norms,
+    "embeddings": Embeddings,
+    "init": Init,
+    "execution": Execution,
+    "loss_reduction": LossReduction,
+    "wire": Wire,
+    "payload": PayloadKind,
+    "base": Base,
+    "base_copy": BaseCopy,
+    "bad_heads": BadHeads,
+}
 
 # What fused projections of q, k and v are called that stack them in this order: in timm and torchvision, GPTs that use
 # nn.Linear, vit-pytorch, ModernBERT. Others interleave them by attention heads, and thirds of theirs mean nothing.
@@ -135,7 +162,7 @@ class LTEConfig:
     rank: int = 16
     alpha: float | None = None
     after_merge: AfterMerge = "keep"
-    reset_a: Literal["keep", "redraw"] = "keep"
+    reset_a: ResetA = "keep"
     freeze_a: bool = False
     reset_moments: float = 0.0
     refresh: int = 0
@@ -166,45 +193,51 @@ class LTEConfig:
     shard: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("heads", "merge_every", "rank", "refresh", "full_rank_steps", "overlap", "stagger", "verify_every")
-        for name in (*counts, "alpha", "reset_moments", "seed", "shard"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in (*_COUNTS, "merge_every", "alpha", "reset_moments", "seed"):
+            self._set(name, _plain(getattr(self, name)))
         for name in ("wire", "base"):
             value = getattr(self, name)
             if isinstance(value, str):
-                object.__setattr__(self, name, _LONG_NAMES.get(cast(ShortDtype, value), value))
-        _check_count("heads", self.heads, "heads=8")
-        object.__setattr__(self, "grow_heads", check_growth(self.heads, self.grow_heads))
-        _check_count("rank", self.rank, "rank=16")
+                self._set(name, _LONG_NAMES.get(cast(ShortDtype, value), value))
+        self._check_values()
+        self._check_patterns()
+        self._check_resets()
+        self._check_merges()
+        self._check_base()
+        self._check_shard()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
+
+    def _check_values(self) -> None:
+        """Each by itself."""
+        for name, (least, example) in _COUNTS.items():
+            if name != "verify_every" or self.verify_every is not None:
+                _check_count(name, getattr(self, name), f"{name}={example}", least)
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), get_args(choices))
+        self._set("grow_heads", check_growth(self.heads, self.grow_heads))
         as_schedule(self.merge_every)
         if self.alpha is not None:
             _check_positive("alpha", self.alpha)
-        _check_choice("after_merge", self.after_merge, get_args(AfterMerge))
-        _check_choice("reset_a", self.reset_a, ("keep", "redraw"))
         if not isinstance(self.freeze_a, bool):
             raise TypeError(f"freeze_a must be true or false; received {self.freeze_a!r}. Give freeze_a=True.")
         _check_fraction("reset_moments", self.reset_moments)
-        if self.after_merge == "keep" and (self.reset_a != "keep" or self.reset_moments):
-            raise ValueError(
-                "reset_a and reset_moments say what a reset does, and after_merge='keep' never resets; received"
-                f" reset_a={self.reset_a!r}, reset_moments={self.reset_moments!r}. Give after_merge='reset' as well."
-            )
-        _check_count("refresh", self.refresh, "refresh=1", least=0)
-        if self.refresh and self.reset_a == "redraw":
-            raise ValueError(
-                "refresh draws some vectors of A anew at each merge, and reset_a='redraw' all of them; received"
-                f" refresh={self.refresh} with reset_a='redraw'. Leave one of them out."
-            )
-        _check_choice("weight_decay", self.weight_decay, get_args(WeightDecay))
+        if self.outer_optimizer is not None:
+            check_outer_optimizer(self.outer_optimizer)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
+
+    def _check_patterns(self) -> None:
         if self.target_modules is not None:
-            object.__setattr__(self, "target_modules", _patterns("target_modules", self.target_modules))
+            self._set("target_modules", _patterns("target_modules", self.target_modules))
             if not self.target_modules:
                 raise ValueError(
                     "target_modules must name at least one module; received an empty list."
                     " Leave it out to factor every layer that can be."
                 )
         excluded = () if self.exclude_modules is None else self.exclude_modules
-        object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", excluded))
+        self._set("exclude_modules", _patterns("exclude_modules", excluded))
         for name in ("rank_pattern", "alpha_pattern", "split"):
             pattern = getattr(self, name)
             pattern = {} if pattern is None else pattern
@@ -223,7 +256,19 @@ class LTEConfig:
                     _check_count(f"{name}[{key!r}]", value, example)
                 else:
                     _check_positive(f"{name}[{key!r}]", value)
-            object.__setattr__(self, name, dict(pattern))
+            self._set(name, pattern)
+
+    def _check_resets(self) -> None:
+        if self.after_merge == "keep" and (self.reset_a != "keep" or self.reset_moments):
+            raise ValueError(
+                "reset_a and reset_moments say what a reset does, and after_merge='keep' never resets; received"
+                f" reset_a={self.reset_a!r}, reset_moments={self.reset_moments!r}. Give after_merge='reset' as well."
+            )
+        if self.refresh and self.reset_a == "redraw":
+            raise ValueError(
+                "refresh draws some vectors of A anew at each merge, and reset_a='redraw' all of them; received"
+                f" refresh={self.refresh} with reset_a='redraw'. Leave one of them out."
+            )
         rank = max((self.rank, *self.rank_pattern.values()))
         if self.refresh and self.refresh >= rank:
             raise ValueError(
@@ -231,16 +276,9 @@ class LTEConfig:
                 f" received refresh={self.refresh} with rank={rank}. Give a higher rank or a lower refresh, or"
                 " after_merge='reset' and reset_a='redraw' for all vectors."
             )
-        _check_choice("replicas", self.replicas, get_args(ReplicaPolicy))
-        _check_choice("norms", self.norms, get_args(Norms))
-        _check_choice("embeddings", self.embeddings, get_args(Embeddings))
-        _check_choice("init", self.init, get_args(Init))
-        _check_choice("execution", self.execution, get_args(Execution))
-        _check_choice("loss_reduction", self.loss_reduction, get_args(LossReduction))
-        if self.outer_optimizer is not None:
-            check_outer_optimizer(self.outer_optimizer)
-        _check_choice("wire", self.wire, get_args(Wire))
-        _check_choice("payload", self.payload, get_args(PayloadKind))
+
+    def _check_merges(self) -> None:
+        """What travels, and when."""
         forgetting = "after_merge='reset'" if self.after_merge == "reset" else "refresh" if self.refresh else None
         if self.payload == "factors" and self.wire != "float32" and forgetting:
             raise ValueError(
@@ -248,17 +286,6 @@ class LTEConfig:
                 f" took from them; received payload='factors' and wire={self.wire!r}. Give payload='dense', or"
                 " wire='float32'."
             )
-        _check_choice("base", self.base, get_args(Base))
-        _check_choice("base_copy", self.base_copy, get_args(BaseCopy))
-        if self.base == "float32" and self.base_copy != "cpu":
-            raise ValueError(
-                "base_copy says where weights are kept that forwards read in low precision, and with base='float32'"
-                f" they read the weights themselves; received base_copy={self.base_copy!r}. Give base='nf4', for"
-                " instance, as well."
-            )
-        check_kernels(self.base)
-        _check_count("full_rank_steps", self.full_rank_steps, "full_rank_steps=1000", least=0)
-        _check_count("overlap", self.overlap, "overlap=2", least=0)
         if self.overlap and self.after_merge == "reset":
             raise ValueError(
                 "Heads that train while a merge travels need anchors, which after_merge='reset' has none of; received"
@@ -269,26 +296,28 @@ class LTEConfig:
                 "Vectors that start anew when a merge lands would lose what they have learned since it started;"
                 f" received refresh={self.refresh} with overlap={self.overlap}. Give refresh=0 or overlap=0."
             )
+        schedule = as_schedule(self.merge_every)
+        for name in ("overlap", "stagger"):
+            if isinstance(schedule, Every) and getattr(self, name) > schedule.period:
+                raise ValueError(
+                    f"{name} must be at most a period, so that a merge is done when the next one is due; received"
+                    f" {getattr(self, name)} with merge_every={self.merge_every}."
+                    f" Give {name}={schedule.period}, or a longer period."
+                )
+
+    def _check_base(self) -> None:
+        if self.base == "float32" and self.base_copy != "cpu":
+            raise ValueError(
+                "base_copy says where weights are kept that forwards read in low precision, and with base='float32'"
+                f" they read the weights themselves; received base_copy={self.base_copy!r}. Give base='nf4', for"
+                " instance, as well."
+            )
         if self.overlap and self.base_copy == "sharded":
             raise ValueError(
                 "Where the rows of weights are sharded, devices have to meet when a merge lands; received"
                 f" overlap={self.overlap}, which is there to wait for nobody. Give base_copy='cpu' or overlap=0."
             )
-        _check_count("stagger", self.stagger, "stagger=4")
-        for name in ("overlap", "stagger"):
-            if isinstance(self.merge_every, int) and getattr(self, name) > max(1, self.merge_every):
-                raise ValueError(
-                    f"{name} must be at most a period, so that a merge is done when the next one is due; received"
-                    f" {getattr(self, name)} with merge_every={self.merge_every}."
-                    f" Give {name}={self.merge_every}, or a longer period."
-                )
-        if self.verify_every is not None:
-            _check_count("verify_every", self.verify_every, "verify_every=100")
-        _check_choice("bad_heads", self.bad_heads, get_args(BadHeads))
-        _check_count("shard", self.shard, "shard=2")
-        self._check_shard()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number; received {self.seed!r}. Give seed=0, for instance.")
+        check_kernels(self.base)
 
     def _check_shard(self) -> None:
         plain = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lightning_lte.config import (
     Norms,
     Preset,
     ReplicaPolicy,
+    ResetA,
     Split,
     WeightDecay,
     preset_settings,
@@ -159,7 +160,7 @@ class HeadsStrategy(Resumable):
         rank: int | None = None,
         alpha: float | None = None,
         after_merge: AfterMerge = "keep",
-        reset_a: Literal["keep", "redraw"] = "keep",
+        reset_a: ResetA = "keep",
         freeze_a: bool = False,
         reset_moments: float = 0.0,
         refresh: int = 0,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lte import LTEStrategy
+from lightning_lte import Every, LTEStrategy
 from lightning_lte.config import LTEConfig, matches
 
 BAD: list[tuple[dict[str, Any], type[Exception]]] = [
@@ -103,6 +103,13 @@ def test_a_value_that_cannot_be_is_refused_with_rule_value_and_remedy(
     assert re.search(rf"{argument}.* must ", message), message
     assert any(f"received {shown}" in message for shown in innermost(value)), message
     assert re.search(r"\. (Give|Leave|Escape) ", message), message
+
+
+@pytest.mark.parametrize("name", ["overlap", "stagger"])
+def test_what_is_to_be_done_within_a_period_is_held_to_that_of_a_schedule(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be at most a period.*merge_every=Every\(5\). Give {name}=5"):
+        LTEConfig(8, Every(5), **{name: 6})
+    LTEConfig(8, Every(5), **{name: 5})
 
 
 @pytest.mark.parametrize("bad", [{"reset_a": "redraw"}, {"reset_moments": 0.5}], ids=str)
