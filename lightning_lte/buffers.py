@@ -64,5 +64,5 @@ class Buffers:
 def put_back_(buffer: Tensor, value: Tensor) -> None:
     """Write what a buffer had, or nothing if it has that yet: what is written to travels at each merge from then on."""
     comparable = buffer.layout == torch.strided and not buffer.is_nested
-    if not (comparable and torch.equal(buffer, value.to(buffer.device))):
+    if not (comparable and torch.equal(buffer, value.to(buffer.device, buffer.dtype))):
         buffer.copy_(value)

@@ -133,7 +133,7 @@ def _take_roles(explorer: Explorer, state: Mapping[str, Any]) -> None:
     _check(explorer, state, lost)
     if lost:
         explorer.make_replicas(lost)
-    # Heads that are drawn from now on are those that the run would have had. Checkpoints of before have no seed.
+    # Heads that are drawn from now on are those that the run would have had. Older checkpoints have no seed.
     explorer.config = replace(explorer.config, seed=state.get("seed", explorer.config.seed))
     for f in explorer.injection.factors.values():
         f.seed = explorer.config.seed
@@ -171,7 +171,7 @@ def _take_factors(f: Factors, state: Mapping[str, Any], layout: _Layout, decays:
         put_(tensor, layout.mine(state["factors"][f.name][key], f.count))
     f.all_A = None
     f.merged_step = state["merged_steps"].get(f.name, -1)
-    # Checkpoints of before have none of these three.
+    # Older checkpoints have neither of these two.
     f.refreshed = state.get("refreshed", {}).get(f.name, 0)
     f.anchored = state.get("anchored", {}).get(f.name, "float32")
     left = state.get("left", {}).get(f.name) if decays else None
@@ -231,7 +231,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
     """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it."""
     stacked, averaged = explorer.per_head, []
     before = layout.devices_before(state["devices"])
-    had_some = state.get("holders", [{}] * len(explorer.optimizers))  # checkpoints of before have none
+    had_some = state.get("holders", [{}] * len(explorer.optimizers))  # older checkpoints have none
     for optimizer, saved_fields, of_some in zip(explorer.optimizers, state["optimizers"], had_some, strict=True):
         held = explorer.substitution.held(optimizer)
         for name in held.keys() - saved_fields.keys():
@@ -623,7 +623,7 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"heads={state['heads']} there, heads={config.heads}{later} here")
     if state["after_merge"] != config.after_merge:
         problems.append(f"after_merge={state['after_merge']!r} there, after_merge={config.after_merge!r} here")
-    frozen = state.get("freeze_a", False)  # checkpoints of before have none
+    frozen = state.get("freeze_a", False)  # older checkpoints have none
     if frozen != config.freeze_a:
         problems.append(f"freeze_a={frozen} there, freeze_a={config.freeze_a} here")
     if state["flights"] and state["stagger"] != config.stagger:

@@ -220,7 +220,7 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
             _put(state, path[1:], part[1]())
         else:
             rows.setdefault(path[1:], {})[int(path[0])] = part
-    of_some = state.get("holders", [{}] * len(state["optimizers"]))  # checkpoints of before have none
+    of_some = state.get("holders", [{}] * len(state["optimizers"]))  # older checkpoints have none
     buffers: list[dict[str, Callable[[], Tensor]]] = [{} for _ in range(state["devices"])]
     for keys, parts in rows.items():
         if keys == ("generators",):

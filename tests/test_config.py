@@ -107,6 +107,13 @@ def test_a_value_that_cannot_be_is_refused_with_rule_value_and_remedy(
     assert re.search(r"\. (Give|Leave|Escape) ", message), message
 
 
+@pytest.mark.parametrize("name", ["overlap", "stagger"])
+def test_what_is_to_be_done_within_a_period_is_held_to_that_of_a_schedule(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be at most a period.*merge_every=Every\(5\). Give {name}=5"):
+        LTEConfig(8, Every(5), **{name: 6})
+    LTEConfig(8, Every(5), **{name: 5})
+
+
 @pytest.mark.parametrize("bad", [{"reset_a": "redraw"}, {"reset_moments": 0.5}], ids=str)
 def test_what_a_reset_does_is_refused_where_nothing_is_reset(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"never resets; received .* Give after_merge='reset'"):
