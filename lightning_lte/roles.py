@@ -105,7 +105,8 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
 
     Raises:
         ValueError: parameters without a shape or without storage, a pattern that matches nothing, nothing to train,
-            nothing to factor, nothing to read in low precision where the user asks for it.
+            nothing to factor, nothing to read in low precision where the user asks for it, frozen factors of half
+            precision that the user asks to send in fewer bits.
     """
     owners = _owners(module)
     check_made({_name(found[0]): param for param, found in owners.items()})
@@ -143,6 +144,13 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
         raise ValueError(
             f"base={config.base!r} is for factored weights of linear layers in float32; found none. Give"
             f" base='float32', or a Trainer whose precision leaves weights as they are. What can be factored:\n{seen}"
+        )
+    half = [r.name for r in roles if r.kind == "factored" and r.param.dtype in (torch.float16, torch.bfloat16)]
+    if half and config.freeze_a and config.payload == "factors" and config.wire != "float32":
+        raise ValueError(
+            "Of weights in half precision frozen factors are sent in full precision alone, as some of what rounding"
+            f" takes from them would be lost; received payload='factors' and wire={config.wire!r}, with {listed(half)}"
+            " in half precision. Give payload='dense', or wire='float32'."
         )
     return roles
 

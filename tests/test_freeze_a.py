@@ -225,6 +225,16 @@ def test_every_payload_merges_what_one_device_merges(choices: dict[str, Any], tr
                 torch.testing.assert_close(W, expected["W"][name], rtol=1e-5, atol=1e-5)
 
 
+def test_factors_of_weights_in_half_precision_are_not_sent_otherwise_than_was_asked_for() -> None:
+    net = make_net().bfloat16()
+    with pytest.raises(ValueError, match=r"received payload='factors' and wire='int8'.* Give payload='dense', or"):
+        Explorer(net, adamw(net.parameters()), frozen(payload="factors", wire="int8"))
+    assert all(type(layer).__module__.startswith("torch.nn") for layer in net.children())
+    for choices in ({"payload": "auto"}, {"payload": "factors", "wire": "float32"}):
+        chosen = frozen(**{"wire": "int8", **choices})
+        Explorer(net, adamw(net.parameters()), chosen).finish()
+
+
 @pytest.mark.parametrize("wire", ["int8", "bfloat16"])
 def test_what_rounding_takes_comes_with_the_next_merge(wire: str) -> None:
     exact = merges({}, 8)
