@@ -528,7 +528,9 @@ def _moments(param: nn.Parameter, state: Mapping[str, Any], rows: int) -> list[T
     kept = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
     # Those in 8 bits are codes, of which none need mean zero.
     kept = [value for value in kept if value.is_floating_point()]
-    return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
+    kept = [value for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
+    # Momentum of sparse gradients is sparse, too.
+    return [value._values() if value.is_sparse else local(value) for value in kept]
 
 
 def _moments_of_shape(param: nn.Parameter, state: Mapping[str, Any]) -> list[Tensor]:
