@@ -60,6 +60,7 @@ class Explorer(Merging):
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
         terminated: whether a device has told at the last merge that it is to end.
+        requeue: whether a device has told that it is to save a checkpoint and be started again later.
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
@@ -82,7 +83,7 @@ class Explorer(Merging):
         self._starved_known = self._averaged = False
         # What was found in the middle of a period on this device, for all devices to hear of at the next merge.
         self._late: dict[str, str] = {}
-        self._taken = self.terminated = False
+        self._taken = self.terminated = self.requeue = False
         self.on_growth: Callable[[], None] | None = None
         self._taken_at = -2
         self._asked_at: list[int] | None = None
@@ -524,6 +525,7 @@ class Explorer(Merging):
                 f" {taken.nonzero().flatten().tolist()} only. Write them in a hook that runs on every rank."
             )
         self.terminated = bool(flags["terminated"].any())
+        self.requeue |= bool(flags["requeue"].any())
         if self.transport.devices > 1:
             told = bool(flags["buffers"].any())
             written = self.transport.union(self.buffers.found(), self.transport.timeout_s) if told else {}
