@@ -68,7 +68,12 @@ class Signals:
         self._connector.received_sigterm = True
 
     def _between_batches(self, *args: Any) -> None:
+        if self._explorer.terminated if self._several else self._connector.received_sigterm:
+            self._requeue_if_asked()  # now, as Lightning leaves from there
         self._advanced(*args)
+        self._requeue_if_asked()
+
+    def _requeue_if_asked(self) -> None:
         explorer = self._explorer
         if self._several and explorer.full_rank:
             explorer.tell()

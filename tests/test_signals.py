@@ -96,6 +96,26 @@ def test_a_run_on_slurm_is_saved_after_the_batch_and_goes_on_exactly(tmp_path: P
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_a_run_that_is_told_to_terminate_at_once_is_saved_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(signal_connector, "call", lambda *args, **kwargs: 0)
+
+    class Both(Signalled):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            if self.global_step == self.at:
+                signal.raise_signal(signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    environment = Slurm(auto_requeue=True, requeue_signal=signal.SIGUSR1)
+    t = trainer(LTEStrategy(rank=RANK), max_steps=STEPS, plugins=[environment], default_root_dir=tmp_path)
+    with pytest.raises(SIGTERMException):
+        t.fit(Both(signal.SIGUSR1, 7), Slices(1, 0))
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["lte"]["clocks"][0]["step"] == t.global_step == 8
+
+
 @pytest.mark.parametrize(("choices", "at", "step"), [({}, [6, 8], 10), ({"full_rank_steps": 4}, [1, 1], 2)])
 def test_devices_that_are_steps_apart_are_saved_after_the_merge_that_tells_them(
     tmp_path: Path, choices: dict[str, Any], at: list[int], step: int
