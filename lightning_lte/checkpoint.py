@@ -513,6 +513,8 @@ def _saved(param: nn.Parameter, value: Any, per_head: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     value = whole(value.detach()).cpu()
+    if value.is_sparse:  # as momentum of sparse gradients is, which is as good dense: rows have to be cut out
+        value = value.to_dense()
     # The factors of some optimizers' moments have the heads as dimension 0, too.
     if per_head and value.dim() == param.dim() and value.shape[0] == param.shape[0]:
         return {"heads": value}

@@ -62,6 +62,7 @@ class Explorer(Merging):
         late: names of what heads turned out in the middle of a period not to train, with the reason, for all devices to
             hear of at the next merge.
         terminated: whether a device has told at the last merge that it is to end.
+        requeue: whether a device has told that it is to save a checkpoint and be started again later.
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
@@ -83,7 +84,7 @@ class Explorer(Merging):
         self._closed: checkpoint.State | None = None
         self._starved_known = self._averaged = False
         self.late: dict[str, str] = {}
-        self._taken = self.terminated = False
+        self._taken = self.terminated = self.requeue = False
         self.on_growth: Callable[[], None] | None = None
         self._taken_at = -2
         self._asked_at: list[int] | None = None
@@ -525,6 +526,7 @@ class Explorer(Merging):
                 f" {taken.nonzero().flatten().tolist()} only. Write them in a hook that runs on every rank."
             )
         self.terminated = bool(flags["terminated"].any())
+        self.requeue |= bool(flags["requeue"].any())
         if self.transport.devices > 1:
             told = bool(flags["buffers"].any())
             written = self.transport.union(self.buffers.found(), self.transport.timeout_s) if told else {}

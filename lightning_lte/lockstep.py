@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -293,7 +294,8 @@ class Lockstep:
             if p in self._per_head:
                 together[p] = torch.stack([torch.zeros_like(p[0]) if g is None else g for g in own])
             else:
-                together[p] = sum(g for g in own if g is not None) / len(own)  # type: ignore[assignment]
+                # Not `sum`, which begins with 0: no number can be added to a sparse gradient.
+                together[p] = reduce(torch.add, [g for g in own if g is not None]) / len(own)
         return together
 
     def _own(self, p: nn.Parameter, gradient: Tensor, head: int) -> Tensor:

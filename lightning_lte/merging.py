@@ -79,7 +79,7 @@ class Merging(Trainees):
         self.records: deque[MergeRecord] = deque(maxlen=1000)
         # Those of single merges that `_noted` has not combined yet.
         self._done: list[MergeRecord] = []
-        self.flags = {"late": False, "taken": False, "buffers": False, "terminated": False}
+        self.flags = {"late": False, "taken": False, "buffers": False, "terminated": False, "requeue": False}
         self.groups: dict[nn.Parameter, int] = {}
         self._counted_bytes = self._ddp_bytes = 0
         self._reduced: set[nn.Parameter] = set()
@@ -307,6 +307,11 @@ class Merging(Trainees):
     def _hear_of(self, told: Tensor) -> None:
         heard = told.bool().cpu().unbind(1)
         self._hear(dict(zip(self.flags, heard, strict=True)))
+
+    def tell(self) -> None:
+        """Tell each other the flags now, where no merge does. A collective."""
+        with self.transport.meeting(f"what devices tell each other {self.where}"):
+            self._hear_of(self.transport.stack(self._told()))
 
     def _unless_refused(self, merge: Callable[[], MergeRecord]) -> MergeRecord:
         try:

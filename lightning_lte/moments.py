@@ -25,7 +25,9 @@ def moments_of(param: nn.Parameter, states: States, rows: int) -> list[Tensor]:
     kept = [value for key, value in states.get(param, {}).items() if isinstance(value, Tensor) and key != "step"]
     # Those in 8 bits are codes, of which none need mean zero.
     kept = [value for value in kept if value.is_floating_point() or value.is_complex()]
-    return [local(value) for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
+    kept = [value for value in kept if value.shape == param.shape or (rows == 1 and value.dim() > 0)]
+    # Momentum of sparse gradients is sparse, too.
+    return [value._values() if value.is_sparse else local(value) for value in kept]
 
 
 def elementwise_moments(param: nn.Parameter, states: States) -> list[Tensor]:

@@ -58,6 +58,7 @@ from lightning_lte.roles import check_made
 from lightning_lte.rounded import Base, BaseCopy
 from lightning_lte.schedule import MergeSchedule
 from lightning_lte.sharding import Sharding
+from lightning_lte.signals import Signals
 from lightning_lte.transport import Transport, destroy_at_exit
 from lightning_lte.turns import MeanLog
 from lightning_lte.wire import PayloadKind, ShortDtype, Wire
@@ -468,12 +469,7 @@ class HeadsStrategy(Resumable):
                 before = stepped.register_step_pre_hook(partial(self._before_raw_step, optimizer))
                 after = stepped.register_step_post_hook(partial(self._after_raw_step, optimizer))
                 undo += [before.remove, after.remove]
-        if self._world_size > 1:
-            # Lightning asks all devices before every batch whether one was told to terminate. Between merges devices
-            # don't talk; they ask each other when they merge.
-            loop: Any = trainer.fit_loop.epoch_loop
-            loop._broadcast_sigterm_tensor = lambda: None
-            undo.append(lambda: loop.__dict__.pop("_broadcast_sigterm_tensor", None))
+        undo.append(Signals(trainer, explorer).close)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -50,6 +50,17 @@ class ScaledNet(Net):
         return super().forward(x * self.gain)
 
 
+class Words(Net):
+    """A net on words, the gradients of whose vectors are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, IN, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.words((x.abs() * 6).long().clamp(0, 11)).mean(1))
+
+
 class Kinds(nn.Module):
     """Layers of every kind, each with factors and with replicas, on images and on an index."""
 

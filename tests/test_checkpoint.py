@@ -26,6 +26,7 @@ from tests.modules import (
     Net,
     Recorder,
     Slices,
+    Words,
     adamw,
     clone,
     kept,
@@ -85,6 +86,21 @@ def train(
     t.fit(module, data, ckpt_path=resume)
     saved = torch.load(keep.best_model_path, weights_only=True)
     return {"state_dict": saved["state_dict"], "lte": saved["lte"], "after": clone(module.state_dict())}
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_momentum_of_sparse_gradients_is_kept(tmp_path: Path, heads: int) -> None:
+    """To rounding: their sums are taken in another order."""
+
+    def fit(resume: str | None = None) -> dict[str, Tensor]:
+        keep = ModelCheckpoint(str(tmp_path), filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        module = Module(make_net(Words), sgd)
+        t = trainer(LTEStrategy(heads, 3, rank=RANK), max_steps=7, callbacks=[keep], enable_checkpointing=True)
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        return clone(module.state_dict())
+
+    whole = fit()
+    torch.testing.assert_close(fit(str(tmp_path / "step=4.ckpt")), whole, rtol=1e-12, atol=1e-12)
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:

@@ -86,8 +86,26 @@ def wrapped(params: Any) -> torch.optim.Optimizer:
     return timm.optim.create_optimizer_v2(params, opt="lookahead_lamb", lr=0.1)
 
 
+class RateFree(torch.optim.Optimizer):
+    """Finds one step size for all it trains, from a tiny one on that grows as long as they go one way, as Prodigy and
+    D-Adaptation do."""
+
+    def __init__(self, params: Any, lr: float = 1.0) -> None:
+        super().__init__(params, {"lr": lr})
+        self._size, self._first = 1e-6, {}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in held:
+            self._first.setdefault(p, p.detach().clone())
+        gone = sum(float((p.grad * (self._first[p] - p.detach())).sum()) for p in held)
+        self._size = max(self._size, gone / sum(float(p.grad.abs().sum()) for p in held))
+        for p in held:
+            p.data -= self.param_groups[0]["lr"] * self._size * 2 * p.grad.sign()
+
+
 @pytest.mark.parametrize(
-    "make", [torch.optim.Adafactor, Normalised, Global, lamb, cautious, clipping, warmed_up, wrapped]
+    "make", [torch.optim.Adafactor, Normalised, Global, lamb, cautious, clipping, warmed_up, wrapped, RateFree]
 )
 def test_updates_that_mix_elements_are_refused_for_several_heads_only(make: Any) -> None:
     optimizer = make(params())

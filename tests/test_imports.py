@@ -13,7 +13,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-KNOW_LIGHTNING = {"strategy", "resumable", "manual", "callback", "cli"}
+KNOW_LIGHTNING = {"strategy", "resumable", "manual", "signals", "callback", "cli"}
 KNOW_LIGHTNING |= {"lightning_pytorch", "pytorch_lightning", "__init__"}
 
 

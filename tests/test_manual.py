@@ -21,7 +21,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import LTEStrategy
 from lightning_lte.lockstep import _Turn
-from tests.modules import IN, RANK, Module, Net, Recorder, adamw, clone, loader, make_data, make_net, sgd, trainer
+from tests.modules import (
+    IN,
+    RANK,
+    Module,
+    Net,
+    Recorder,
+    Words,
+    adamw,
+    clone,
+    loader,
+    make_data,
+    make_net,
+    sgd,
+    trainer,
+)
 from tests.oracle import Worker
 from tests.processes import run
 
@@ -200,6 +214,12 @@ def test_sums_over_samples_are_the_same_in_every_execution() -> None:
             torch.testing.assert_close(trained(module(optimizer=slow), execution), reference, **EXACT)
     with pytest.raises(ValueError, match=r"loss_reduction='sum' with 4 heads on a device\. Give execution"):
         trained(Total(), "batched")
+
+
+def test_sparse_gradients_of_what_heads_share_are_their_mean() -> None:
+    manual = fitted(Manual(make_net(Words), sgd), strategy())
+    automatic = fitted(Module(make_net(Words), sgd), strategy(execution="sequential"))
+    torch.testing.assert_close(manual, automatic, **EXACT)
 
 
 def test_accumulation_by_hand_equals_lightnings() -> None:
