@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +363,34 @@ def test_timms_checkpointing_gives_the_same(way: dict[str, Any]) -> None:
         return Module(net.double(), sgd)
 
     same(way, make, images)
+
+
+# ---- what is left
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    "way",
+    [*WAYS, {"heads": 2, "grow_heads": {2: HEADS}}, {"heads": HEADS, "full_rank_steps": 1, "execution": "batched"}],
+    ids=lambda way: " ".join(str(v) for v in way.values()),
+)
+def test_nothing_of_the_heads_outlives_a_run(way: dict[str, Any], steps: int, fails: bool) -> None:
+    """A process may train many times."""
+
+    class Failing(Module):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if fails and self.trainer.global_step == steps:
+                raise RuntimeError("no more")
+
+    def fit() -> list[weakref.ref[Any]]:
+        module, strategy, seen = Failing(make_net(), sgd), LTEStrategy(merge_every=2, rank=RANK, **way), []
+        look = Recorder(lambda t, _: seen.append(weakref.ref(t.strategy.explorer)))
+        t = trainer(strategy, max_steps=steps, callbacks=[look])
+        with pytest.raises(RuntimeError, match="no more") if fails else nullcontext():
+            t.fit(module, DataLoader(TensorDataset(*make_data(64)), batch_size=16))
+        return seen
+
+    seen = fit()
+    gc.collect()
+    assert seen and all(ref() is None for ref in seen)
