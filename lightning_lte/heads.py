@@ -154,6 +154,7 @@ class Factors:
         self.took_part = False
         self.gradient_scale = 1
         self.left: float | Tensor = 1.0
+        self._cast = product.SharedCast()
 
     @property
     def count(self) -> int:
@@ -207,6 +208,10 @@ class Factors:
         if torch.compiler.is_compiling() or self.trial is None:
             return self.weight.detach()
         return self.trial.watched()
+
+    def cast_base(self) -> Tensor:
+        """`base` for an operation that autocast has in fewer bits."""
+        return self._cast(self.base(), self.shard._version)
 
     def end_trial(self) -> None:
         """Take W detached from now on."""

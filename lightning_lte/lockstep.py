@@ -60,6 +60,7 @@ class _Turn:
         gradients: what it has accumulated, while other heads run: of a tensor with a row per head its own row.
         flags: `requires_grad` of all parameters as the head has set them.
         attributes: of the module and those inside it, as the head has set them.
+        dtype: torch's default one, which all threads share, as the head has set it.
         wish: the step it waits for.
         output: what the step returned.
         done: whether the step has ended.
@@ -70,6 +71,7 @@ class _Turn:
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.flags: dict[nn.Parameter, bool] = {}
         self.attributes: Attributes = {}
+        self.dtype = torch.get_default_dtype()
         self.wish: _Wish | None = None
         self.output: Any = None
         self.done = False
@@ -190,7 +192,8 @@ class Lockstep:
                         turn.go_on(answer)
                 if all(turn.done for turn in self._turns):
                     break
-                answer = self._step([turn.wish for turn in self._turns])
+                with _default_dtype(self._turns[0]):
+                    answer = self._step([turn.wish for turn in self._turns])
             first = self._turns[0]
             self._put(self._together(), first.flags, first.attributes)
             return combined([turn.output for turn in self._turns])
@@ -240,7 +243,7 @@ class Lockstep:
         """Let the module be as the head knows it."""
         self._put({p: self._in_row(p, g, turn.head) for p, g in turn.gradients.items()}, turn.flags, turn.attributes)
         try:
-            with self._explorer.head(turn.head):
+            with self._explorer.head(turn.head), _default_dtype(turn):
                 yield
         finally:
             self._explorer.collect_gradients()
@@ -308,3 +311,15 @@ class Lockstep:
         rows = torch.zeros_like(p)
         rows[head] = gradient
         return rows
+
+
+@contextmanager
+def _default_dtype(turn: _Turn) -> Iterator[None]:
+    """Let torch's default dtype be as the head knows it, which some precisions of Lightning's change for a step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(turn.dtype)
+    try:
+        yield
+    finally:
+        turn.dtype = torch.get_default_dtype()
+        torch.set_default_dtype(before)

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lightning_lte.thin import times_thin, transposed_times_thin
 
@@ -112,6 +113,35 @@ def cast(tensor: _T) -> _T:
     if tensor is None or tensor.dtype not in _CASTABLE or not _autocasts(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+class SharedCast:
+    """`cast` of a tensor, in one copy for all who keep it.
+
+    Autocast itself has such copies of parameters, for as long as it lasts. A tensor that is detached has none: each use
+    would make one of its own, and keep it for its backward.
+    """
+
+    def __init__(self) -> None:
+        self._copy: Callable[[], Tensor | None] = lambda: None
+        self._made_of: Any = None
+
+    def __call__(self, tensor: Tensor, version: int) -> Tensor:
+        """What to multiply by in place of the tensor; itself where nothing is to be cast, or operations do it.
+
+        Args:
+            tensor: to cast.
+            version: changes when its values do.
+        """
+        if not _autocasts(tensor.device.type) or not are_plain(tensor):
+            return tensor
+        dtype, inference = torch.get_autocast_dtype(tensor.device.type), torch.is_inference_mode_enabled()
+        made_of = tensor.data_ptr(), version, tensor.requires_grad, dtype, inference
+        copy = self._copy() if made_of == self._made_of else None
+        if copy is None:
+            copy = cast(tensor)
+            self._copy, self._made_of = TensorWeakRef(copy), made_of
+        return copy
 
 
 def _autocasts(device_type: str) -> bool:

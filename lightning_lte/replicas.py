@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -119,15 +120,19 @@ def _learn_with(stack: nn.Parameter, own: nn.Parameter) -> None:
         own: what the module shows in the turn of a head, whose `requires_grad` is as the module's.
     """
     fresh = False
+    # Python's garbage collector does not see what the second hook holds. What leads from there back to the tensor, as
+    # the stack does through its own hook and the heads, would stay for good.
+    weak_stack = weakref.ref(stack)
 
     def silenced(gradient: Tensor | None) -> Tensor | None:
         nonlocal fresh
         fresh = own.grad is None
         return gradient if gradient is None or stack.requires_grad else torch.zeros_like(gradient)
 
-    def dropped(_: Tensor) -> None:
-        if fresh and not stack.requires_grad:
-            own.grad = None
+    def dropped(shown: Tensor) -> None:
+        learning = weak_stack()
+        if fresh and learning is not None and not learning.requires_grad:
+            shown.grad = None
 
     own.register_hook(silenced)
     own.register_post_accumulate_grad_hook(dropped)

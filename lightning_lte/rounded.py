@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.product import cast
+from lightning_lte.product import are_plain, cast
 from lightning_lte.transport import Transport
 from lightning_lte.trial import checksum
 
@@ -180,8 +180,12 @@ class Rounded:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W~^T + b for x (..., in): (..., out), in the dtype of autocast, where that is on, or that of x."""
+        x, bias = cast(x), cast(bias)
+        if not (torch.compiler.is_compiling() or are_plain(x)):
+            # What looks into operations wants plain ones, for which autograd keeps W~ whole.
+            return functional.linear(x, self.read(x.dtype), bias)
         scales = self._parts[1] if len(self._parts) > 1 else None
-        y: Tensor = _ProductOfRounded.apply(cast(x), cast(bias), self.kind, self.shape, self._parts[0], scales)
+        y: Tensor = _ProductOfRounded.apply(x, bias, self.kind, self.shape, self._parts[0], scales)
         return y
 
     def merged(self) -> Tensor:

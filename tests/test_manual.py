@@ -531,6 +531,41 @@ def test_heads_in_turn_compute_on_the_stream_of_the_main_thread(monkeypatch: pyt
     assert turn.output == "one of the user's"
 
 
+class Typed(Manual):
+    """Notes torch's default dtype, which precisions in one dtype change for a step, whenever it can be another."""
+
+    fails = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        before = torch.get_default_dtype()
+        super().training_step(batch, batch_idx)
+        self.seen = {*getattr(self, "seen", set()), before, torch.get_default_dtype()}
+        if self.fails:
+            raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_the_default_dtype_is_each_heads_own_and_comes_back(precision: Any, dtype: torch.dtype, fails: bool) -> None:
+    seen = []
+
+    def optimizer(params: Any) -> Optimizer:
+        made = sgd(params)
+        made.register_step_pre_hook(lambda *_: seen.append(torch.get_default_dtype()))
+        return made
+
+    module = Typed(make_net(), optimizer)
+    module.fails = fails
+    data = DataLoader(TensorDataset(*make_data(16)), batch_size=16)
+    try:
+        with pytest.raises(RuntimeError, match="no more") if fails else contextlib.nullcontext():
+            trainer(strategy(), max_steps=1, precision=precision).fit(module, data)
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {dtype} and (fails or module.seen == {dtype})
+
+
 def test_a_weight_used_elsewhere_loses_its_heads_and_trains_right() -> None:
     class Penalised(Manual):
         def loss(self, batch: Any) -> Tensor:

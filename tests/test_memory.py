@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +262,60 @@ def test_linear_layers_keep_their_input_once(heads: int, base: Any, half: bool) 
     assert own <= full + 2 * len(x) * RANK * 4
 
 
+class Recurrent(nn.Module):
+    """Uses each of its layers three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(16, 16), nn.Conv1d(16, 16, 3, padding=1)
+        self.up, self.attention = nn.ConvTranspose1d(16, 16, 1), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            y = self.linear(self.up(self.conv(torch.tanh(x))).mT)
+            x = self.attention(y, y, y, need_weights=False)[0].mT
+        return x
+
+
+@pytest.mark.parametrize("first_steps", [False, True])
+@per_way
+def test_under_autocast_a_weight_has_one_copy_for_all_its_uses(way: dict[str, Any], first_steps: bool) -> None:
+    """By heads that take turns, too: all of their forwards come before one backward."""
+    net, x = Recurrent(), torch.randn(8, 16, 5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(merge_every=100, rank=1, **way))
+    if not first_steps:
+        past_the_first_steps(explorer, optimizer, lambda: net(x))
+    turns = range(HEADS) if explorer.execution == "sequential" else [None]
+    in_half = [f.weight.numel() * 2 for f in explorer.injection.factors.values()]
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.dtype == torch.bfloat16 and storage.nbytes() in in_half:  # no activation is of such a size
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    outputs = []
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        for turn in turns:
+            with explorer.heads() if turn is None else explorer.head(turn):
+                outputs.append(net(x))
+    assert sorted(found.values()) == sorted(in_half)
+
+
+def test_a_graph_that_is_kept_does_not_keep_the_weight_of_before_a_merge() -> None:
+    net, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(8, 16)
+    explorer = Explorer(net, torch.optim.SGD(net.parameters(), lr=0.01), LTEConfig(1, 100, rank=2))
+    with explorer.heads(), torch.autocast("cpu", torch.bfloat16):
+        before = net(x.requires_grad_())
+        factors = explorer.injection.factors[net[0].weight]  # type: ignore[index]
+        nn.init.ones_(factors.B)
+        explorer.merge()
+        torch.testing.assert_close(net(x), nn.functional.linear(x, net[0].weight, net[0].bias))  # type: ignore[arg-type]
+        assert not torch.equal(before, net(x))
+
+
 def same(way: dict[str, Any], make: Callable[[bool], Module], data: Any, steps: int = 5) -> None:
     """Training ends with the same weights, whether `make` is told to save memory or not."""
     ends = []
@@ -306,3 +363,34 @@ def test_timms_checkpointing_gives_the_same(way: dict[str, Any]) -> None:
         return Module(net.double(), sgd)
 
     same(way, make, images)
+
+
+# ---- what is left
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    "way",
+    [*WAYS, {"heads": 2, "grow_heads": {2: HEADS}}, {"heads": HEADS, "full_rank_steps": 1, "execution": "batched"}],
+    ids=lambda way: " ".join(str(v) for v in way.values()),
+)
+def test_nothing_of_the_heads_outlives_a_run(way: dict[str, Any], steps: int, fails: bool) -> None:
+    """A process may train many times."""
+
+    class Failing(Module):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if fails and self.trainer.global_step == steps:
+                raise RuntimeError("no more")
+
+    def fit() -> list[weakref.ref[Any]]:
+        module, strategy, seen = Failing(make_net(), sgd), LTEStrategy(merge_every=2, rank=RANK, **way), []
+        look = Recorder(lambda t, _: seen.append(weakref.ref(t.strategy.explorer)))
+        t = trainer(strategy, max_steps=steps, callbacks=[look])
+        with pytest.raises(RuntimeError, match="no more") if fails else nullcontext():
+            t.fit(module, DataLoader(TensorDataset(*make_data(64)), batch_size=16))
+        return seen
+
+    seen = fit()
+    gc.collect()
+    assert seen and all(ref() is None for ref in seen)

@@ -177,6 +177,19 @@ def test_many_gradients_come_in_one_batch(heads: int) -> None:
     torch.testing.assert_close(*each)
 
 
+@pytest.mark.parametrize("freeze_a", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_and_forward_mode_derivatives_see_what_forwards_do(kind: Any, freeze_a: bool) -> None:
+    loop = Loop(kind, heads=1, freeze_a=freeze_a)
+    loop.steps(5)
+    x, _ = make_data(4, seed=9)
+    with loop.explorer.heads():
+        expected = torch.autograd.functional.jacobian(loop.net, x[0])
+        torch.testing.assert_close(torch.func.vmap(loop.net)(x), loop.net(x))
+        torch.testing.assert_close(torch.func.jacrev(loop.net)(x[0]), expected)
+        torch.testing.assert_close(torch.func.jacfwd(loop.net)(x[0]), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_compiles_into_one_graph(kind: Any) -> None:
     loop = Loop(kind, execution="batched")

@@ -68,7 +68,7 @@ class HeadedConv(HeadedLayer):
         added = bias if own_bias is None else own_bias
         if factors is not None and _takes_patches(own, input, n, factors, added):
             last = channels_last(input, own.weight)
-            y = project(self, _patches(own, input, last), factors.base().flatten(1), bias, factors, None, own_bias)
+            y = project(self, _patches(own, input, last), factors.cast_base().flatten(1), bias, factors, None, own_bias)
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
             return y if last else y.contiguous()
         if factors is not None:

@@ -53,7 +53,7 @@ def through_heads(
         head: see `Factors.apply`.
     """
     with span("heads"):
-        weight = factors.base()
+        weight = factors.cast_base()
         pair_and_anchors, again = factors.acting_and_anchors(head)
         own = _Form(geometry, factors.matrices, weight.shape[2:], factors.scale, factors.gradient_scale)
         x = cast(x)  # once, for all convolutions of it

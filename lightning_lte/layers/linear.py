@@ -48,7 +48,7 @@ class HeadedLinear(HeadedLayer):
         factors = state.factors.get("weight")
         if input.is_nested or input.layout != torch.strided:
             return _of_one_head(self, input, factors)
-        weight = own.weight if factors is None or factors.rounded is not None else factors.base()
+        weight = own.weight if factors is None or factors.rounded is not None else factors.cast_base()
         return project(self, input, weight, own.bias, factors, state.stack("weight"), state.stack("bias"))
 
     def _merged(self, input: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _of_one_head(layer: Any, x: Tensor, factors: Factors | None) -> Tensor:
     if A.dim() == 3:  # parts of a projection, each of which has factors of its own
         A, B = A.flatten(0, 1), torch.block_diag(*B)
     y = functional.linear(functional.linear(x, A), B)
-    return functional.linear(x, factors.base(), layer.bias) + factors.scale * y
+    return functional.linear(x, factors.cast_base(), layer.bias) + factors.scale * y
 
 
 def project(
