@@ -118,8 +118,8 @@ def cast(tensor: _T) -> _T:
 class SharedCast:
     """`cast` of a tensor, in one copy for all who keep it.
 
-    Autocast itself has such copies of parameters, for as long as it lasts. A tensor that is detached has none: each use
-    would make one of its own, and keep it for its backward.
+    Autocast itself has such copies of parameters, for as long as it lasts, where it may have some: Lightning says no. A
+    tensor that is detached has none: each use would make one of its own, and keep it for its backward.
     """
 
     def __init__(self) -> None:
@@ -135,6 +135,8 @@ class SharedCast:
         """
         if not _autocasts(tensor.device.type) or not are_plain(tensor):
             return tensor
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return tensor  # a CUDA graph would read the copy of before, whatever is written to W since
         dtype, inference = torch.get_autocast_dtype(tensor.device.type), torch.is_inference_mode_enabled()
         made_of = tensor.data_ptr(), version, tensor.requires_grad, dtype, inference
         copy = self._copy() if made_of == self._made_of else None
