@@ -133,12 +133,12 @@ class Determined(TorchDispatchMode):
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         names = [argument.name for argument in func._schema.arguments]
-        if "dropout_p" in names:
-            where = names.index("dropout_p")
-            if where < len(args):
-                args = (*args[:where], 0.0, *args[where + 1 :])
-            else:
-                kwargs["dropout_p"] = 0.0
+        for where, argument in enumerate(names):
+            # Recurrent networks have layers; that of cuDNN's draws by itself.
+            if argument == "dropout_p" or (argument == "dropout" and "num_layers" in names):
+                args, kwargs = _with(args, kwargs, where, argument, 0.0)
+            elif argument == "training" and name.startswith("rrelu"):
+                args, kwargs = _with(args, kwargs, where, argument, False)
         result = func(*args, **kwargs)
         if name == "randperm" or name.startswith("randperm."):
             return result.copy_(torch.arange(len(result) - 1, -1, -1, device=result.device))
@@ -155,7 +155,16 @@ class Determined(TorchDispatchMode):
             constant = (args[1] + args[2]) / 2
         elif name == "normal_" and len(args) == 3:
             constant = args[1] + args[2] / 2
+        elif name == "_sample_dirichlet":
+            constant = 1 / max(1, result.shape[-1])
         return result.fill_(constant)
+
+
+def _with(args: Any, kwargs: dict[str, Any], where: int, name: str, value: Any) -> tuple[Any, dict[str, Any]]:
+    """Arguments of an operation with another value of one of them."""
+    if where < len(args):
+        return (*args[:where], value, *args[where + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 def _with_equals_turned_round(result: Any, names: list[str], args: Any, kwargs: Any) -> Any:
@@ -184,6 +193,9 @@ _CONSTANTS: dict[str, float] = {
     "cauchy_": 0.5,
     "geometric_": 1,
     "poisson": 1,
+    "binomial": 1,
+    "_standard_gamma": 1,
+    "_sample_dirichlet": 1,
     "multinomial": 0,
     "randint": 0,
     "randint_like": 0,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte import LTEStrategy
 from lightning_lte.rehearsal import Determined, untouched
@@ -135,6 +136,32 @@ def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:
 
     assert module.weight.tolist() == [1, 1] and module.inner.seen == [1] and module.training
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+class Told(TorchDispatchMode):
+    """What operations are called with, in place of calling them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.last = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False))
+        outputs = tuple(torch.empty(0) for _ in func._schema.returns)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+def test_operations_that_draw_by_themselves_draw_nothing() -> None:
+    x = torch.ones(2, 3, 4)
+    with Told() as told, Determined():
+        # Dropout between the layers of cuDNN's recurrent networks.
+        torch.ops.aten._cudnn_rnn(x, [x], 1, None, x, None, 2, 4, 0, 2, True, 0.5, True, False, [], None)
+        assert told.last["dropout"] == 0 and told.last["train"] is True
+        # Its generator is made once, for all of training.
+        torch.ops.aten._cudnn_init_dropout_state(0.5, True, 0)
+        assert told.last["dropout"] == 0.5
+    with Determined():
+        assert torch.equal(nn.functional.rrelu(-x, training=True), nn.functional.rrelu(-x))
+        assert (torch.distributions.Gamma(x, x).sample() == 1).all()
+        assert (torch.distributions.Dirichlet(x).sample() == 0.25).all()
+        assert (torch.distributions.Beta(x, x).sample() == 0.5).all()
+        assert (torch.binomial(4 * x, x / 2) == 1).all()
 
 
 def test_only_the_order_of_equal_numbers_is_turned_round() -> None:
