@@ -67,8 +67,6 @@ BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"overlap": 11}, ValueError),
     ({"stagger": 0}, ValueError),
     ({"stagger": 11}, ValueError),
-    ({"overlap": 6, "merge_every": Every(5)}, ValueError),
-    ({"stagger": 6, "merge_every": Every(5)}, ValueError),
     ({"verify_every": 0}, ValueError),
     ({"outer_optimizer": 0.7}, TypeError),
     ({"outer_optimizer": len}, TypeError),
