@@ -159,6 +159,7 @@ def _affine(state: LayerState, name: str, shared: Tensor) -> Tensor:
     factors = state.factors.get(name)
     if factors is None:
         own = state.stack(name)
-        return shared.unsqueeze(0) if own is None else own
+        # A view: torch 2.9 forgets the hooks of a parameter that a function keeps while activations are offloaded.
+        return shared.unsqueeze(0) if own is None else own.view_as(own)
     A, B = factors.acting(state.head)
     return factors.base() + factors.scale * (B @ A).view(-1, *shared.shape)
