@@ -127,7 +127,7 @@ class _Products(TorchDispatchMode):
             elif func.overloadpacket is aten.convolution_backward:
                 # Of its gradients, only the input's reads the weight.
                 if args[-1][0]:
-                    self.multiply_adds[name] += _of_each_gradient(*args) // 2
+                    self.multiply_adds[name] += _of_each_gradient(*args)
             elif func.overloadpacket in flop_registry:
                 self.multiply_adds[name] += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=y) // 2
         return y
@@ -141,7 +141,7 @@ def multiply_adds(step: Callable[[], object]) -> int:
 
     def of_gradients(*args: Any, out_val: object) -> int:
         # Of the input and of the weight; the bias has no products.
-        return sum(args[-1][:2]) * _of_each_gradient(*args)
+        return 2 * sum(args[-1][:2]) * _of_each_gradient(*args)
 
     of_gradients._get_raw = True  # type: ignore[attr-defined]
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: of_gradients})
@@ -151,10 +151,10 @@ def multiply_adds(step: Callable[[], object]) -> int:
 
 
 def _of_each_gradient(grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> int:
-    """Twice the multiply-adds of aten.convolution_backward for the gradient of its input, or of its weight.
+    """Multiply-adds of aten.convolution_backward for the gradient of its input, or of its weight.
 
     Both meet each element of the weight at every place, as the forward does.
     """
     transposed = options[4]
     places = x if transposed else grad
-    return 2 * places.shape[0] * math.prod(places.shape[2:]) * weight.numel()
+    return places.shape[0] * math.prod(places.shape[2:]) * weight.numel()

@@ -459,7 +459,8 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         optimizers.append(fields)
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
-    left = {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64, device="cpu")} for f in factors}
+    decaying = factors if explorer.config.decays_weights else ()
+    left = {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64, device="cpu")} for f in decaying}
     return {
         "version": VERSION,
         "heads": explorer.config.heads,
@@ -477,7 +478,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "late": dict(explorer.late),
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
-        "left": left if explorer.config.decays_weights else {},
+        "left": left,
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
         "flights": flights,
         "stagger": explorer.config.stagger,

@@ -30,7 +30,7 @@ class Signals:
         self._connector: Any = trainer._signal_connector
         self._loop: Any = trainer.fit_loop.epoch_loop
         self._several = explorer.transport.devices > 1
-        self._asked = self._closed = False
+        self._closed = False
         self._requeue: Any = self._connector._slurm_sigusr_handler_fn
         self._advanced = self._loop.on_advance_end
         self._exchanged: list[tuple[Any, str]] = []
@@ -59,7 +59,7 @@ class Signals:
         if self._closed:  # and Lightning's own answers, or that of heads that have begun anew
             self._connector._slurm_sigusr_handler_fn(signum, frame)
             return
-        self._asked = self._explorer.flags["requeue"] = True
+        self._explorer.flags["requeue"] = True
 
     def _on_terminate(self, *_: Any) -> None:
         launcher = self._trainer.strategy.launcher
@@ -77,6 +77,6 @@ class Signals:
         explorer = self._explorer
         if self._several and explorer.full_rank:
             explorer.tell()
-        if explorer.requeue if self._several else self._asked:
-            self._asked = explorer.requeue = explorer.flags["requeue"] = False
+        if explorer.requeue if self._several else explorer.flags["requeue"]:
+            explorer.requeue = explorer.flags["requeue"] = False
             self._requeue(signal.SIGUSR1, None)
