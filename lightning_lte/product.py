@@ -135,8 +135,8 @@ class SharedCast:
         """
         if not _autocasts(tensor.device.type) or not are_plain(tensor):
             return tensor
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            return tensor  # a CUDA graph would read the copy of before, whatever is written to W since
+        if is_captured(tensor.device):
+            return tensor  # replays would read the copy of now, whatever is written to W since
         dtype, inference = torch.get_autocast_dtype(tensor.device.type), torch.is_inference_mode_enabled()
         made_of = tensor.data_ptr(), version, tensor.requires_grad, dtype, inference
         copy = self._copy() if made_of == self._made_of else None
@@ -144,6 +144,12 @@ class SharedCast:
             copy = cast(tensor)
             self._copy, self._made_of = TensorWeakRef(copy), made_of
         return copy
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is made of what runs now. Its replays read memory, and know nothing of what Python has put
+    in another place since."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _autocasts(device_type: str) -> bool:

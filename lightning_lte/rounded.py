@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_lte.product import are_plain, cast
+from lightning_lte.product import are_plain, cast, is_captured
 from lightning_lte.transport import Transport
 from lightning_lte.trial import checksum
 
@@ -172,11 +172,11 @@ class Rounded:
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """W~, a new tensor (out, in)."""
-        return unrounded(self._parts, self.kind, self.shape, dtype or self.dtype)
+        return unrounded(self._read_parts(), self.kind, self.shape, dtype or self.dtype)
 
     def reader(self) -> Callable[[torch.dtype], Tensor]:
         """What makes W~ in a dtype, as it is now: a backward is to see what its forward has seen."""
-        return partial(unrounded, self._parts, self.kind, self.shape)
+        return partial(unrounded, self._read_parts(), self.kind, self.shape)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W~^T + b for x (..., in): (..., out), in the dtype of autocast, where that is on, or that of x."""
@@ -184,9 +184,18 @@ class Rounded:
         if not (torch.compiler.is_compiling() or are_plain(x)):
             # What looks into operations wants plain ones, for which autograd keeps W~ whole.
             return functional.linear(x, self.read(x.dtype), bias)
-        scales = self._parts[1] if len(self._parts) > 1 else None
-        y: Tensor = _ProductOfRounded.apply(x, bias, self.kind, self.shape, self._parts[0], scales)
+        numbers, *scales = self._read_parts()
+        y: Tensor = _ProductOfRounded.apply(x, bias, self.kind, self.shape, numbers, scales[0] if scales else None)
         return y
+
+    def _read_parts(self) -> list[Tensor]:
+        if not torch.compiler.is_compiling() and is_captured(self.device):
+            raise RuntimeError(
+                "All replays of a CUDA graph read the same memory, and merges put rounded weights in another place;"
+                f" received the capture of a forward with base={self.kind!r}. Give base='float32', or leave graphs to"
+                " torch.compile(mode='reduce-overhead')."
+            )
+        return self._parts
 
     def merged(self) -> Tensor:
         """W as well as this device knows it alone, a new tensor: rounded where the rows are sharded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.execution import run
 from tests import processes
-from tests.modules import RANK, Module, Net, adamw, after_backward, loader, make_data, sgd, trainer
+from tests.modules import (
+    RANK,
+    WIDTH,
+    Module,
+    Net,
+    adamw,
+    after_backward,
+    loader,
+    make_data,
+    make_net,
+    sgd,
+    train_step,
+    trainer,
+)
 
 # Two steps in which weights are watched, and a third one.
 SETTLED = 3
@@ -77,6 +91,14 @@ def test_no_step_between_merges_waits_for_a_device(execution: Any, heads: int, a
         assert waits.seen == [] and explorer.merges == 0
         step()  # a merge decides by what it finds, so it shows that waits are seen
     assert waits.seen and explorer.merges == 1
+
+
+class WithStatistics(Net):
+    """A net with batch norm, which has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)  # type: ignore[assignment]
 
 
 class Idle(Net):
@@ -216,3 +238,44 @@ def test_a_profiler_sees_heads_and_merges_by_name() -> None:
         explorer.step()
     names = {event.name for event in profiler.events() or []}
     assert {"lte::heads", "lte::merge start", "lte::merge exchange", "lte::merge land"} <= names
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"heads": 1},
+        {"execution": "sequential"},
+        {"after_merge": "reset", "reset_a": "redraw", "reset_moments": 0.5},
+        {"refresh": 1},
+        {"overlap": 1},
+        {"stagger": 2},
+        {"weight_decay": "weights"},
+        {"outer_optimizer": partial(torch.optim.SGD, lr=0.7)},
+        {"freeze_a": True},
+    ],
+    ids=str,
+)
+def test_merges_write_where_forwards_and_optimizers_read(chosen: dict[str, Any]) -> None:
+    """A CUDA graph of a step reads the same memory in all its replays, and so in the next period."""
+
+    def held() -> dict[str, int]:
+        found = {f"{name}.data": own.data_ptr() for name, own in (*net.named_parameters(), *net.named_buffers())}
+        for f in explorer.injection.factors.values():
+            parts = {"A": f.A, "B": f.B, "anchor of A": f.anchor_A, "anchor of B": f.anchor_B}
+            found |= {f"{f.name}: {key}": own.data_ptr() for key, own in parts.items() if own is not None}
+        found |= {f"{r.name}: copies": r.copies.data_ptr() for r in explorer.injection.replicas}
+        for number, state in enumerate(optimizer.state.values()):
+            found |= {f"{number}: {key}": own.data_ptr() for key, own in state.items() if isinstance(own, Tensor)}
+        return found
+
+    net = make_net(WithStatistics)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    config = LTEConfig(**{"heads": 4, "merge_every": SETTLED, "rank": RANK, "execution": "batched", **chosen})
+    explorer = Explorer(net, optimizer, config)
+    for step in range(SETTLED):
+        train_step(explorer, net, optimizer, make_data(16, seed=step))
+    before = held()
+    for step in range(2 * SETTLED):
+        train_step(explorer, net, optimizer, make_data(16, seed=step))
+    assert explorer.merges > 1 and held() == before

@@ -507,6 +507,16 @@ def test_choices_that_do_not_go_together_are_refused(choices: dict[str, Any], me
         LTEConfig(2, **choices)
 
 
+@pytest.mark.parametrize("choices", [{"heads": 1}, {"heads": 1, "freeze_a": True}, {"execution": "batched"}], ids=str)
+def test_a_cuda_graph_of_a_forward_is_refused(choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges round anew, to another place in memory, of which replays know nothing."""
+    loop = Loop("int8", **choices)
+    loop.steps(3)
+    monkeypatch.setattr("lightning_lte.rounded.is_captured", lambda device: True)
+    with loop.explorer.heads(), pytest.raises(RuntimeError, match=r"CUDA graph.*'int8'.*Give base='float32'"):
+        loop.net(make_data(4)[0])
+
+
 def test_kernels_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_rounded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"base='nf4'.*pip install 'lightning-lte\[quantized\]'"):
