@@ -29,8 +29,9 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
         explorer: whose heads are meant where parameters of its module are; for others all is as always.
     """
 
-    # Who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own afterwards.
-    ended = False
+    # None in the end: who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own
+    # afterwards, and does not keep the heads.
+    active: Explorer | None = explorer
 
     def norm(
         parameters: Any,
@@ -40,13 +41,13 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
         foreach: bool | None = None,
     ) -> Tensor:
         params = _listed(parameters)
-        if ended or not explorer.trains_in_place_of(params):
+        if active is None or not active.trains_in_place_of(params):
             return _NORM(params, max_norm, norm_type, error_if_nonfinite, foreach)
         if float(norm_type) != 2.0:
             raise ValueError(
                 f"Each head is clipped by its 2-norm; received norm_type={norm_type!r}. Leave it out, or clip by value."
             )
-        norms = explorer.clip_grad_norm_(float(max_norm), params=params)
+        norms = active.clip_grad_norm_(float(max_norm), params=params)
         if error_if_nonfinite and not bool(norms.isfinite().all()):
             raise RuntimeError(
                 f"The norms of the heads' gradients must be finite, as error_if_nonfinite=True was given; received"
@@ -56,16 +57,16 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
 
     def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
         params = _listed(parameters)
-        if not ended:
-            explorer.collect_gradients()
-            params = explorer.trained_for(params)
+        if active is not None:
+            active.collect_gradients()
+            params = active.trained_for(params)
         _VALUE(params, clip_value, *args, **kwargs)
 
     def zero(self: nn.Module, set_to_none: bool = True) -> None:
         _ZERO(self, set_to_none)
-        if not ended and explorer.trains_in_place_of(self.parameters()):
-            explorer.collect_gradients()
-            for param in explorer.trained_for(self.parameters()):
+        if active is not None and active.trains_in_place_of(self.parameters()):
+            active.collect_gradients()
+            for param in active.trained_for(self.parameters()):
                 param.grad = None
 
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
@@ -83,7 +84,7 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
     try:
         yield
     finally:
-        ended = True
+        active = None
         nn.Module.zero_grad = _ZERO  # type: ignore[method-assign]
         for module, name, function in places:
             setattr(module, name, function)

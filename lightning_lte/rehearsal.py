@@ -107,15 +107,18 @@ def in_full_float32() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     cpu: Any = torch.backends.mkldnn
     kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
-    before = [kind.fp32_precision for kind in kinds]
     with ExitStack() as stack:
-        # The older setting goes with them: `torch.backends.cudnn.flags` reads it, and refuses one that is at odds with
-        # them, as it would be where the user chose by these alone.
+        for kind in kinds:
+            stack.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
+        # The older settings go with them, and are put back before them. torch refuses to read one that is at odds with
+        # them, as it would be where the user chose by these alone; `torch.backends.cudnn.flags` and TunableOp do so.
         with suppress(RuntimeError):
             stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             cudnn.allow_tf32 = False
-        for kind, precision in zip(kinds, before, strict=True):
-            stack.callback(setattr, kind, "fp32_precision", precision)
+        with suppress(RuntimeError):
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        for kind in kinds:
             kind.fp32_precision = "ieee"
         yield
 

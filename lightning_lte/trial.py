@@ -12,8 +12,8 @@ USED = "it is used outside its layer, too"
 ASKED_FOR = "something asks for its gradient with torch.autograd.grad"
 WRITTEN = "something else than merges writes to it"
 
-# Elements of a weight that a checksum takes at a time on a CPU: as int64 they fit in its cache.
-PIECE = 2**17
+# Elements of a weight that a checksum takes at a time, as int64: they fit in a core's cache, and elsewhere in 256 MiB.
+PIECE, PIECE_ELSEWHERE = 2**17, 2**25
 # Odd numbers of 64 bits, those of SplitMix64 (Steele et al. 2014).
 _MIXERS = -0x61C8864680B583EB, -0x40A7B892E31B1A47
 
@@ -118,8 +118,8 @@ class Trial:
 def checksum(weight: Tensor) -> Tensor:
     """A number that changes when the bits of a weight or their places do, as a tensor on its device.
 
-    On a CPU it is taken a few rows at a time. Torch makes a copy in int64 of all that it sums there, which would be two
-    times a weight in float32, and allocators don't give back all that they lent for a moment.
+    It is taken a few rows at a time. Torch makes a copy in int64 of all that it sums, which would be two times a weight
+    in float32, and allocators don't give back all that they lent for a moment.
     """
     # Larger numbers as several of 32 bits: in a sum of 64, the signs of an even number of them would add up to nothing.
     bits = {1: torch.uint8, 2: torch.int16}.get(weight.element_size(), torch.int32)
@@ -127,16 +127,15 @@ def checksum(weight: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     if not weight.numel():
         return total
-    rows = len(weight)
-    if weight.device.type == "cpu":
-        rows = max(1, min(rows, PIECE * rows // weight.numel()))
+    piece = PIECE if weight.device.type == "cpu" else PIECE_ELSEWHERE
+    rows = max(1, piece * len(weight) // weight.numel())
     columns: Tensor | None = None
     for first in range(0, len(weight), rows):
-        piece = weight[first : first + rows].flatten(1) if weight.dim() > 1 else weight[first : first + rows, None]
-        piece = piece.contiguous().view(bits).to(torch.int64)
-        own = piece.sum(0)
+        some = weight[first : first + rows].flatten(1) if weight.dim() > 1 else weight[first : first + rows, None]
+        some = some.contiguous().view(bits).to(torch.int64)
+        own = some.sum(0)
         columns = own if columns is None else columns.add_(own)
-        total += _weighted(piece.sum(1), first)
+        total += _weighted(some.sum(1), first)
     assert columns is not None
     # Twice, so that a number counts an odd number of times, by its row and its column.
     return total + 2 * _weighted(columns, 0)

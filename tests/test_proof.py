@@ -162,6 +162,8 @@ class OnAGPU(nn.Module):
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
             allowed = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
             rounds = any(kind.fp32_precision == "tf32" for kind in allowed)
+        # TunableOp reads the older setting before each product.
+        rounds |= torch.backends.cuda.matmul.allow_tf32
         return self.inner(x * (1 + rounds * len(x) / 2**13))
 
 

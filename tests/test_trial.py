@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, trial
 from lightning_lte.trial import checksum
 from tests.allocations import peak
+from tests.another_device import Elsewhere, another_device
 from tests.modules import CLASSES, IN, RANK, Module, Net, backward, clone, loader, make_net, sgd, trainer
 
 # Its weights are so large that all else is small beside one of them.
@@ -80,6 +81,15 @@ def test_a_checksum_tells_signs_apart(dtype: Any) -> None:
 def test_a_checksum_takes_a_small_piece_of_memory(tmp_path: Path) -> None:
     weight = torch.randn(WIDTH, WIDTH)
     assert peak(lambda: checksum(weight), tmp_path) < WEIGHT / 2
+
+
+def test_a_checksum_takes_a_piece_of_memory_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "PIECE_ELSEWHERE", WIDTH**2 // 16)
+    here = torch.randn(WIDTH, WIDTH)
+    with another_device():
+        weight = Elsewhere(here)
+        assert peak(lambda: checksum(weight), tmp_path) < WEIGHT / 2
+        assert checksum(weight).tolist() == int(checksum(here))
 
 
 def test_first_steps_and_merges_take_no_more_than_one_weight_at_a_time(tmp_path: Path) -> None:
