@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.config import LossReduction
-from lightning_lte.layers.base import HeadedLayer
+from lightning_lte.layers.base import HeadedLayer, state_of
 from lightning_lte.rehearsal import Determined, alike, in_full_float32, not_compiled, untouched, without_zeros
+from lightning_lte.report import listed
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
@@ -151,6 +152,7 @@ def _compare_inputs(
 ) -> str | None:
     if any([name for name, _ in own] != [name for name, _ in together] for own in alone):
         return "the layers that are called depend on the data"
+    split: set[str] = set()
     for (name, x), *own in zip(together, *alone, strict=True):
         parts = [part for _, part in own]
         if all(part.shape == x.shape and _close(part, x, tolerance) for part in parts):
@@ -161,6 +163,11 @@ def _compare_inputs(
             return f"{name} does not see the batch outermost in dimension 0: its input has shape {tuple(x.shape)}"
         if not _close(torch.cat(parts), x, tolerance):
             return f"{name} does not see the batch outermost in dimension 0, or samples mix before it"
+        split.add(name)
+    factored = {name for name, _ in together if state_of(module.get_submodule(name)).factors}
+    if split & factored and all(module.get_submodule(name) in left_out for name in factored):
+        # As of a policy that plays a game in the step, too: shared by the heads, nothing would be left to them.
+        return f"layers are called with the batch and with something else, too: {listed(sorted(factored))}"
     return None
 
 

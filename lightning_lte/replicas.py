@@ -56,7 +56,6 @@ class Replica:
         Those that came in turns have to be collected before.
         """
         assert self.stack is not None
-        self.shared = True
         if self.stack.grad is not None:
             mean = self.stack.grad.mean(0)
             self.param.grad = mean if self.param.grad is None else self.param.grad + mean

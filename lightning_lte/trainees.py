@@ -251,9 +251,12 @@ class Trainees:
                 self.frozen.append(f.weight)
             self.substitution.restore(f.weight)
         for replica in self.injection.replicas:
-            if replica.name in reasons and replica.stack is not None:
-                self.injection.share(replica)
-                self.substitution.restore(replica.param)
+            if replica.name in reasons:
+                # Also before heads have copies of their own, as in a run that goes on and has not had its trial yet.
+                replica.shared = True
+                if replica.stack is not None:
+                    self.injection.share(replica)
+                    self.substitution.restore(replica.param)
         self.substitution.replace(self._replacements())
         self.guard.watch(self._watched())
         self.made_replicas.update(reasons)

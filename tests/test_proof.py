@@ -447,6 +447,18 @@ def test_a_layer_whose_input_is_not_the_batch_is_shared_and_hinders_nobody(body:
     assert strategy.report().entry("net.body.more.weight").copies == 4
 
 
+@pytest.mark.parametrize("states", [(WIDTH,), (1, WIDTH), (4, WIDTH)])
+def test_a_policy_that_also_plays_in_the_step_keeps_its_heads_which_take_turns(states: tuple[int, ...]) -> None:
+    def step(net: nn.Module, batch: Any) -> Tensor:
+        with torch.no_grad():
+            net(torch.ones(states))
+        return cross_entropy(net(batch[0]), batch[1])
+
+    policy = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, 3))
+    execution, why = verdict(policy, (images()[0][:, 0], images()[1]), step)
+    assert execution == "sequential" and "called with the batch and with something else, too: net.0" in why
+
+
 class Borrowed(nn.Module):
     """Hands its layer's parameters to a function, as torchvision's Swin does; its bias starts at zero."""
 

@@ -24,7 +24,21 @@ from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
 
 from lightning_lte import LTEStrategy
 from tests import clipping
-from tests.modules import IN, RANK, WIDTH, Module, Net, Recorder, clone, loader, make_net, sgd, trainer
+from tests.modules import (
+    IN,
+    RANK,
+    WIDTH,
+    Module,
+    Net,
+    Recorder,
+    ScaledNet,
+    Slices,
+    clone,
+    loader,
+    make_net,
+    sgd,
+    trainer,
+)
 from tests.processes import run
 
 
@@ -449,6 +463,34 @@ def test_a_resumed_run_knows_what_could_not_be_factored(tmp_path: Any) -> None:
 
     fit(4)
     fit(7, resume=tmp_path / "last.ckpt")
+
+
+def test_a_resumed_run_knows_what_heads_in_turn_share(tmp_path: Path) -> None:
+    """A clamp that changes nothing is told in the first steps alone, which are over when heads get copies."""
+
+    class Clamping(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.net(batch[0])
+            return cross_entropy(logits - logits.mean(0), batch[1])  # samples meet, so heads take turns
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            with torch.no_grad():
+                self.net.gain.clamp_(-9, 9)
+
+    def fit(steps: int, resume: Any = None) -> dict[str, Tensor]:
+        module = Clamping(make_net(ScaledNet), sgd)
+        strategy = LTEStrategy(4, 3, rank=RANK)
+        t = trainer(strategy, max_steps=steps)
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        t.save_checkpoint(tmp_path / "last.ckpt")
+        assert strategy.report().entry("net.gain").copies == 1
+        assert strategy.report().entry("net.norm.bias").copies == 4
+        return clone(module.state_dict())
+
+    fit(3)
+    resumed, whole = fit(7, resume=tmp_path / "last.ckpt"), fit(7)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_switching_requires_grad_to_and_fro() -> None:
