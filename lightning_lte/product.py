@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
 from lightning_lte.thin import times_thin, transposed_times_thin
@@ -33,6 +35,8 @@ Reader = Callable[[torch.dtype], Tensor]
 _T = TypeVar("_T", Tensor, Tensor | None)
 
 _HALF = {torch.float16, torch.bfloat16}
+# What looks on while a forward keeps results for torch.utils.checkpoint, and while it runs again.
+_SELECTIVE = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 # Autocast leaves float64 as it is.
 _CASTABLE = {torch.float32, *_HALF}
 
@@ -98,14 +102,20 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
 def are_plain(*tensors: Tensor) -> bool:
     """Whether nothing looks into the operations on these tensors, so that a function may take their place.
 
-    torch.compile, transforms of torch.func, forward-mode derivatives and classes of tensors do.
+    torch.compile, transforms of torch.func, forward-mode derivatives and classes of tensors do, and so does activation
+    checkpointing that is told which operations' results to keep: it knows none that write in place.
     """
     return (
         not torch.compiler.is_compiling()
+        and not (torch._C._len_torch_dispatch_stack() and _checkpoints_selectively())
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
+
+
+def _checkpoints_selectively() -> bool:
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
 
 
 def cast(tensor: _T) -> _T:

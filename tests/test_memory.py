@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
@@ -41,6 +42,8 @@ WAYS: list[dict[str, Any]] = [
 ]
 per_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(str(v) for v in way.values()))
 LAST = torch.channels_last
+_aten = torch.ops.aten
+_PRODUCTS = [_aten.mm.default, _aten.addmm.default]
 
 # ---- channels last
 
@@ -343,6 +346,63 @@ class OnCPU(Module):
 @per_way
 def test_activations_that_are_offloaded_give_the_same(way: dict[str, Any]) -> None:
     same(way, lambda saving: (OnCPU if saving else Module)(make_net(Kinds), sgd), kinds)
+
+
+class Chosen(nn.Module):
+    """Runs its inner part again in the backward, but for the results of some operations, which it keeps.
+
+    Args:
+        kept: which operations'; None for all of them.
+        saving: whether it does so.
+    """
+
+    def __init__(self, kept: list[Any] | None, saving: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 24)
+        self.conv = nn.Conv1d(4, 16, 3)
+        self.second = nn.Conv1d(16, 16, 1)
+        self.out = nn.Linear(16, CLASSES)
+        self.kept, self.saving = kept, saving
+        self.seen: set[Any] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.saving:
+            return self.out(self._inner(x))
+        return self.out(checkpoint(self._inner, x, use_reentrant=False, context_fn=self._contexts))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x)).unflatten(1, (4, 6))
+        return torch.tanh(self.second(torch.tanh(self.conv(y)))).mean(-1)
+
+    def _contexts(self) -> Any:
+        return create_selective_checkpoint_contexts(self._policy)
+
+    def _policy(self, _: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        self.seen.add(operation)
+        keeps = self.kept is None or operation in self.kept
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def flat() -> DataLoader:
+    return DataLoader(TensorDataset(*make_data(48, width=12)), batch_size=16)
+
+
+@per_way
+@pytest.mark.parametrize(
+    "kept", [[*_PRODUCTS, _aten.bmm.default, _aten.convolution.default], None], ids=["products", "all"]
+)
+def test_checkpointing_that_keeps_chosen_results_gives_the_same_and_sees_the_users_operations(
+    way: dict[str, Any], kept: list[Any] | None
+) -> None:
+    made: list[Chosen] = []
+
+    def make(saving: bool) -> Module:
+        net = make_net(lambda: Chosen(kept, saving))
+        made.append(net)
+        return Module(net, sgd)
+
+    same(way, make, flat)
+    assert _aten.convolution.default in made[1].seen and not made[1].seen.isdisjoint(_PRODUCTS)
 
 
 @per_way
