@@ -301,10 +301,15 @@ def test_a_step_that_is_replayed_goes_on_through_merges(
             explorer.after_backward()  # noqa: B023
             optimizer.step()  # noqa: B023
 
-        replay = Replay()
+        replay, alive = Replay(), []
         for number in range(4 * PERIOD):
             for static, own in zip(batch, make_data(16, seed=number), strict=True):
                 static.copy_(own)
+            if number == SETTLED:
+                # A graph that lives on, and with it the copies that autocast made of weights.
+                with torch.autocast("cpu", torch.bfloat16, enabled=half), explorer.all_heads():
+                    alive.append(net.eval()(batch[0]))
+                net.train()
             if captures and number > SETTLED:
                 replay()
             else:
