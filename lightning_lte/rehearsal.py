@@ -67,16 +67,19 @@ class _CopyOnWrite(TorchDispatchMode):
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self._params = {p.untyped_storage().data_ptr(): p for p in params if p.numel()}
+        self._data = [(p, p.data) for p in params if p.numel()]
+        self._params = {p.untyped_storage().data_ptr(): p for p, _ in self._data}
         self._copies: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            for where, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[where] if where < len(args) else kwargs.get(argument.name)  # `out` comes by its name
                     for tensor in value if isinstance(value, list | tuple) else (value,):
                         self._keep(tensor)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _keep(self, tensor: Any) -> None:
         # Sparse tensors have no storage, and no parameter's either.
@@ -86,6 +89,9 @@ class _CopyOnWrite(TorchDispatchMode):
                 self._copies[address] = self._params[address].detach().clone()
 
     def restore(self) -> None:
+        for param, data in self._data:
+            if not param.is_set_to(data):  # after `weight.data = ...`
+                param.data = data
         copies, self._copies = self._copies, {}
         for address, copy in copies.items():
             self._params[address].data.copy_(copy)
@@ -258,8 +264,12 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     memo.add(id(module))
     attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
     buffers = _kept(module._buffers, memo)
+    parameters = dict(module._parameters)
 
     def restore() -> nn.Module:
+        if isinstance(module._parameters, dict):  # those of scripted modules can't be exchanged
+            module._parameters.clear()
+            module._parameters.update(parameters)
         for key in module.__dict__.keys() - attributes.keys() - REGISTRIES:
             del module.__dict__[key]
         module.__dict__.update({key: own() for key, own in attributes.items()})
