@@ -265,8 +265,11 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
     buffers = _kept(module._buffers, memo)
     parameters = dict(module._parameters)
+    settings = [_kept_settings(p) for p in parameters.values() if p is not None]
 
     def restore() -> nn.Module:
+        for put_back in settings:
+            put_back()
         if isinstance(module._parameters, dict):  # those of scripted modules can't be exchanged
             module._parameters.clear()
             module._parameters.update(parameters)
@@ -275,6 +278,22 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
         module.__dict__.update({key: own() for key, own in attributes.items()})
         buffers()
         return module
+
+    return restore
+
+
+def _kept_settings(param: nn.Parameter) -> Restore:
+    """Of a parameter, all but its values: whether it wants a gradient, and its hooks."""
+    wants_gradient = param.requires_grad
+    hooks = {name: dict(getattr(param, name) or {}) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+
+    def restore() -> None:
+        param.requires_grad_(wants_gradient)
+        for name, kept in hooks.items():
+            own = getattr(param, name)
+            if own is not None:
+                own.clear()
+                own.update(kept)
 
     return restore
 

@@ -152,6 +152,22 @@ def test_parameters_are_put_back_however_they_are_written(write: Callable[[nn.Li
     assert module.weight is weight and torch.equal(weight, before)
 
 
+def test_flags_and_hooks_of_parameters_are_put_back() -> None:
+    module = nn.Linear(3, 2)
+    handle = module.weight.register_hook(lambda gradient: 3 * gradient)
+    with untouched(module) as again:
+        for _ in range(2):
+            handle.remove()
+            for param in (module.weight, module.bias):
+                param.register_hook(lambda gradient: 5 * gradient)
+                param.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
+            module.requires_grad_(False)
+            again()
+    module(torch.ones(1, 3)).sum().backward()
+    assert module.weight.grad is not None and module.weight.grad.eq(3).all()
+    assert module.bias.grad is not None and module.bias.grad.eq(1).all()
+
+
 def test_the_trial_leaves_no_write_behind() -> None:
     """A step that halves a parameter halves it once for each batch, whatever is tried before."""
 
