@@ -264,15 +264,17 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     memo.add(id(module))
     attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
     buffers = _kept(module._buffers, memo)
-    parameters = dict(module._parameters)
-    settings = [_kept_settings(p) for p in parameters.values() if p is not None]
+    # Those of scripted modules can't be exchanged.
+    own_registries: list[Any] = [own for own in (module._parameters, module._modules) if isinstance(own, dict)]
+    registries = [(own, dict(own)) for own in own_registries]
+    settings = [_kept_settings(p) for p in module._parameters.values() if p is not None]
 
     def restore() -> nn.Module:
         for put_back in settings:
             put_back()
-        if isinstance(module._parameters, dict):  # those of scripted modules can't be exchanged
-            module._parameters.clear()
-            module._parameters.update(parameters)
+        for own, kept in registries:
+            own.clear()
+            own.update(kept)
         for key in module.__dict__.keys() - attributes.keys() - REGISTRIES:
             del module.__dict__[key]
         module.__dict__.update({key: own() for key, own in attributes.items()})

@@ -152,6 +152,14 @@ def test_parameters_are_put_back_however_they_are_written(write: Callable[[nn.Li
     assert module.weight is weight and torch.equal(weight, before)
 
 
+def test_modules_that_are_exchanged_or_added_are_put_back() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    module = holding(own=first, later=None)
+    with untouched(module):
+        module.own, module.later = second, second
+    assert module.own is first and module.later is None and list(module.children()) == [first]
+
+
 def test_flags_and_hooks_of_parameters_are_put_back() -> None:
     module = nn.Linear(3, 2)
     handle = module.weight.register_hook(lambda gradient: 3 * gradient)
