@@ -67,16 +67,19 @@ class _CopyOnWrite(TorchDispatchMode):
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self._params = {p.untyped_storage().data_ptr(): p for p in params if p.numel()}
+        self._data = [(p, p.data) for p in params if p.numel()]
+        self._params = {p.untyped_storage().data_ptr(): p for p, _ in self._data}
         self._copies: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            for where, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[where] if where < len(args) else kwargs.get(argument.name)  # `out` comes by its name
                     for tensor in value if isinstance(value, list | tuple) else (value,):
                         self._keep(tensor)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _keep(self, tensor: Any) -> None:
         # Sparse tensors have no storage, and no parameter's either.
@@ -86,6 +89,9 @@ class _CopyOnWrite(TorchDispatchMode):
                 self._copies[address] = self._params[address].detach().clone()
 
     def restore(self) -> None:
+        for param, data in self._data:
+            if not param.is_set_to(data):  # after `weight.data = ...`
+                param.data = data
         copies, self._copies = self._copies, {}
         for address, copy in copies.items():
             self._params[address].data.copy_(copy)
@@ -258,13 +264,38 @@ def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
     memo.add(id(module))
     attributes = {key: _kept(value, memo) for key, value in module.__dict__.items() if key not in REGISTRIES}
     buffers = _kept(module._buffers, memo)
+    # Those of scripted modules can't be exchanged.
+    own_registries: list[Any] = [own for own in (module._parameters, module._modules) if isinstance(own, dict)]
+    registries = [(own, dict(own)) for own in own_registries]
+    settings = [_kept_settings(p) for p in module._parameters.values() if p is not None]
 
     def restore() -> nn.Module:
+        for put_back in settings:
+            put_back()
+        for own, kept in registries:
+            own.clear()
+            own.update(kept)
         for key in module.__dict__.keys() - attributes.keys() - REGISTRIES:
             del module.__dict__[key]
         module.__dict__.update({key: own() for key, own in attributes.items()})
         buffers()
         return module
+
+    return restore
+
+
+def _kept_settings(param: nn.Parameter) -> Restore:
+    """Of a parameter, all but its values: whether it wants a gradient, and its hooks."""
+    wants_gradient = param.requires_grad
+    hooks = {name: dict(getattr(param, name) or {}) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+
+    def restore() -> None:
+        param.requires_grad_(wants_gradient)
+        for name, kept in hooks.items():
+            own = getattr(param, name)
+            if own is not None:
+                own.clear()
+                own.update(kept)
 
     return restore
 

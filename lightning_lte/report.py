@@ -52,9 +52,7 @@ class Report:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        rows = [
-            (e.name, "x".join(map(str, e.shape)) or "scalar", e.role, str(e.copies), e.reason) for e in self.entries
-        ]
+        rows = [(e.name, _shape(e), e.role, str(e.copies), e.reason) for e in self.entries]
         return "\n".join([_table([("parameter", "shape", "role", "copies", "why"), *rows]), *self.notes])
 
     def summary(self) -> str:

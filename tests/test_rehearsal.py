@@ -120,6 +120,80 @@ def test_tensors_are_put_back_however_they_lie_in_memory() -> None:
     assert torch.equal(module.windows, torch.arange(6.0).unfold(0, 3, 1))
 
 
+def halve_data(module: nn.Linear) -> None:
+    module.weight.data = module.weight.data / 2
+
+
+def exchange(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.detach() / 2)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.weight.data.div_(2),
+        lambda m: torch._foreach_div_([m.weight, m.bias], 2.0),
+        lambda m: torch.div(m.weight, 2, out=m.weight),
+        lambda m: torch.div(m.weight.data, 2, out=m.weight.data),
+        lambda m: m.weight.set_(m.weight / 2),
+        halve_data,
+        exchange,
+    ],
+)
+@torch.no_grad()
+def test_parameters_are_put_back_however_they_are_written(write: Callable[[nn.Linear], Any]) -> None:
+    module = nn.Linear(3, 2)
+    weight, before = module.weight, module.weight.clone()
+    with untouched(module) as again:
+        write(module)
+        again()
+        assert torch.equal(module.weight, before)
+        write(module)
+    assert module.weight is weight and torch.equal(weight, before)
+
+
+def test_modules_that_are_exchanged_or_added_are_put_back() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    module = holding(own=first, later=None)
+    with untouched(module):
+        module.own, module.later = second, second
+    assert module.own is first and module.later is None and list(module.children()) == [first]
+
+
+def test_flags_and_hooks_of_parameters_are_put_back() -> None:
+    module = nn.Linear(3, 2)
+    handle = module.weight.register_hook(lambda gradient: 3 * gradient)
+    with untouched(module) as again:
+        for _ in range(2):
+            handle.remove()
+            for param in (module.weight, module.bias):
+                param.register_hook(lambda gradient: 5 * gradient)
+                param.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
+            module.requires_grad_(False)
+            again()
+    module(torch.ones(1, 3)).sum().backward()
+    assert module.weight.grad is not None and module.weight.grad.eq(3).all()
+    assert module.bias.grad is not None and module.bias.grad.eq(1).all()
+
+
+def test_the_trial_leaves_no_write_behind() -> None:
+    """A step that halves a parameter halves it once for each batch, whatever is tried before."""
+
+    class Halving(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halved = nn.Parameter(torch.ones(()), requires_grad=False)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            self.halved.data = self.halved.data / 2
+            return super().training_step(batch, index)
+
+    module = Halving()
+    strategy = LTEStrategy(heads=4, rank=RANK, merge_every=2)
+    trainer(strategy, max_steps=3).fit(module, loader())
+    assert "batched" in strategy.report().notes[-1] and float(module.halved) == 1 / 8
+
+
 def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:
     class Sealed(list[int]):
         def clear(self) -> None:

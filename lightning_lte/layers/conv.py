@@ -19,16 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Factors, Matrices
-from lightning_lte.layers.base import (
-    HeadedLayer,
-    acting_state,
-    add_per_head,
-    check_not_split,
-    check_slices,
-    computes_as,
-)
-from lightning_lte.layers.convolution import Geometry, channels_last, convolve_each
-from lightning_lte.layers.factored_convolution import through_heads
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as
+from lightning_lte.layers.convolution import Geometry, channels_last
+from lightning_lte.layers.factored_convolution import convolved
 from lightning_lte.layers.linear import project
 from lightning_lte.product import folds
 
@@ -57,29 +50,18 @@ class HeadedConv(HeadedLayer):
         if state is None:
             return super().forward(input)
         own: Any = self
-        bias: Tensor | None = own.bias
         n, kernel = state.count, own.kernel_size
-        own_bias, own_weight = state.stack("bias"), state.stack("weight")
         if state.head is None:
             check_slices(self, input, n, dims=len(kernel) + 2)
-        if own_bias is not None:
-            bias = None
-        factors = state.factors.get("weight")
-        added = bias if own_bias is None else own_bias
-        if factors is not None and _takes_patches(own, input, n, factors, added):
+        factors, own_bias = state.factors.get("weight"), state.stack("bias")
+        if factors is not None and _takes_patches(own, input, n, factors, own.bias if own_bias is None else own_bias):
             last = channels_last(input, own.weight)
-            y = project(self, _patches(own, input, last), factors.cast_base().flatten(1), bias, factors, None, own_bias)
+            weight = factors.cast_base().flatten(1)
+            y = project(self, _patches(own, input, last), weight, own.bias, factors, None, own_bias)
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
             return y if last else y.contiguous()
-        if factors is not None:
-            x, padding = _padded(own, input)
-            y = through_heads(Geometry.of(own, padding), x, bias, factors, state.head)
-        elif own_weight is not None:
-            x, padding = _padded(own, input)
-            return convolve_each(Geometry.of(own, padding), x, own.weight, own_weight, added)
-        else:
-            y = own._conv_forward(input, own.weight, bias)
-        return y if own_bias is None else add_per_head(y, own_bias)
+        x, padding = _padded(own, input)
+        return convolved(self, state, Geometry.of(own, padding), x)
 
 
 def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:

@@ -14,16 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import (
-    HeadedLayer,
-    acting_state,
-    add_per_head,
-    check_not_split,
-    check_slices,
-    computes_as,
-)
-from lightning_lte.layers.convolution import Geometry, convolve_each
-from lightning_lte.layers.factored_convolution import through_heads
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as
+from lightning_lte.layers.convolution import Geometry
+from lightning_lte.layers.factored_convolution import convolved
 
 
 class HeadedConvTranspose(HeadedLayer):
@@ -51,23 +44,8 @@ class HeadedConvTranspose(HeadedLayer):
         if state is None:
             return super().forward(input, output_size)
         own: Any = self
-        bias: Tensor | None = own.bias
-        n, kernel = state.count, own.kernel_size
-        own_bias, own_weight = state.stack("bias"), state.stack("weight")
+        kernel = own.kernel_size
         if state.head is None:
-            check_slices(self, input, n, dims=len(kernel) + 2)
-        if own_bias is not None:
-            bias = None
-        extra = own._output_padding(
-            input, output_size, own.stride, own.padding, own.kernel_size, len(kernel), own.dilation
-        )
-
-        geometry = Geometry.of(own, own.padding, extra)
-        factors = state.factors.get("weight")
-        if factors is not None:
-            y = through_heads(geometry, input, bias, factors, state.head)
-        elif own_weight is not None:
-            return convolve_each(geometry, input, own.weight, own_weight, bias if own_bias is None else own_bias)
-        else:
-            y = geometry.convolve(input, own.weight, bias)
-        return y if own_bias is None else add_per_head(y, own_bias)
+            check_slices(self, input, state.count, dims=len(kernel) + 2)
+        extra = own._output_padding(input, output_size, own.stride, own.padding, kernel, len(kernel), own.dilation)
+        return convolved(self, state, Geometry.of(own, own.padding, extra), input)

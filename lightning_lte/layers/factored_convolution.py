@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lightning_lte.heads import Factors, Matrices
+from lightning_lte.layers.base import LayerState, add_per_head
 from lightning_lte.layers.convolution import (
     Geometry,
     below_each_other,
     convolve,
+    convolve_each,
     gradient_of_bias,
     in_format_of,
     side_by_side,
@@ -38,6 +40,26 @@ from lightning_lte.product import (
     without_autocast,
 )
 from lightning_lte.span import span
+
+
+def convolved(layer: Any, state: LayerState, geometry: Geometry, x: Tensor) -> Tensor:
+    """What a plain or a transposed convolution computes with the heads that act: (batch, out, *size).
+
+    Args:
+        layer: with heads.
+        state: of the layer.
+        geometry: of the layer.
+        x: its input, with what the geometry does not pad.
+    """
+    factors, own_weight, own_bias = state.factors.get("weight"), state.stack("weight"), state.stack("bias")
+    if factors is None and own_weight is not None:
+        return convolve_each(geometry, x, layer.weight, own_weight, layer.bias if own_bias is None else own_bias)
+    bias = layer.bias if own_bias is None else None
+    if factors is None:
+        y = geometry.convolve(x, layer.weight, bias)
+    else:
+        y = through_heads(geometry, x, bias, factors, state.head)
+    return y if own_bias is None else add_per_head(y, own_bias)
 
 
 def through_heads(
