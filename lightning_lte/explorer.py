@@ -142,9 +142,10 @@ class Explorer(Merging):
 
     def act(self) -> None:
         self._begin_if_due()
-        if not (self.full_rank or self._is_settling) and self.unmerged:
-            # Forwards are to see weights that were written since the last step. Who averages weights runs an epoch
-            # without steps, for running statistics of them.
+        if not (self.full_rank or self._is_settling):
+            # Forwards are to see weights that were written since the last step, straight after a merge, too: replicas
+            # of the heads' own and weights in low precision would show what was there before. Who averages weights runs
+            # an epoch without steps, for running statistics of them.
             found = self.guard.found(settling=False, look_at_bits=False)
             if found:
                 self._takes_all(found)
@@ -469,6 +470,8 @@ class Explorer(Merging):
             self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
+        # The weights are those of the state, whoever wrote them, and its merges are counted anew.
+        self._taken, self._taken_at = False, -2
         if told and self.transport.rank == 0:
             warnings.warn(told, stacklevel=2)
         for f in self.injection.factors.values():
