@@ -185,16 +185,18 @@ class Explorer(Merging):
         batched = self.execution == "batched" and not self.full_rank
         try:
             with self.all_heads() if batched else switch.at(switch.position):
-                yield
-        except RuntimeError as error:
-            if self.count == 1 or "modified by an inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "Heads that take turns run the step once each before one backward for all of them, so a step may not"
-                " write in place to a parameter or another tensor that the backward of an earlier head needs; received"
-                f" such a write: {str(error).partition(' Hint:')[0]} Write to it once for each batch, in"
-                " on_train_batch_start of a LightningModule, or use one head per device."
-            ) from error
+                try:
+                    yield
+                except RuntimeError as error:
+                    in_turn = self.count > 1 and isinstance(switch.position, int)  # see `follow_backward`
+                    if not in_turn or "modified by an inplace operation" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        "Heads that take turns run the step once each before one backward for all of them, so a step"
+                        " may not write in place to a parameter or another tensor that the backward of an earlier head"
+                        f" needs; received such a write: {str(error).partition(' Hint:')[0]} Write to it once for each"
+                        " batch, in on_train_batch_start of a LightningModule, or use one head per device."
+                    ) from error
         finally:
             # A batch that the heads don't divide is dealt out in turn in batched execution, too.
             self.select(None)
