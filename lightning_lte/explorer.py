@@ -142,9 +142,10 @@ class Explorer(Merging):
 
     def act(self) -> None:
         self._begin_if_due()
-        if not (self.full_rank or self._is_settling) and self.unmerged:
-            # Forwards are to see weights that were written since the last step. Who averages weights runs an epoch
-            # without steps, for running statistics of them.
+        if not (self.full_rank or self._is_settling):
+            # Forwards are to see weights that were written since the last step, straight after a merge, too: replicas
+            # of the heads' own and weights in low precision would show what was there before. Who averages weights runs
+            # an epoch without steps, for running statistics of them.
             found = self.guard.found(settling=False, look_at_bits=False)
             if found:
                 self._takes_all(found)
@@ -184,16 +185,18 @@ class Explorer(Merging):
         batched = self.execution == "batched" and not self.full_rank
         try:
             with self.all_heads() if batched else switch.at(switch.position):
-                yield
-        except RuntimeError as error:
-            if self.count == 1 or "modified by an inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "Heads that take turns run the step once each before one backward for all of them, so a step may not"
-                " write in place to a parameter or another tensor that the backward of an earlier head needs; received"
-                f" such a write: {str(error).partition(' Hint:')[0]} Write to it once for each batch, in"
-                " on_train_batch_start of a LightningModule, or use one head per device."
-            ) from error
+                try:
+                    yield
+                except RuntimeError as error:
+                    in_turn = self.count > 1 and isinstance(switch.position, int)  # see `follow_backward`
+                    if not in_turn or "modified by an inplace operation" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        "Heads that take turns run the step once each before one backward for all of them, so a step"
+                        " may not write in place to a parameter or another tensor that the backward of an earlier head"
+                        f" needs; received such a write: {str(error).partition(' Hint:')[0]} Write to it once for each"
+                        " batch, in on_train_batch_start of a LightningModule, or use one head per device."
+                    ) from error
         finally:
             # A batch that the heads don't divide is dealt out in turn in batched execution, too.
             self.select(None)
@@ -469,6 +472,8 @@ class Explorer(Merging):
             self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
+        # The weights are those of the state, whoever wrote them, and its merges are counted anew.
+        self._taken, self._taken_at = False, -2
         if told and self.transport.rank == 0:
             warnings.warn(told, stacklevel=2)
         for f in self.injection.factors.values():

@@ -105,6 +105,19 @@ def test_a_write_that_breaks_the_backward_of_an_earlier_head_is_explained() -> N
         fit(make_net(Unit), [16], execution="sequential")
 
 
+@pytest.mark.parametrize("choices", [{}, {"full_rank_steps": 2}], ids=str)
+def test_where_no_head_takes_turns_such_a_write_is_told_in_torchs_own_words(choices: dict[str, Any]) -> None:
+    net = make_net()
+    explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK, execution="batched", **choices))
+    x, y = make_data(16)
+    with explorer.heads():
+        loss = nn.functional.cross_entropy(net(x), y)
+    with torch.no_grad():
+        net.second.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^one of the variables needed"), explorer.backward():
+        loss.backward()
+
+
 def test_parts_are_as_many_as_heads() -> None:
     net = make_net()
     explorer = Explorer(net, sgd(net.parameters()), LTEConfig(4, 2, rank=RANK))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, Transport, flight, merging, sharded
+from lightning_lte.execution import run as run_step
 from lightning_lte.merge import Merge
 from tests.modules import RANK, backward, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
@@ -145,15 +146,36 @@ def test_what_heads_learn_in_steps_that_nobody_counts_is_merged_in_the_end(wire:
         assert mean.detach().norm() > 0
 
 
-def test_forwards_see_weights_that_were_written_since_the_last_step() -> None:
-    """As in the epoch without steps in which a callback that averaged weights computes running statistics."""
-    loop = Loop(merge_every=30)
-    loop.steps(5)
-    loop.write(0.01)
+@pytest.mark.parametrize("choices", [{}, {"execution": "sequential"}, {"base": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("done", [5, 8])
+def test_forwards_see_weights_that_were_written_since_the_last_step(done: int, choices: dict[str, Any]) -> None:
+    """As in the epoch without steps in which a callback that averaged weights computes running statistics. After 8
+    steps the heads have just been merged."""
+    loop = Loop(**choices)
+    loop.steps(done)
+    assert loop.explorer.unmerged == (done == 5)
+    x, y = make_data(16)
+    with torch.no_grad():
+        for i, param in enumerate(loop.net.parameters()):
+            param.fill_((i - 3) / 64)  # which bfloat16 has exactly
+        expected = cross_entropy(loop.net(x), y)
     with pytest.warns(UserWarning, match="All weights were written from outside"):
-        loop.explorer.act()
+        loss = run_step(loop.explorer, lambda own: cross_entropy(loop.net(own[0]), own[1]), (x, y))
+    torch.testing.assert_close(loss, expected)
     for f in loop.explorer.injection.factors.values():
-        assert all(torch.equal(f.effective(head), torch.full_like(f.weight, 0.01)) for head in range(f.count))
+        assert all(torch.equal(f.effective(head), f.weight) for head in range(f.count))
+
+
+def test_weights_may_be_written_soon_after_a_loop_went_back() -> None:
+    """Who writes to all of them at two merges in a row is refused, and going back is no such write."""
+    loop = Loop()
+    loop.steps(4)
+    weights, optimizer = clone(loop.net.state_dict()), copy.deepcopy(loop.opt.state_dict())
+    state = loop.explorer.state_dict()
+    loop.steps(4)
+    with pytest.warns(UserWarning, match="All weights were written from outside"):
+        loop.go_on_from(4, weights, optimizer, state)
+    check_that_writes_stay(loop)
 
 
 def test_parameters_that_come_later_do_not_change_the_groups_of_others() -> None:
