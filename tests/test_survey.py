@@ -867,6 +867,30 @@ def test_a_clamp_after_each_step_holds(heads: int, execution: Any) -> None:
     assert 0.99 <= float(module.net.scale) <= 1.01
 
 
+class ClampsInStep(Module):
+    def __init__(self, assigns: bool) -> None:
+        super().__init__(optimizer=sgd)
+        self.assigns = assigns
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for own in (self.net.first.bias, self.net.norm.weight):
+            if self.assigns:
+                own.data = own.data.clamp(-0.1, 0.1)
+            else:
+                own.data.clamp_(-0.1, 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_a_head_assigns_to_the_data_of_its_own_replicas_is_as_written() -> None:
+    states = []
+    for assigns in (False, True):
+        module = ClampsInStep(assigns)
+        strategy = train(module, heads=4, execution="sequential")
+        assert strategy.report().entry("net.first.bias").copies == 4
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_weights_that_are_loaded_before_the_first_step_are_the_start(heads: int) -> None:
     class Loading(Module):
