@@ -183,6 +183,27 @@ class Replicas:
             if replica.stack is not None:
                 replica.show(head)
 
+    def rows(self, head: int) -> dict[Replica, Tensor]:
+        """Copies of what a local head has of its own, for `hand_on`."""
+        return {r: r.copies[head].clone() for r in self._replicas if r.stack is not None}
+
+    @torch.no_grad()
+    def hand_on(self, head: int, before: Mapping[Replica, Tensor]) -> None:
+        """Give what the user's step has written to a head's own replicas in its turn to the heads after it, if they
+        have what the head had before: what sets a parameter by the first data does so once, and notes that for all.
+
+        Args:
+            head: number of the local head.
+            before: its `rows` as its turn began.
+        """
+        for replica, row in before.items():
+            # Past autograd's eyes, which needs them for the backward of earlier heads.
+            copies = replica.copies.data
+            if not torch.equal(copies[head], row):
+                for other in copies[head + 1 :]:
+                    if torch.equal(other, row):
+                        other.copy_(copies[head])
+
     def collect_gradients(self, scale: int) -> None:
         """Hand on what backward left at the replicas of heads that took turns, times `scale`."""
         for replica in self._replicas:

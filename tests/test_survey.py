@@ -867,6 +867,44 @@ def test_a_clamp_after_each_step_holds(heads: int, execution: Any) -> None:
     assert 0.99 <= float(module.net.scale) <= 1.01
 
 
+class ActNorm(nn.Module):
+    """Glow's, which the first batch sets: a flag says that this is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.scale = nn.Parameter(torch.zeros(IN)), nn.Parameter(torch.ones(IN))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.initialized:
+            self.loc.data.copy_(-x.mean(0))
+            self.scale.data.copy_(1 / x.std(0))
+            self.initialized.fill_(1)
+        return self.scale * (x + self.loc)
+
+
+class Flow(Module):
+    def __init__(self, manual: bool) -> None:
+        super().__init__(nn.Sequential(ActNorm(), Net()).double(), lambda params: torch.optim.SGD(params, lr=1e-9))
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = cross_entropy(self.net(batch[0] + 50), batch[1])
+        if not self.automatic_optimization:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+        return loss
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "auto"), (4, "sequential")])
+def test_what_the_first_data_sets_is_set_for_all_heads(manual: bool, heads: int, execution: Any) -> None:
+    module = Flow(manual)
+    train(module, heads=heads, execution=execution)
+    assert (module.net[0].loc + 50).abs().max() < 2
+
+
 class ClampsInStep(Module):
     def __init__(self, assigns: bool) -> None:
         super().__init__(optimizer=sgd)
