@@ -125,7 +125,7 @@ def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[
     check_parts(explorer, parts)
     outputs = []
     for head, part in enumerate(parts):
-        with explorer.head(head):
+        with explorer.turn(head):
             output = step(part)
         loss = _loss(output)
         if isinstance(loss, Tensor) and loss.requires_grad:

@@ -165,6 +165,15 @@ class Explorer(Merging):
             finally:
                 self.select(None)
 
+    @contextmanager
+    def turn(self, index: int) -> Iterator[None]:
+        """`head`, around the user's step or a part of it."""
+        replicas = self.injection.replicas
+        before = replicas.rows(index) if self._is_settling else {}
+        with self.head(index):
+            yield
+        replicas.hand_on(index, before)
+
     def follow_backward(self, loss: Tensor, index: int) -> None:
         """Let a local head act while its loss's graph runs backward, where activation checkpointing runs forwards.
 

@@ -243,7 +243,7 @@ class Lockstep:
         """Let the module be as the head knows it."""
         self._put({p: self._in_row(p, g, turn.head) for p, g in turn.gradients.items()}, turn.flags, turn.attributes)
         try:
-            with self._explorer.head(turn.head), _default_dtype(turn):
+            with self._explorer.turn(turn.head), _default_dtype(turn):
                 yield
         finally:
             self._explorer.collect_gradients()

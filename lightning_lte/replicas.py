@@ -31,6 +31,9 @@ class Replica:
         # What the module shows in the turn of a head: parameters of their own on the storage of the stack, since user
         # code may expect leaves of autograd's graph.
         self._turns: list[nn.Parameter] = []
+        # Where these lie, and that of the stack; and the head whose turn it is.
+        self._places: list[int] = []
+        self._turn: int | None = None
 
     def split(self, count: int) -> None:
         """Give each local head its own, starting from the user's parameter."""
@@ -47,6 +50,7 @@ class Replica:
     def _hold(self, copies: Tensor) -> None:
         self.stack = nn.Parameter(copies)
         self._turns = [nn.Parameter(own) for own in self.stack.detach()]
+        self._places, self._turn = [own.data_ptr() for own in self._turns], None
         for own in self._turns:
             _learn_with(self.stack, own)
 
@@ -64,10 +68,16 @@ class Replica:
     def show(self, head: int | None) -> None:
         """Let the module see one head's own in place of the user's parameter; None undoes it."""
         assert self.stack is not None
-        if self._turns[0].data_ptr() != self.stack.data_ptr():
-            # An optimizer has put another tensor in (`param.data = ...`).
+        before, self._turn = self._turn, head
+        if before is not None and self._turns[before].data_ptr() != self._places[before]:
+            # In its turn the head has put another tensor in (`param.data = ...`).
+            self.stack.data[before].copy_(self._turns[before].data)
+            self._turns[before].data = self.stack.data[before]
+        if self._places[0] != self.stack.data_ptr():
+            # An optimizer has done so.
             for own, row in zip(self._turns, self.stack.detach(), strict=True):
                 own.data = row
+            self._places = [own.data_ptr() for own in self._turns]
         for owner in self.owners:
             if owner.key not in owner.module._parameters:
                 continue  # pruned, or parametrized since
@@ -172,6 +182,27 @@ class Replicas:
         for replica in self._replicas:
             if replica.stack is not None:
                 replica.show(head)
+
+    def rows(self, head: int) -> dict[Replica, Tensor]:
+        """Copies of what a local head has of its own, for `hand_on`."""
+        return {r: r.copies[head].clone() for r in self._replicas if r.stack is not None}
+
+    @torch.no_grad()
+    def hand_on(self, head: int, before: Mapping[Replica, Tensor]) -> None:
+        """Give what the user's step has written to a head's own replicas in its turn to the heads after it, if they
+        have what the head had before: what sets a parameter by the first data does so once, and notes that for all.
+
+        Args:
+            head: number of the local head.
+            before: its `rows` as its turn began.
+        """
+        for replica, row in before.items():
+            # Past autograd's eyes, which needs them for the backward of earlier heads.
+            copies = replica.copies.data
+            if not torch.equal(copies[head], row):
+                for other in copies[head + 1 :]:
+                    if torch.equal(other, row):
+                        other.copy_(copies[head])
 
     def collect_gradients(self, scale: int) -> None:
         """Hand on what backward left at the replicas of heads that took turns, times `scale`."""

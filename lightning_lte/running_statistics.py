@@ -12,6 +12,8 @@ from lightning_lte.heads import finite_rows, of_good
 from lightning_lte.transport import Transport
 
 _KEYS = ("running_mean", "running_var", "num_batches_tracked")
+# Of how many samples running statistics are, as normalisers of observations call it. Alone, it may be anything's.
+_COUNT = "count"
 
 
 @dataclass
@@ -22,6 +24,7 @@ class _Statistic:
         name: in the user's module.
         module: the buffer is module.`key`.
         buffer: the user's own, which holds the mean as of the last merge where heads have their own.
+        turn: number of the local head whose own the module shows; None while it shows the user's.
         own: one for each local head; empty while they share the user's.
         trained_by: number of the optimizer that trains the layer, and with whose merges it is averaged: one of another
             may come between a layer's forward and its backward.
@@ -35,6 +38,7 @@ class _Statistic:
     buffer: Tensor
     trained_by: int = 0
     own: list[Tensor] = field(default_factory=list)
+    turn: int | None = None
     version: int = 0
     written: Tensor | None = None
 
@@ -42,6 +46,27 @@ class _Statistic:
         """Take the buffer as it is for written by us."""
         self.version = self.buffer._version
         self.written = self.buffer.clone() if self.own else None
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Give every head what the user's buffer has."""
+        for own in self.own:
+            own.copy_(self.buffer)
+        self.accept()
+
+    def follow(self) -> None:
+        """Take the tensor that the module has, where the user's code has put another one there: the head's own in its
+        turn, else one for all heads."""
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return  # which keeps the buffers it was compiled with
+        now = self.module._buffers.get(self.key)
+        if now is None or now is (self.buffer if self.turn is None else self.own[self.turn]):
+            return
+        if self.turn is None:
+            self.buffer = now
+            self.give()
+        else:
+            self.own[self.turn] = now.detach().clone()  # merges write to it
 
 
 class RunningStatistics:
@@ -56,7 +81,8 @@ class RunningStatistics:
         self._statistics: list[_Statistic] = []
         for name, layer in module.named_modules():
             buffers = dict(layer.named_buffers(recurse=False))  # of scripted modules, `_buffers` is no dictionary
-            found = {key: buffers[key] for key in _KEYS if key in buffers}
+            keys = [key for key in _KEYS if key in buffers]
+            found = {key: buffers[key] for key in [*keys, _COUNT] if keys and key in buffers}
             number = _trainer_of(module, name, trained_by or {}) if found else 0
             self._statistics += [_Statistic(f"{name}.{k}".lstrip("."), layer, k, b, number) for k, b in found.items()]
         # While a merge lasts: those averaged, with their copies as they were; their sums, then counts of finite ones.
@@ -74,14 +100,16 @@ class RunningStatistics:
         for s in self._statistics:
             if isinstance(s.module, torch.jit.ScriptModule):
                 continue  # which keeps the buffers it was compiled with
+            s.follow()
             s.own = s.own or [s.buffer.clone() for _ in range(count)]
             s.accept()
 
     def begin(self) -> None:
         """Have all heads go on from the user's buffers as they are now. (Batch norm counts no writes to them.)"""
         for s in self._statistics:
+            s.follow()
             if s.own:
-                self._give(s)
+                s.give()
 
     def grow(self, factor: int) -> None:
         """Put `factor` heads in the place of each, which all go on with what that head had."""
@@ -91,14 +119,16 @@ class RunningStatistics:
     def select(self, head: int | None) -> None:
         """Let the module see one head's own in place of its buffers; None undoes it."""
         for s in self._statistics:
+            s.follow()
             if s.own:
                 writes = s.buffer._version - s.version
                 # Swapped out and in again, as averaged weights are for a validation, they are as they were.
                 if writes == 1 or (writes and s.written is not None and not torch.equal(s.buffer, s.written)):
                     # Someone else has reset or loaded them, and means every head's.
-                    self._give(s)
+                    s.give()
                 s.version = s.buffer._version
                 s.module._buffers[s.key] = s.buffer if head is None else s.own[head]
+                s.turn = head
 
     @torch.no_grad()
     def take(self, transport: Transport, apart: bool) -> None:
@@ -109,6 +139,8 @@ class RunningStatistics:
             transport: to the other devices.
             apart: whether they change before `land`, so that a copy of them is needed.
         """
+        for s in self._statistics:
+            s.follow()
         averaged = [s for s in self._statistics if s.buffer.is_floating_point()]
         self._taken, self._sums = [], []
         if averaged and (transport.devices > 1 or any(s.own for s in averaged)):
@@ -143,16 +175,9 @@ class RunningStatistics:
         for s in self._statistics:
             if s.own and not s.buffer.is_floating_point():
                 s.buffer.copy_(s.own[0])
-                self._give(s)
+                s.give()
             s.accept()
         self._taken, self._sums = [], []
-
-    @torch.no_grad()
-    def _give(self, s: _Statistic) -> None:
-        """Give every head what the user's buffer has."""
-        for own in s.own:
-            own.copy_(s.buffer)
-        s.accept()
 
     def taken_state(self) -> dict[str, dict[str, Tensor]]:
         """What a merge has exchanged and not landed: sums over all heads, and the local ones as they were."""

@@ -585,9 +585,43 @@ class BatchNormed(Net):
         return self.out(torch.tanh(self.second(torch.tanh(self.batch_norm(self.first(x))))))
 
 
-def test_heads_that_take_turns_have_running_statistics_of_their_own() -> None:
+class Assigning(Net):
+    """Normalises what it observes, as policies do: new tensors take the place of its running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(WIDTH))
+        self.register_buffer("running_var", torch.ones(WIDTH))
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training:
+            with torch.no_grad():
+                total, shift = self.count + len(x), x.mean(0) - self.running_mean
+                squares = self.running_var * self.count + x.var(0) * len(x) + shift**2 * self.count * len(x) / total
+                self.running_mean = self.running_mean + shift * len(x) / total
+                self.running_var, self.count = squares / total, total
+        return self.out(torch.tanh(self.second((x - self.running_mean) / self.running_var.sqrt())))
+
+
+@pytest.mark.parametrize("kind", [BatchNormed, Assigning])
+def test_heads_that_take_turns_have_running_statistics_of_their_own(kind: Callable[[], nn.Module]) -> None:
     """As workers have, each with a copy of the whole model; merges average them."""
-    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), adamw_of_large_eps, kind=BatchNormed, steps=10)
+    train_both(LTEConfig(HEADS, 3, rank=RANK, execution="sequential"), adamw_of_large_eps, kind=kind, steps=10)
+
+
+def test_running_statistics_that_are_assigned_between_batches_are_those_of_all_heads() -> None:
+    net = make_net(BatchNormed)
+    optimizer = sgd(net.parameters())
+    explorer = Explorer(net, optimizer, LTEConfig(HEADS, 100, rank=RANK, execution="sequential"))
+    train_step(explorer, net, optimizer, make_data(4 * HEADS))
+    assigned = torch.full_like(net.batch_norm.running_mean, 100)
+    net.batch_norm.running_mean = assigned
+    train_step(explorer, net, optimizer, make_data(4 * HEADS))
+    explorer.finish()
+    assert net.batch_norm.running_mean is assigned
+    assert (assigned > 80).all() and (assigned != 100).all()
 
 
 @pytest.mark.parametrize("execution", ["auto", "sequential"])

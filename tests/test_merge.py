@@ -453,6 +453,21 @@ def test_the_base_weights_do_not_depend_on_where_heads_sit_or_what_is_sent(
     assert sent[None] <= min(sent[True], sent[False])
 
 
+def with_statistics_that_are_assigned() -> list[float]:
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    norm = nn.BatchNorm1d(2)
+    statistics = RunningStatistics(norm)
+    norm.running_mean = torch.full_like(norm.running_mean, transport.rank)
+    statistics.take(transport, apart=False)
+    statistics.exchange(transport)
+    statistics.land()
+    return norm.running_mean.tolist()
+
+
+def test_running_statistics_that_are_assigned_are_averaged_over_the_devices() -> None:
+    assert run(with_statistics_that_are_assigned, 2) == [[0.5, 0.5]] * 2
+
+
 def with_statistics(bad: bool) -> tuple[list[float], list[float]]:
     transport = Transport(dist.get_world_size(), dist.get_rank())
     chosen = config()

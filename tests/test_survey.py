@@ -867,6 +867,68 @@ def test_a_clamp_after_each_step_holds(heads: int, execution: Any) -> None:
     assert 0.99 <= float(module.net.scale) <= 1.01
 
 
+class ActNorm(nn.Module):
+    """Glow's, which the first batch sets: a flag says that this is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.scale = nn.Parameter(torch.zeros(IN)), nn.Parameter(torch.ones(IN))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.initialized:
+            self.loc.data.copy_(-x.mean(0))
+            self.scale.data.copy_(1 / x.std(0))
+            self.initialized.fill_(1)
+        return self.scale * (x + self.loc)
+
+
+class Flow(Module):
+    def __init__(self, manual: bool) -> None:
+        super().__init__(nn.Sequential(ActNorm(), Net()).double(), lambda params: torch.optim.SGD(params, lr=1e-9))
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = cross_entropy(self.net(batch[0] + 50), batch[1])
+        if not self.automatic_optimization:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+        return loss
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "auto"), (4, "sequential")])
+def test_what_the_first_data_sets_is_set_for_all_heads(manual: bool, heads: int, execution: Any) -> None:
+    module = Flow(manual)
+    train(module, heads=heads, execution=execution)
+    assert (module.net[0].loc + 50).abs().max() < 2
+
+
+class ClampsInStep(Module):
+    def __init__(self, assigns: bool) -> None:
+        super().__init__(optimizer=sgd)
+        self.assigns = assigns
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for own in (self.net.first.bias, self.net.norm.weight):
+            if self.assigns:
+                own.data = own.data.clamp(-0.1, 0.1)
+            else:
+                own.data.clamp_(-0.1, 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_a_head_assigns_to_the_data_of_its_own_replicas_is_as_written() -> None:
+    states = []
+    for assigns in (False, True):
+        module = ClampsInStep(assigns)
+        strategy = train(module, heads=4, execution="sequential")
+        assert strategy.report().entry("net.first.bias").copies == 4
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_weights_that_are_loaded_before_the_first_step_are_the_start(heads: int) -> None:
     class Loading(Module):
