@@ -159,6 +159,8 @@ class Replicas:
         self._replicas: list[Replica] = []
         # While a merge lasts: replica, its sum over heads, and its copies as they were.
         self._taken: list[tuple[Replica, Tensor, Tensor | None]] = []
+        # What was there before the first head wrote to it in its turn and the others were given the same.
+        self._handed_on: dict[Replica, Tensor] = {}
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas)
@@ -192,17 +194,24 @@ class Replicas:
         """Give what the user's step has written to a head's own replicas in its turn to the heads after it, if they
         have what the head had before: what sets a parameter by the first data does so once, and notes that for all.
 
+        Where the next head writes all the same, each means its own, and those after it get back what they had.
+
         Args:
             head: number of the local head.
             before: its `rows` as its turn began.
         """
+        if head == 0:
+            self._handed_on = {}
         for replica, row in before.items():
             # Past autograd's eyes, which needs them for the backward of earlier heads.
             copies = replica.copies.data
-            if not torch.equal(copies[head], row):
-                for other in copies[head + 1 :]:
-                    if torch.equal(other, row):
-                        other.copy_(copies[head])
+            if torch.equal(copies[head], row):
+                continue
+            given = self._handed_on.get(replica)
+            for other in copies[head + 1 :]:
+                if torch.equal(other, row):
+                    other.copy_(copies[head] if given is None else given)
+            self._handed_on[replica] = row if given is None else given
 
     def collect_gradients(self, scale: int) -> None:
         """Hand on what backward left at the replicas of heads that took turns, times `scale`."""

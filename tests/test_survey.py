@@ -905,6 +905,25 @@ def test_what_the_first_data_sets_is_set_for_all_heads(manual: bool, heads: int,
     assert (module.net[0].loc + 50).abs().max() < 2
 
 
+def test_what_each_head_writes_to_its_own_is_not_handed_on() -> None:
+    """But from the first to the second: that they all write shows in the second's turn."""
+
+    class Decays(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            own = self.net.out.bias
+            seen.append(own.detach().clone())
+            own.data.mul_(0.5)
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+    seen: list[Tensor] = []
+    module = Decays(optimizer=lambda params: torch.optim.SGD(params, lr=1e-9))
+    t = trainer(LTEStrategy(4, 10, rank=RANK, execution="sequential"), max_steps=2)
+    t.fit(module, loader())
+    start = seen[0]
+    for turn, halvings in enumerate([0, 1, 0, 0, 1, 2, 1, 1]):
+        torch.testing.assert_close(seen[turn], start / 2**halvings, rtol=1e-6, atol=1e-8)
+
+
 class ClampsInStep(Module):
     def __init__(self, assigns: bool) -> None:
         super().__init__(optimizer=sgd)
