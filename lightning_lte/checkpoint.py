@@ -476,6 +476,7 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
         "late": dict(explorer.late),
+        "moving": explorer.moving,
         "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "left": left,

@@ -16,6 +16,7 @@ from lightning_lte.batch import Layout
 from lightning_lte.config import LTEConfig
 from lightning_lte.gradients import clip_grad_norm_
 from lightning_lte.growth import grow
+from lightning_lte.guard import Guard, Watched
 from lightning_lte.heads import Factors
 from lightning_lte.merge import MergeRecord, add_mean_deltas
 from lightning_lte.merging import Merging, restore_bases
@@ -23,6 +24,7 @@ from lightning_lte.replicas import average_gradients
 from lightning_lte.report import excluding, listed
 from lightning_lte.shards import whole
 from lightning_lte.transport import Transport
+from lightning_lte.trial import WRITTEN
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
@@ -59,8 +61,8 @@ class Explorer(Merging):
         layout: how batches are laid out, once one was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
         report: which role each parameter has and why.
-        late: names of what heads turned out in the middle of a period not to train, with the reason, for all devices to
-            hear of at the next merge.
+        late: names of what heads turned out in the middle of a period not to train, with the reason, and of replicas
+            that want no gradient and are written, for all devices to hear of at the next merge.
         terminated: whether a device has told at the last merge that it is to end.
         requeue: whether a device has told that it is to save a checkpoint and be started again later.
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
@@ -84,6 +86,7 @@ class Explorer(Merging):
         self._closed: checkpoint.State | None = None
         self._starved_known = self._averaged = False
         self.late: dict[str, str] = {}
+        self._still = Guard(self._watched_still())
         self._taken = self.terminated = self.requeue = False
         self.on_growth: Callable[[], None] | None = None
         self._taken_at = -2
@@ -149,7 +152,10 @@ class Explorer(Merging):
             found = self.guard.found(settling=False, look_at_bits=False)
             if found:
                 self._takes_all(found)
+        begun = self._begun
         super().act()
+        if self._begun and not begun:
+            self._still.accept_writes()
 
     def all_heads(self) -> AbstractContextManager[None]:
         """The context of `heads`, for a trial."""
@@ -481,6 +487,9 @@ class Explorer(Merging):
             self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
+        self._stir(state.get("moving", ()))  # checkpoints of before have none
+        self.late = self._stirred(self.late)
+        self._still.accept_writes()
         # The weights are those of the state, whoever wrote them, and its merges are counted anew.
         self._taken, self._taken_at = False, -2
         if told and self.transport.rank == 0:
@@ -524,9 +533,33 @@ class Explorer(Merging):
                 if w.name in found:
                     w.param.grad = None
 
+    def _watched_still(self) -> list[Watched]:
+        """Replicas that devices have in common as long as nobody writes to them."""
+        if self.transport.world_size == 1:
+            return []
+        still = [(r.name, r.param, r.owners[0]) for r in self.injection.replicas if r.still]
+        return [Watched(name, param, own.module, own.module_name, own.key) for name, param, own in still]
+
+    @property
+    def moving(self) -> list[str]:
+        """Names of replicas that want no gradient and are averaged all the same, as somebody writes to them."""
+        return [r.name for r in self.injection.replicas if not (r.still or r.param.requires_grad)]
+
+    def _stirred(self, found: Mapping[str, str]) -> dict[str, str]:
+        """Have merges average those of `found` that were still; returns the others. Devices know all of it alike."""
+        still = {r.name for r in self.injection.replicas if r.still}
+        self._stir(still & found.keys())
+        return {name: reason for name, reason in found.items() if name not in still}
+
+    def _stir(self, names: Collection[str]) -> None:
+        for replica in self.injection.replicas:
+            replica.still &= replica.name not in names
+        self._still.watch(self._watched_still())
+
     def _before_merge(self) -> None:
         if not self._is_settling:
             self._look(look_at_bits=True)
+        self.late.update(dict.fromkeys(self._still.changed(), WRITTEN))
         buffers = self.transport.devices > 1 and bool(self.buffers.found())
         self.flags.update(late=bool(self.late), taken=self._taken, buffers=buffers)
         self._taken = False
@@ -547,7 +580,7 @@ class Explorer(Merging):
             self.buffers.take_first(self.transport, written)
         if late.any():
             found, self.late = self.late, {}
-            self._demote(self.transport.union(found, self.transport.timeout_s))
+            self._demote(self._stirred(self.transport.union(found, self.transport.timeout_s)))
 
     def _demote(self, reasons: dict[str, str]) -> None:
         self._refuse_if_shared_out(reasons)
@@ -588,6 +621,7 @@ class Explorer(Merging):
             flight.wait()
         self.flights = []
         self.take_weights({w.name for w in self._watched()})
+        self._still.accept_writes()
         self._taken, self._taken_at = True, self.merges
         return True
 

@@ -159,7 +159,7 @@ class Injection:
         shared = hooked or getattr(owner.module, "sparse", False)
         # Scripted modules keep the parameters they were compiled with.
         shared = shared or any(isinstance(o.module, torch.jit.ScriptModule) for o in role.owners)
-        replica = Replica(role.name, role.param, list(role.owners), shared)
+        replica = Replica(role.name, role.param, list(role.owners), shared, still=not role.param.requires_grad)
         self.replicas.add(replica)
         self.report.entry(role.name).copies = 1
         self._tell_apart(replica, role, in_turn)

@@ -67,9 +67,15 @@ class _CopyOnWrite(TorchDispatchMode):
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self._data = [(p, p.data) for p in params if p.numel()]
-        self._params = {p.untyped_storage().data_ptr(): p for p, _ in self._data}
-        self._copies: dict[int, Tensor] = {}
+        # Several may lie in one storage, as the weights of cuDNN's recurrent networks do.
+        self._in_place: dict[int, list[Tensor]] = {}
+        self._data: list[tuple[nn.Parameter, Tensor]] = []
+        for param in params:
+            address = _address(param) if param.numel() else None
+            if address is not None:
+                self._data.append((param, param.data))
+                self._in_place.setdefault(address, []).append(param.data)
+        self._copies: dict[int, list[Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,19 +88,19 @@ class _CopyOnWrite(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _keep(self, tensor: Any) -> None:
-        # Sparse tensors have no storage, and no parameter's either.
-        if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.layout == torch.strided:
-            address = tensor.untyped_storage().data_ptr()
-            if address in self._params and address not in self._copies:
-                self._copies[address] = self._params[address].detach().clone()
+        if isinstance(tensor, Tensor):
+            address = _address(tensor)
+            if address in self._in_place and address not in self._copies:
+                self._copies[address] = [data.clone() for data in self._in_place[address]]
 
     def restore(self) -> None:
         for param, data in self._data:
             if not param.is_set_to(data):  # after `weight.data = ...`
                 param.data = data
         copies, self._copies = self._copies, {}
-        for address, copy in copies.items():
-            self._params[address].data.copy_(copy)
+        for address, together in copies.items():
+            for data, copy in zip(self._in_place[address], together, strict=True):
+                data.copy_(copy)
         self._copies = {}
 
 
@@ -298,6 +304,15 @@ def _kept_settings(param: nn.Parameter) -> Restore:
                 own.update(kept)
 
     return restore
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where its values lie; None where that is nowhere, or in other tensors, as of sparse ones and of classes that wrap
+    others."""
+    try:
+        return None if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _same(value: Any) -> Any:

@@ -23,10 +23,14 @@ class Replica:
             in place; else it holds the mean as of the last merge.
         stack: (n, *shape), one for each local head, or None while it is trained in place.
         shared: whether it has to stay so.
+        still: whether it has wanted no gradient from the start and nobody has written to it: devices have it in common,
+            and merges have nothing to do with it.
     """
 
-    def __init__(self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool = False) -> None:
-        self.name, self.param, self.owners, self.shared = name, param, owners, shared
+    def __init__(
+        self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool = False, still: bool = False
+    ) -> None:
+        self.name, self.param, self.owners, self.shared, self.still = name, param, owners, shared, still
         self.stack: nn.Parameter | None = None
         # What the module shows in the turn of a head: parameters of their own on the storage of the stack, since user
         # code may expect leaves of autograd's graph.
@@ -236,11 +240,11 @@ class Replicas:
         for replica in self._replicas:
             if not (replica.param.is_floating_point() or replica.param.is_complex()):
                 continue
-            if replica.stack is None and transport.world_size == 1:
+            if replica.stack is None and (transport.world_size == 1 or replica.still):
                 continue  # its own mean
             wide = torch.promote_types(replica.param.dtype, torch.float32)
             if not replica.param.requires_grad:
-                # Equal everywhere, unless users write to it; then the mean must not change a bit of it.
+                # Where it is equal everywhere, the mean must not change a bit of it.
                 wide = torch.promote_types(wide, torch.float64)
             if replica.stack is None:
                 # Local heads share it, so it counts once for each of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,14 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.replicas import average_gradients
-from tests.modules import RANK, Module, Net, Recorder, clone, loader, make_data, make_net, sgd, trainer
+from tests.modules import IN, RANK, Module, Net, Recorder, Slices, clone, loader, make_data, make_net, sgd, trainer
 from tests.processes import run
 
 COLLECTIVES = (
@@ -90,6 +91,66 @@ def test_weights_are_bit_equal_on_all_devices_after_every_merge(heads: int, exec
         for name, value in own.items():
             assert torch.equal(value, other[name]), name
     assert not torch.equal(first[0]["net.first.weight"], first[1]["net.first.weight"])
+
+
+class Followed(Module):
+    """With a backbone and a teacher that want no gradient, and are in the optimizer all the same."""
+
+    def __init__(self, follow: str | None, wide: int = 0) -> None:
+        super().__init__(optimizer=sgd)
+        self.follow = follow
+        self.backbone = torch.nn.Linear(IN, wide).double().requires_grad_(False)
+        self.teacher = copy.deepcopy(self.net.norm).requires_grad_(False)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        with torch.no_grad():
+            for own, student in zip(self.teacher.parameters(), self.net.norm.parameters(), strict=True):
+                if self.follow == "data":
+                    own.data = 0.9 * own.data + 0.1 * student.data
+                elif self.follow == "in place":
+                    own.mul_(0.9).add_(student, alpha=0.1)
+
+
+def merged_beside_a_backbone(wide: int) -> tuple[list[int], bool]:
+    module = Followed(None, wide)
+    before = clone(module.backbone.state_dict())
+    recorder = Recorder(lambda t, m: t.strategy.last_record and t.strategy.last_record.bytes_sent)
+    trainer(LTEStrategy(4, 3, rank=RANK), devices=2, max_steps=7, callbacks=[recorder]).fit(module, loader(320))
+    return recorder.seen[3:], all(torch.equal(v, before[k]) for k, v in module.backbone.state_dict().items())
+
+
+def test_merges_send_nothing_of_what_is_frozen() -> None:
+    """A backbone that is not trained, of a module whose parameters are given to the optimizer one and all."""
+    without, backbone = (run(merged_beside_a_backbone, 2, wide, group=False) for wide in (0, 1000))
+    assert backbone == without and all(alike for _, alike in backbone)
+
+
+def followed(folder: str, follow: str, overlap: int, resume: str | None = None) -> list[tuple[Any, list[str]]]:
+    module = Followed(follow)
+    recorder = Recorder(lambda t, m: (clone(m.state_dict()), t.strategy.explorer.moving))
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    s = LTEStrategy(2, 4, rank=RANK, overlap=overlap)
+    t = trainer(s, devices=2, max_steps=13, callbacks=[recorder, keep], enable_checkpointing=True)
+    t.fit(module, Slices(2, dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])), ckpt_path=resume)
+    return recorder.seen
+
+
+@pytest.mark.parametrize("at", [2, 5, 7])
+@pytest.mark.parametrize(("follow", "overlap"), [("in place", 0), ("data", 0), ("data", 2)])
+def test_what_is_frozen_and_written_is_averaged(follow: str, overlap: int, at: int, tmp_path: Path) -> None:
+    whole = run(followed, 2, str(tmp_path / "whole"), follow, overlap, group=False)
+    # Those told of it in the first merge know when that is done, which is when it lands.
+    known = [step for step, (_, moving) in enumerate(whole[0], 1) if moving]
+    assert known[0] == 4 + overlap and set(whole[0][-1][1]) == {"teacher.weight", "teacher.bias"}
+    if not overlap:  # else they have followed their students since it started
+        pairs = [(a["teacher.weight"], b["teacher.weight"]) for (a, _), (b, _) in zip(*whole, strict=True)]
+        # In the first step, and in that after a merge, it follows students that are alike.
+        assert [step for step, pair in enumerate(pairs, 1) if torch.equal(*pair)] == [1, 4, 5, 8, 9, 12, 13]
+    path = str(tmp_path / "whole" / f"step={at}.ckpt")
+    resumed = run(followed, 2, str(tmp_path / "rest"), follow, overlap, path, group=False)
+    for own, other in zip(whole, resumed, strict=True):
+        for name, value in own[-1][0].items():
+            assert torch.equal(value, other[-1][0][name]), name
 
 
 def full_rank_beside_ddp() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -152,6 +152,44 @@ def test_parameters_are_put_back_however_they_are_written(write: Callable[[nn.Li
     assert module.weight is weight and torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_parameters_that_lie_in_one_storage_are_put_back(which: str) -> None:
+    """As those of cuDNN's recurrent networks do."""
+    flat = torch.arange(6.0)
+    module = holding(first=nn.Parameter(flat[:2]), second=nn.Parameter(flat[2:]))
+    with untouched(module), torch.no_grad():
+        getattr(module, which).mul_(2)
+        module.first.data = module.first * 2
+    assert torch.equal(flat, torch.arange(6.0)) and module.first.data_ptr() == flat.data_ptr()
+
+
+class Wrapping(Tensor):
+    """A tensor that holds its numbers in another one, as those of quantisation libraries do."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Wrapping:
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), lambda: Wrapping(torch.eye(3))])
+def test_parameters_without_a_storage_hinder_nobody(make: Callable[[], Tensor]) -> None:
+    kept = nn.Parameter(make(), requires_grad=False)
+    module = holding(kept=kept, layer=nn.Linear(3, 2))
+    before = module.layer.weight.detach().clone()
+    with untouched(module), torch.no_grad():
+        module.layer.weight.mul_(2)
+    assert torch.equal(module.layer.weight, before) and module.kept is kept
+
+
 def test_modules_that_are_exchanged_or_added_are_put_back() -> None:
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
     module = holding(own=first, later=None)
