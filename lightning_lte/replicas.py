@@ -52,7 +52,7 @@ class Replica:
         self._hold(self.stack.detach().repeat_interleave(factor, dim=0))
 
     def _hold(self, copies: Tensor) -> None:
-        self.stack = nn.Parameter(copies)
+        self.stack, self.still = nn.Parameter(copies), False
         self._turns = [nn.Parameter(own) for own in self.stack.detach()]
         self._places, self._turn = [own.data_ptr() for own in self._turns], None
         for own in self._turns:
