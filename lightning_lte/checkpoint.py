@@ -202,6 +202,10 @@ def _take_remainder(f: Factors, saved: Tensor | None) -> None:
 
 def _take_replica(replica: Replica, state: Mapping[str, Any], layout: _Layout, merged: list[str]) -> None:
     """Take the copies of a replica; `merged` gets its name if one copy has to stand for several that differed."""
+    if replica.name in state.get("spared", ()):  # older checkpoints have none
+        if replica.stack is not None:
+            replica.stack.copy_(replica.param.expand_as(replica.stack))
+        return
     rows, copies = state["replicas"][replica.name]["value"], len(replica.copies)
     if layout.must_merge(rows, copies):
         merged.append(replica.name)
@@ -435,13 +439,14 @@ def set_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def local_state(explorer: Explorer, closing: bool = False) -> State:
+def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str] = ()) -> State:
     """What this device holds; on one device, all that `scatter_state` needs. Where devices share out a head, a
     collective of theirs, and each has all of it.
 
     Args:
         explorer: whose state it is.
         closing: leave out merges that have not landed, and may never do: heads still have what they took.
+        moved: names of still replicas that were written since devices last told each other; the same on all of them.
     """
     # What came into an optimizer after the last batch. The run that goes on has it from the start.
     explorer.adopt()
@@ -460,6 +465,10 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     decaying = factors if explorer.config.decays_weights else ()
+    # The state_dict has these. There may be many of them, as of a backbone.
+    spared = [r.name for r in injection.replicas if r.still and r.name not in moved]
+    nothing = torch.empty(1, 0, device="cpu")
+    copies = {r.name: nothing if r.name in spared else _whole_copies(r) for r in injection.replicas}
     left = {f.name: {"value": torch.tensor([float(f.left)], dtype=torch.float64, device="cpu")} for f in decaying}
     return {
         "version": VERSION,
@@ -491,7 +500,8 @@ def local_state(explorer: Explorer, closing: bool = False) -> State:
         "base": [explorer.config.base, explorer.config.base_copy],
         "bases": {f.name: f.rounded.state_dict() for f in factors if f.rounded},
         "factors": {f.name: {k: whole(t.detach()).cpu() for k, t in _factor_tensors(f).items()} for f in factors},
-        "replicas": {replica.name: {"value": _whole_copies(replica)} for replica in injection.replicas},
+        "replicas": {name: {"value": value} for name, value in copies.items()},
+        "spared": spared,
         "statistics": {name: {"value": rows} for name, rows in explorer.statistics.rows().items()},
         "optimizers": optimizers,
         # On one device the state_dict has them.

@@ -446,8 +446,13 @@ class Explorer(Merging):
             return checkpoint.gather_state(self.local_state(), self.transport)
 
     def local_state(self) -> checkpoint.State:
-        """This device's part of `state_dict`; once this is closed, as it was then."""
-        return self._closed or checkpoint.local_state(self)
+        """This device's part of `state_dict`; once this is closed, as it was then. A collective until then."""
+        if self._closed is not None:
+            return self._closed
+        moved = self._still.changed()
+        if self._watched_still():
+            moved = set(self.transport.union(dict.fromkeys(moved, WRITTEN), self.transport.timeout_s))
+        return checkpoint.local_state(self, moved=moved)
 
     @property
     def weight_names(self) -> set[str]:

@@ -99,7 +99,8 @@ class Followed(Module):
     def __init__(self, follow: str | None, wide: int = 0) -> None:
         super().__init__(optimizer=sgd)
         self.follow = follow
-        self.backbone = torch.nn.Linear(IN, wide).double().requires_grad_(False)
+        self.backbone = torch.nn.Linear(IN, wide, bias=False).double().requires_grad_(False)
+        torch.nn.init.ones_(self.backbone.weight)
         self.teacher = copy.deepcopy(self.net.norm).requires_grad_(False)
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -125,20 +126,49 @@ def test_merges_send_nothing_of_what_is_frozen() -> None:
     assert backbone == without and all(alike for _, alike in backbone)
 
 
-def followed(folder: str, follow: str, overlap: int, resume: str | None = None) -> list[tuple[Any, list[str]]]:
+WIDE = 20000
+
+
+def saved_beside_a_backbone(path: str, devices: int, kind: Any) -> None:
+    t = trainer(LTEStrategy(4, 3, rank=RANK, checkpoint=kind), devices=devices, max_steps=4)
+    t.fit(Followed("data", WIDE), loader(320))
+    t.save_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["gathered", "sharded"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_checkpoints_have_what_is_frozen_once(devices: int, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    if devices == 1:
+        saved_beside_a_backbone(str(path), devices, kind)
+    else:
+        run(saved_beside_a_backbone, devices, str(path), devices, kind, group=False)
+    module = Followed("data", WIDE)
+    backbone = module.backbone.weight.nbytes
+    files = [own for own in path.rglob("*") if own.is_file()] or [path]
+    assert backbone < sum(own.stat().st_size for own in files) < 2 * backbone
+    torch.nn.init.zeros_(module.backbone.weight)
+    trainer(LTEStrategy(4, 3, rank=RANK), max_steps=6).fit(module, loader(320), ckpt_path=str(path))
+    assert module.backbone.weight.eq(1).all()
+
+
+def followed(folder: str, follow: str, overlap: int, kind: Any, resume: str | None = None) -> list[tuple[Any, Any]]:
     module = Followed(follow)
     recorder = Recorder(lambda t, m: (clone(m.state_dict()), t.strategy.explorer.moving))
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    s = LTEStrategy(2, 4, rank=RANK, overlap=overlap)
+    s = LTEStrategy(2, 4, rank=RANK, overlap=overlap, checkpoint=kind)
     t = trainer(s, devices=2, max_steps=13, callbacks=[recorder, keep], enable_checkpointing=True)
     t.fit(module, Slices(2, dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])), ckpt_path=resume)
     return recorder.seen
 
 
 @pytest.mark.parametrize("at", [2, 5, 7])
-@pytest.mark.parametrize(("follow", "overlap"), [("in place", 0), ("data", 0), ("data", 2)])
-def test_what_is_frozen_and_written_is_averaged(follow: str, overlap: int, at: int, tmp_path: Path) -> None:
-    whole = run(followed, 2, str(tmp_path / "whole"), follow, overlap, group=False)
+@pytest.mark.parametrize(
+    ("follow", "overlap", "kind"),
+    [("in place", 0, "gathered"), ("data", 0, "gathered"), ("data", 2, "gathered"), ("data", 0, "sharded")],
+)
+def test_what_is_frozen_and_written_is_averaged(follow: str, overlap: int, kind: str, at: int, tmp_path: Path) -> None:
+    whole = run(followed, 2, str(tmp_path / "whole"), follow, overlap, kind, group=False)
     # Those told of it in the first merge know when that is done, which is when it lands.
     known = [step for step, (_, moving) in enumerate(whole[0], 1) if moving]
     assert known[0] == 4 + overlap and set(whole[0][-1][1]) == {"teacher.weight", "teacher.bias"}
@@ -147,7 +177,7 @@ def test_what_is_frozen_and_written_is_averaged(follow: str, overlap: int, at: i
         # In the first step, and in that after a merge, it follows students that are alike.
         assert [step for step, pair in enumerate(pairs, 1) if torch.equal(*pair)] == [1, 4, 5, 8, 9, 12, 13]
     path = str(tmp_path / "whole" / f"step={at}.ckpt")
-    resumed = run(followed, 2, str(tmp_path / "rest"), follow, overlap, path, group=False)
+    resumed = run(followed, 2, str(tmp_path / "rest"), follow, overlap, kind, path, group=False)
     for own, other in zip(whole, resumed, strict=True):
         for name, value in own[-1][0].items():
             assert torch.equal(value, other[-1][0][name]), name
