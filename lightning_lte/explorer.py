@@ -152,10 +152,11 @@ class Explorer(Merging):
             found = self.guard.found(settling=False, look_at_bits=False)
             if found:
                 self._takes_all(found)
-        begun = self._begun
         super().act()
-        if self._begun and not begun:
-            self._still.accept_writes()
+
+    def take_weights(self, names: Collection[str]) -> None:
+        super().take_weights(names)
+        self._still.accept_writes()
 
     def all_heads(self) -> AbstractContextManager[None]:
         """The context of `heads`, for a trial."""
@@ -626,7 +627,6 @@ class Explorer(Merging):
             flight.wait()
         self.flights = []
         self.take_weights({w.name for w in self._watched()})
-        self._still.accept_writes()
         self._taken, self._taken_at = True, self.merges
         return True
 

@@ -73,8 +73,9 @@ class _CopyOnWrite(TorchDispatchMode):
         for param in params:
             address = _address(param) if param.numel() else None
             if address is not None:
-                self._data.append((param, param.data))
-                self._in_place.setdefault(address, []).append(param.data)
+                data = param.data
+                self._data.append((param, data))
+                self._in_place.setdefault(address, []).append(data)
         self._copies: dict[int, list[Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
