@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.config import LossReduction
+from lightning_lte.float32 import HALF, Widened, in_full_float32
 from lightning_lte.layers.base import HeadedLayer, state_of
-from lightning_lte.rehearsal import Determined, alike, in_full_float32, not_compiled, untouched, without_zeros
+from lightning_lte.rehearsal import Determined, alike, not_compiled, untouched, without_zeros
 from lightning_lte.report import listed
 
-# Rounding differs between rows of one matrix product, and more so in half precision.
+# Rounding differs between rows of one matrix product, and many times as much in half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
 
 
@@ -44,7 +45,9 @@ def reason_against_batched(
     3. The loss of the batch is the mean, or the sum, of the losses of its slices.
 
     The module runs in the mode it is in, in float32 without TF32, with every random draw replaced by a constant, once
-    on the batch and once on each slice, which costs two forward passes over the batch. What starts at zero is filled
+    on the batch and once on each slice, which costs two forward passes over the batch. What half precision would round
+    is kept in float32, too (`Widened`): rounding adds up from layer to layer, and looks like samples that mix. Where
+    the step refuses that it runs as it is, and more is taken for rounding. What starts at zero is filled
     for the time, so that nothing is hidden behind it, and all heads are alike, so that what follows a layer whose input
     is not the batch can be judged before it is known to be one. Whatever the step changes is put back; see `untouched`.
 
@@ -65,27 +68,39 @@ def reason_against_batched(
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
-    try:
-        zeros = without_zeros([*module.parameters(), *factors], replicas)
-        with zeros, alike(stacks), untouched(module) as again, Determined(), not_compiled(), in_full_float32():
-            with heads():
-                seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
-            half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)
-            tolerance = _HALF_TOLERANCE if half else _TOLERANCE
-            seen_alone, losses = [], []
-            for number, part in enumerate(parts):
-                again()
-                with head(number):
-                    seen_part, loss_part = _watch(module, partial(step, part), 1, left_out)
-                seen_alone.append(seen_part)
-                losses.append(loss_part)
-            reason = _compare_inputs(module, seen, seen_alone, tolerance, left_out)
-            if reason is not None:
-                return reason
-    except _HidesTheBatch as layer:
-        return f"{layer} is called inside of torch.func.vmap, where it sees samples one by one"
-    except Exception as error:
-        return f"it could not be tried: {type(error).__name__}: {error}"
+    for widened in (Widened(), None):
+        left_out.clear()
+        try:
+            zeros = without_zeros([*module.parameters(), *factors], replicas)
+            with (
+                zeros,
+                alike(stacks),
+                untouched(module) as again,
+                Determined(),
+                not_compiled(),
+                in_full_float32(),
+                widened or nullcontext(),
+            ):
+                with heads():
+                    seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
+                seen_alone, losses = [], []
+                for number, part in enumerate(parts):
+                    again()
+                    with head(number):
+                        seen_part, loss_part = _watch(module, partial(step, part), 1, left_out)
+                    seen_alone.append(seen_part)
+                    losses.append(loss_part)
+                half = any(x.dtype in HALF for _, x in seen) or (widened is not None and widened.narrow)
+                tolerance = _HALF_TOLERANCE if half else _TOLERANCE
+                reason = _compare_inputs(module, seen, seen_alone, tolerance, left_out)
+                if reason is not None:
+                    return reason
+            break
+        except _HidesTheBatch as layer:
+            return f"{layer} is called inside of torch.func.vmap, where it sees samples one by one"
+        except Exception as error:
+            if widened is None or not widened.used:
+                return f"it could not be tried: {type(error).__name__}: {error}"
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
         return "the step returned no loss on the first batch"
     if not all(own is not None and bool(own.isfinite()) for own in (loss, *losses)):

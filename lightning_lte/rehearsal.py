@@ -110,32 +110,6 @@ def not_compiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-@contextmanager
-def in_full_float32() -> Iterator[None]:
-    """Compute float32 as such, whatever else is allowed for speed.
-
-    On GPUs, TF32 has 10 bits of mantissa in place of 23; convolutions take it unless they are told otherwise, and
-    matrix products where `torch.set_float32_matmul_precision` allows it.
-    """
-    cudnn: Any = torch.backends.cudnn
-    cpu: Any = torch.backends.mkldnn
-    kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
-        # The older settings go with them, and are put back before them. torch refuses to read one that is at odds with
-        # them, as it would be where the user chose by these alone; `torch.backends.cudnn.flags` and TunableOp do so.
-        with suppress(RuntimeError):
-            stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-            cudnn.allow_tf32 = False
-        with suppress(RuntimeError):
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
-        yield
-
-
 class Determined(TorchDispatchMode):
     """Replaces every random draw of torch's by a constant that does not depend on how many samples there are.
 

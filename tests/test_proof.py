@@ -17,13 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_lte import LTEStrategy
+from lightning_lte.float32 import Widened
 from lightning_lte.rehearsal import alike, untouched
 from tests.modules import RANK, Module, clone, loader, make_net, trainer
 
 WIDTH = 16
 
 
-def verdict(net: nn.Module, batch: tuple[Tensor, Tensor], step: Callable[..., Any] | None = None) -> tuple[str, str]:
+def verdict(
+    net: nn.Module, batch: tuple[Tensor, Tensor], step: Callable[..., Any] | None = None, precision: Any = "32-true"
+) -> tuple[str, str]:
     """What `auto` decides for a net on 4 heads, and the sentence in the report."""
 
     class Own(Module):
@@ -41,7 +44,7 @@ def verdict(net: nn.Module, batch: tuple[Tensor, Tensor], step: Callable[..., An
             decided.append(self.trainer.strategy.explorer.execution)
 
     data = TensorDataset(*(part.repeat(2, *[1] * (part.dim() - 1)) for part in batch))
-    trainer(strategy, max_steps=2).fit(Watched(net), DataLoader(data, len(batch[0])))
+    trainer(strategy, max_steps=2, precision=precision).fit(Watched(net), DataLoader(data, len(batch[0])))
     return decided[-1], strategy.report().notes[-1]
 
 
@@ -178,6 +181,96 @@ def test_a_trial_is_in_full_float32_whatever_training_is(precision: str) -> None
         assert [kind.fp32_precision for kind in kinds] == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+class Rounding(nn.Module):
+    """Layers whose products are rounded otherwise with more rows, as kernels are chosen by it.
+
+    Args:
+        shared: how much of the mean of all samples each of them gets.
+        takes: the dtype that the layers insist on, as some kernels do.
+    """
+
+    def __init__(self, shared: float = 0.0, takes: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(8))
+        self.shared, self.takes = shared, takes
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = layer(x)
+            if self.takes not in (None, y.dtype):
+                raise TypeError(f"only {self.takes} is supported")
+            last_bit = torch.finfo(y.dtype).eps * (len(x) > 2)
+            x = (y + y * last_bit + self.shared * y.mean(0)).tanh()
+        return x
+
+
+HALF = ["bf16-mixed", "bf16-true"]
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_rounding_in_half_precision_is_not_taken_for_samples_that_mix(precision: str) -> None:
+    """It adds up over the layers, here to 6 %."""
+    assert verdict(Pooled(Rounding()), images(), precision=precision)[0] == "batched"
+
+
+@pytest.mark.parametrize("precision", ["32-true", *HALF])
+def test_samples_that_mix_by_less_than_half_precision_rounds_take_turns(precision: str) -> None:
+    execution, reason = verdict(Pooled(Rounding(shared=0.002)), images(), precision=precision)
+    assert execution == "sequential" and "samples mix" in reason
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_a_step_that_needs_half_precision_is_tried_in_it(precision: str) -> None:
+    net = Rounding(takes=torch.bfloat16)
+    net.layers = net.layers[:2]
+    assert verdict(Pooled(net), images(), precision=precision)[0] == "batched"
+
+
+def test_what_is_widened_is_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(WIDTH, WIDTH), torch.randn(4, WIDTH)
+    half = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+    half.load_state_dict(layer.state_dict())
+    weight, bias = half.weight.float(), half.bias.float()
+    with Widened() as widened:
+        layer(x)
+        assert not widened.used
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        assert widened.used
+        # What a cast under it would round is kept, but not what was rounded before.
+        assert torch.equal(half(x.bfloat16()), nn.functional.linear(x, weight, bias))
+        assert torch.equal(half(x.bfloat16()).softmax(-1, dtype=torch.float16), half(x).softmax(-1))
+
+
+def test_what_is_widened_is_written_to_as_it_is() -> None:
+    buffer = torch.zeros(2, 3, dtype=torch.bfloat16)
+    with Widened() as widened:
+        row = buffer[0]
+        row += torch.full((3,), 1 / 3)
+        buffer[1].copy_(torch.full((3,), 1 / 3))
+        buffer.index_add_(0, torch.tensor([1]), torch.ones(1, 3))
+        assert buffer.dtype == torch.bfloat16
+    third = torch.tensor(1 / 3).bfloat16()
+    assert torch.equal(buffer, torch.stack([third.expand(3), (third + 1).expand(3)]))
+    assert not widened.narrow
+
+
+def test_what_has_no_float32_is_computed_in_half_precision() -> None:
+    library = torch.library.Library("aten", "FRAGMENT")
+    library.define("lte_half_alone(Tensor x) -> Tensor")
+
+    def kernel(x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            raise NotImplementedError("half precision alone")
+        return x + 1
+
+    library.impl("lte_half_alone", kernel, "CPU")
+    x = torch.ones(2, dtype=torch.bfloat16)
+    with Widened() as widened:
+        assert torch.ops.aten.lte_half_alone(x).dtype == torch.bfloat16 and widened.narrow
 
 
 class Padded(nn.Module):
