@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
 
+from benchmarks.subject import Subject
 from benchmarks.table import Row, setting, table
 
+# What a model may be.
+NAMED = "a name in timm, or the path of a Python file, see benchmarks/subject.py"
 # Choices that are numbers: one, or several.
 _NUMBERS = ("batch", "heads", "rank", "ranks", "depth", "rounds", "threads", "devices")
 
@@ -33,7 +35,7 @@ def of_one_model(
         arguments: of the command line.
     """
     parser = argparse.ArgumentParser(f"python -m benchmarks {name}", description=description)
-    parser.add_argument("--model", default="vit_base_patch16_224", help="in timm (default: %(default)s)")
+    parser.add_argument("--model", default="vit_base_patch16_224", help=f"{NAMED} (default: %(default)s)")
     parser.add_argument("--depth", type=int, help="blocks of the model, for a quicker run (default: its own)")
     parser.add_argument("--batch", type=int, default=32, help="samples, a multiple of the heads (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=32)
@@ -72,13 +74,10 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         received = ", ".join(map(str, chosen["heads"]))
         parser.error(f"--batch must be a multiple of all --heads; received {options.batch} and {received}")
     for name in chosen.get("model", []) + chosen.get("models", []):
-        if not timm.is_model(name):
-            parser.error(f"no model of timm's has the name {name!r}; timm.list_models() has those there are")
-        if "depth" in chosen:
-            try:
-                timm.create_model(name, depth=options.depth)
-            except TypeError:
-                parser.error(f"--depth is for models that take one, as ViTs do; received {options.depth} for {name}")
+        try:
+            Subject.of(name, vars(options).get("depth"))
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def counts_processor_time(device: torch.device) -> bool:

@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.command import check, counts_processor_time
+from benchmarks.command import NAMED, check, counts_processor_time
+from benchmarks.subject import Loss, Subject
 from examples.demo import hardware
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.batch import Layout
@@ -34,9 +34,7 @@ NEVER = 10**9
 # In the first two steps weights are watched, and moments are made, which costs more than all that follow.
 WARM_UP = 3
 # The most that a ratio may be.
-LIMITS = {"sequential: forward + backward": 1.3, "proof: samples through the first layer": 2.0}
-
-Batch = tuple[Tensor, Tensor]
+LIMITS = {"sequential: forward + backward": 1.3, "proof: samples through the model": 2.0}
 
 
 @dataclass
@@ -71,7 +69,7 @@ class Row:
     """One ratio in all rounds.
 
     Attributes:
-        model: its name in timm.
+        model: its name.
         heads: n, local heads.
         what: what is divided by what.
         ratios: one for each round.
@@ -105,31 +103,31 @@ class FullRank:
     """A model that trains without heads.
 
     Args:
-        name: in timm.
+        subject: the model and its loss.
         device: that it trains on.
         seed: of its weights.
     """
 
-    def __init__(self, name: str, device: torch.device, seed: int) -> None:
-        self.device = device
-        self.model, self.optimizer = make(name, device, seed)
+    def __init__(self, subject: Subject, device: torch.device, seed: int) -> None:
+        self.device, self.loss = device, subject.loss
+        self.model, self.optimizer = make(subject, device, seed)
 
-    def forward(self, batch: Batch) -> Seconds:
+    def forward(self, batch: Any) -> Seconds:
         """A forward pass as training has it, recorded for a backward that does not come."""
         with timed(self.device) as seconds:
-            loss_of(self.model, batch)
+            self.loss(self.model, batch)
         return Seconds(forward=seconds[0])
 
-    def step(self, batch: Batch) -> Seconds:
+    def step(self, batch: Any) -> Seconds:
         """A training step on a batch."""
         return self.steps_on([batch])
 
-    def steps_on(self, parts: Sequence[Batch]) -> Seconds:
+    def steps_on(self, parts: Sequence[Any]) -> Seconds:
         """A forward and a backward on each part, one after the other, and one step of the optimizer."""
         total = Seconds()
         for number, part in enumerate(parts):
             with timed(self.device) as forward:
-                loss = loss_of(self.model, part)
+                loss = self.loss(self.model, part)
             with timed(self.device) as backward:
                 loss.backward()
             total.forward += forward[0]
@@ -144,7 +142,7 @@ class FullRank:
         return total
 
 
-def step_of(explorer: Explorer, optimizer: Optimizer, batch: Batch, device: torch.device) -> Seconds:
+def step_of(explorer: Explorer, optimizer: Optimizer, loss_of: Loss, batch: Any, device: torch.device) -> Seconds:
     """A training step of a model that trains through local heads, as examples/plain_loop.py has it."""
     with timed(device) as forward:
         loss = run(explorer, lambda own: loss_of(explorer.module, own), batch)
@@ -163,63 +161,79 @@ class WithHeads:
     """A model that trains through local heads.
 
     Args:
-        name: in timm.
+        subject: the model and its loss.
         heads: n.
         execution: how they share the device; "auto" for a proof.
         device: that it trains on.
         seed: of its weights and its heads.
 
     Attributes:
-        passed: samples that went through the model's first layer in the last proof.
+        passed: samples that went through the model in the last proof.
     """
 
     def __init__(
         self,
-        name: str,
+        subject: Subject,
         heads: int,
         execution: Literal["batched", "sequential", "auto"],
         device: torch.device,
         seed: int,
     ) -> None:
-        self.device, self.heads = device, heads
-        self.model, self.optimizer = make(name, device, seed)
+        self.device, self.heads, self.loss = device, heads, subject.loss
+        self.model, self.optimizer = make(subject, device, seed)
         config = LTEConfig(heads, NEVER, rank=RANK, execution=execution, seed=seed)
         self.explorer = Explorer(self.model, self.optimizer, config)
         self.passed = 0
 
-    def step(self, batch: Batch) -> Seconds:
+    def step(self, batch: Any) -> Seconds:
         """A training step on a batch, and a merge of what was learned in it.
 
         The merge leaves out the norms that only loggers ask for.
         """
-        seconds = step_of(self.explorer, self.optimizer, batch, self.device)
+        seconds = step_of(self.explorer, self.optimizer, self.loss, batch, self.device)
         with timed(self.device) as merge:
             self.explorer.merge(measure=False)
         seconds.merge = merge[0]
         return seconds
 
-    def proof(self, batch: Batch) -> Seconds:
+    def proof(self, batch: Any) -> Seconds:
         """The proof on a batch, as if it were the first one."""
-        self.passed = 0
-
-        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.passed += len(args[0])
-
-        handle = first_layer(self.model).register_forward_pre_hook(count)
+        step = Counting(self.loss, self.model, batch)
         parts = Layout(batch).split(batch, self.heads)
         with timed(self.device) as seconds:
-            decide(self.explorer, lambda own: loss_of(self.model, own), batch, parts)
-        handle.remove()
+            decide(self.explorer, step, batch, parts)
+        self.passed = step.samples
         return Seconds(forward=seconds[0])
 
 
+class Counting:
+    """A step that counts the samples that go through the model.
+
+    Args:
+        loss: of a batch.
+        model: on its device.
+        batch: such as it will be given, or slices of it.
+
+    Attributes:
+        samples: so far.
+    """
+
+    def __init__(self, loss: Loss, model: nn.Module, batch: Any) -> None:
+        self._loss, self._model, self._layout = loss, model, Layout(batch)
+        self.samples = 0
+
+    def __call__(self, batch: Any) -> Tensor:
+        self.samples += self._layout.size(batch)
+        return self._loss(self._model, batch)
+
+
 def measure(
-    name: str, heads: int, batch: Batch, rounds: int, device: torch.device, seed: int
+    subject: Subject, heads: int, batch: Any, rounds: int, device: torch.device, seed: int
 ) -> tuple[list[Row], float, str]:
     """All ratios of one model with n local heads.
 
     Args:
-        name: in timm.
+        subject: the model and its loss.
         heads: n.
         batch: which n divides.
         rounds: in each of which every variant runs once.
@@ -229,12 +243,13 @@ def measure(
     Returns:
         The ratios, the median seconds of a full-rank step, and the execution that the proof allows.
     """
-    full = FullRank(name, device, seed)
-    in_turn = WithHeads(name, heads, "sequential", device, seed)
-    fresh = WithHeads(name, heads, "auto", device, seed)
+    full = FullRank(subject, device, seed)
+    in_turn = WithHeads(subject, heads, "sequential", device, seed)
+    fresh = WithHeads(subject, heads, "auto", device, seed)
     fresh.proof(batch)
-    x, y = batch
-    parts = list(zip(x.chunk(heads), y.chunk(heads), strict=True))
+    layout = Layout(batch)
+    parts = layout.split(batch, heads)
+    assert parts is not None
 
     variants: dict[str, Callable[[], Seconds]] = {
         "full": lambda: full.step(batch),
@@ -246,7 +261,7 @@ def measure(
     for _ in range(WARM_UP):
         in_turn.step(batch)
     if fresh.explorer.execution == "batched":
-        together = WithHeads(name, heads, "batched", device, seed)
+        together = WithHeads(subject, heads, "batched", device, seed)
         variants["batched"] = lambda: together.step(batch)
         for _ in range(WARM_UP):
             together.step(batch)
@@ -256,7 +271,7 @@ def measure(
     rows: dict[str, Row] = {}
 
     def note(what: str, above: float, below: float) -> None:
-        rows.setdefault(what, Row(name, heads, what)).ratios.append(above / below)
+        rows.setdefault(what, Row(subject.name, heads, what)).ratios.append(above / below)
 
     full_steps = []
     for number in range(rounds):
@@ -276,35 +291,15 @@ def measure(
             note("batched: optimizer step / full rank's", done["batched"].step, whole.step)
             note("batched: whole step / full rank's", done["batched"].whole, whole.whole)
         note("a merge / full rank's whole step", turns.merge, whole.whole)
-        note("proof: samples through the first layer / batch", fresh.passed, len(x))
+        note("proof: samples through the model / batch", fresh.passed, layout.size(batch))
         note("proof: time / full rank's forward", done["proof"].forward, done["forward"].forward)
     return list(rows.values()), statistics.median(full_steps), fresh.explorer.execution
 
 
-def make(name: str, device: torch.device, seed: int) -> tuple[nn.Module, Optimizer]:
-    """A model of timm's in train mode, with the same weights for the same seed, and its optimizer."""
-    torch.manual_seed(seed)
-    model = timm.create_model(name).to(device).train()
+def make(subject: Subject, device: torch.device, seed: int) -> tuple[nn.Module, Optimizer]:
+    """A model with the same weights for the same seed, and its optimizer."""
+    model = subject.model(device, seed)
     return model, AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-
-
-def make_batch(name: str, samples: int, device: torch.device, seed: int) -> Batch:
-    """Random images of the size that a model of timm's is for, and random labels."""
-    config = timm.get_pretrained_cfg(name)
-    assert config is not None
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, *config.input_size, generator=generator)
-    return x.to(device), torch.randint(0, config.num_classes, (samples,), generator=generator).to(device)
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross entropy of a batch."""
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def first_layer(model: nn.Module) -> nn.Module:
-    """The first layer with a weight; in all models here it is called first, with the images."""
-    return next(layer for layer in model.modules() if not list(layer.children()) and list(layer.parameters()))
 
 
 @contextmanager
@@ -341,7 +336,7 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16, help="samples, a multiple of all heads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--models", nargs="+", default=["vit_small_patch32_224", "resnet18"], help="names in timm")
+    parser.add_argument("--models", nargs="+", default=["vit_small_patch32_224", "resnet18"], help=NAMED)
     parser.add_argument("--heads", type=int, nargs="+", default=[4, 8], help="default: 4 8")
     # Several threads wait for each other in every operation, and so for whatever else the machine does.
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
@@ -355,9 +350,10 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     remarks = []
     for name in options.models:
-        batch = make_batch(name, options.batch, device, options.seed)
+        subject = Subject.of(name)
+        batch = subject.batch(options.batch, device, options.seed)
         for heads in options.heads:
-            found, full_s, verdict = measure(name, heads, batch, options.rounds, device, options.seed)
+            found, full_s, verdict = measure(subject, heads, batch, options.rounds, device, options.seed)
             rows += found
             remarks.append(f"{name}, {heads} heads: the proof says {verdict}; a full-rank step takes {full_s:.2f} s.")
             gc.collect()

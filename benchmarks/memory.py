@@ -37,9 +37,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bound import uses
-from benchmarks.command import check
-from benchmarks.execution import loss_of, make_batch
-from benchmarks.step import Heads, Plain, make_model
+from benchmarks.command import NAMED, check
+from benchmarks.step import Heads, Plain
+from benchmarks.subject import Subject
 from benchmarks.table import Row, setting, table
 from lightning_lte import Transport
 from lightning_lte.sharding import Sharding, blocks
@@ -76,9 +76,10 @@ def count(way: str, options: Any) -> Counts:
     alone = options.devices == 1
     device = torch.device("cuda" if torch.cuda.is_available() and alone else "cpu")
     rank = 0 if alone else dist.get_rank()
-    batch = make_batch(options.model, options.batch, device, options.seed + rank)
+    subject = Subject.of(options.model)
+    batch = subject.batch(options.batch, device, options.seed + rank)
     before = _begin_peak(device)
-    trained = _make(way, options, device, rank)
+    trained = _make(way, subject, options, device, rank)
     model = trained.model
     for _ in range(SETTLING):
         trained.step(batch)
@@ -106,9 +107,9 @@ def count(way: str, options: Any) -> Counts:
         (t.numel() / f.weight.numel() for f in factors for t in (f.A, f.B)), default=0.0
     )
     if factors and alone:
-        found = uses(trained.explorer.injection, model, lambda: loss_of(model, batch))  # type: ignore[union-attr]
+        found = uses(trained.explorer.injection, model, lambda: subject.loss(model, batch))  # type: ignore[union-attr]
         counts["rank-sized activations"] = sum(use.tokens * use.rank * 4 for use in found)
-    counts["largest block"] = max(_bytes(block.parameters()) for block in getattr(model, "blocks", [model]))
+    counts["largest block"] = max(_bytes(block.parameters()) for block in blocks(model) or [model])
     if isinstance(model, DistributedDataParallel):
         # As it has told the sizes of its buckets since its first step.
         sizes = model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
@@ -117,9 +118,9 @@ def count(way: str, options: Any) -> Counts:
     return counts
 
 
-def _make(way: str, options: Any, device: torch.device, rank: int) -> Plain | Heads:
+def _make(way: str, subject: Subject, options: Any, device: torch.device, rank: int) -> Plain | Heads:
     """A model that trains in one way; each process makes all of it first, as scripts do that were written for one."""
-    model = make_model(options.model, None, options.seed, device)
+    model = subject.model(device, options.seed)
     what, _, how = way.partition(", ")
     if how == DDP:
         model = DistributedDataParallel(model)
@@ -128,14 +129,24 @@ def _make(way: str, options: Any, device: torch.device, rank: int) -> Plain | He
         for unit in (*blocks(model), model):
             fsdp.fully_shard(unit, mesh=mesh)
     if what == "full rank":
-        return Plain(model, device)
+        return Plain(model, subject.loss, device)
     transport = Transport(options.devices, rank)
     if how == SHARED:
         transport = Transport.sharing(options.devices, options.devices, rank)
         Sharding(model, transport, device)
     after_merge: Any = what
     heads = max(options.heads, transport.world_size)
-    return Heads(model, device, heads, options.rank, after_merge, options.seed, transport=transport)
+    return Heads(
+        model,
+        subject.loss,
+        device,
+        heads,
+        options.rank,
+        after_merge,
+        options.seed,
+        execution="batched",
+        transport=transport,
+    )
 
 
 def ways(options: Any) -> list[str]:
@@ -160,9 +171,9 @@ def _of_a_step(trained: Plain | Heads, batch: Any, held: Iterable[Tensor]) -> Co
     with saved_tensors_hooks(pack, lambda t: t):
         if isinstance(trained, Heads):
             with trained.explorer.heads():
-                loss = loss_of(trained.model, batch)
+                loss = trained.loss(trained.model, batch)
         else:
-            loss = loss_of(trained.model, batch)
+            loss = trained.loss(trained.model, batch)
     activations = sum(t.untyped_storage().nbytes() for t in kept.values())
     kept.clear()
     loss.backward()
@@ -237,7 +248,8 @@ def _here(way: str, options: Any) -> None:
 
 def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
     """What a device with heads holds, over what full rank does."""
-    what = f"{options.model}, batch {options.batch}, heads {options.heads}, rank {options.rank}, {way}"
+    name = Subject.of(options.model).name
+    what = f"{name}, batch {options.batch}, heads {options.heads}, rank {options.rank}, {way}"
     whole = full["weights"] + full["gradients"] + full["moments"]
     held = own["held"]
     sharded = whole / DEVICES + 2 * full["largest block"]
@@ -270,9 +282,9 @@ def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
 
 def rows_of_devices(found: dict[str, Counts], options: Any) -> list[Row]:
     """What a device has in each way to train, over what it has at full rank."""
-    rows = []
+    rows, name = [], Subject.of(options.model).name
     for way, own in found.items():
-        what = f"{options.model}, batch {options.batch}, rank {options.rank}, {options.devices} devices, {way}"
+        what = f"{name}, batch {options.batch}, rank {options.rank}, {options.devices} devices, {way}"
         figures = {"all but activations": "held"} | {name: name for name in _peaks(own)}
         for figure, key in figures.items():
             for how in FULL_RANK:
@@ -296,7 +308,7 @@ def _peaks(counts: Counts) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Count, and print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks memory", description=__doc__)
-    parser.add_argument("--model", default="vit_large_patch16_224", help="in timm (default: %(default)s)")
+    parser.add_argument("--model", default="vit_large_patch16_224", help=f"{NAMED} (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="samples on a device (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=1, help="on one device (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=64)

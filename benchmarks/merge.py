@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from benchmarks.command import of_one_model
-from benchmarks.execution import loss_of, make_batch, timed
-from benchmarks.step import WARM_UP, Heads, make_model
+from benchmarks.execution import timed
+from benchmarks.step import WARM_UP, Heads
+from benchmarks.subject import Subject
 from benchmarks.table import Row
 from lightning_lte.execution import run
 from lightning_lte.metrics import merge_metrics
@@ -28,9 +29,10 @@ SHARE = 0.03
 
 def measure(options: Any, device: torch.device) -> list[Row]:
     """The rows of one configuration."""
-    batch = make_batch(options.model, options.batch, device, options.seed)
-    model = make_model(options.model, options.depth, options.seed, device)
-    lte = Heads(model, device, options.heads, options.rank, options.after_merge, options.seed)
+    subject = Subject.of(options.model, options.depth)
+    batch = subject.batch(options.batch, device, options.seed)
+    model = subject.model(device, options.seed)
+    lte = Heads(model, subject.loss, device, options.heads, options.rank, options.after_merge, options.seed)
     explorer = lte.explorer
     steps, merges, shares = [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +41,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
             with timed(device) as acting:
                 explorer.act()
             with timed(device) as step:
-                loss = run(explorer, lambda own: loss_of(model, own), batch)
+                loss = run(explorer, lambda own: subject.loss(model, own), batch)
                 with explorer.backward():
                     loss.backward()
             with timed(device) as after:
@@ -60,8 +62,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 steps.append(step[0] + optimizer[0] + always)
                 merges.append(merge[0])
                 shares.append((always + now_and_then) / (steps[-1] + now_and_then))
-    depth = "" if options.depth is None else f" of depth {options.depth}"
-    what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
+    what = f"{subject.described}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
     what += f", {options.after_merge}"
     ratios = [merge / step for merge, step in zip(merges, steps, strict=True)]
     return [

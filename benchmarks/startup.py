@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from benchmarks.command import of_one_model
-from benchmarks.execution import NEVER, first_layer, loss_of, make_batch, timed
-from benchmarks.step import make_model
+from benchmarks.execution import NEVER, Counting, timed
+from benchmarks.subject import Subject
 from benchmarks.table import Row
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.execution import run
@@ -27,7 +27,8 @@ PASSES = 2.0
 
 def measure(options: Any, device: torch.device) -> list[Row]:
     """The rows of one configuration."""
-    batch = make_batch(options.model, options.batch, device, options.seed)
+    subject = Subject.of(options.model, options.depth)
+    batch = subject.batch(options.batch, device, options.seed)
     config = LTEConfig(options.heads, NEVER, rank=options.rank, after_merge=options.after_merge, seed=options.seed)
     injecting, resuming, passes, firsts = [], [], [], []
 
@@ -38,21 +39,19 @@ def measure(options: Any, device: torch.device) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
         for number in range(options.rounds):
-            model = make_model(options.model, options.depth, options.seed, device).train()
+            model = subject.model(device, options.seed)
             with timed(device) as seconds:
                 explorer, optimizer = explorer_over(model)
             injecting.append(seconds[0])
             if number == 0:
-                samples: list[int] = []
-                handle = first_layer(model).register_forward_pre_hook(lambda _, args: samples.append(len(args[0])))  # noqa: B023
-                loss_of(model, batch)
+                step = Counting(subject.loss, model, batch)
+                subject.loss(model, batch)
                 with timed(device) as first:
-                    loss = run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
-                handle.remove()
+                    loss = run(explorer, step, batch)
+                # All but the step's own.
+                passes.append(step.samples / options.batch - 1)
                 with timed(device) as second:
-                    run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
-                # All but the pass before, and the step's own.
-                passes.append((sum(samples) - 2 * options.batch) / options.batch)
+                    run(explorer, step, batch)
                 firsts.append(first[0] / second[0] - 1)
                 with explorer.backward():
                     loss.backward()
@@ -61,7 +60,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 explorer.step()
                 torch.save({"state_dict": model.state_dict(), "lte": explorer.state_dict()}, path)
             del explorer, optimizer
-            fresh = make_model(options.model, options.depth, options.seed, device).train()
+            fresh = subject.model(device, options.seed)
             with timed(device) as seconds:
                 saved = torch.load(path, weights_only=True)
                 fresh.load_state_dict(saved["state_dict"])
@@ -69,8 +68,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 explorer.load_state_dict(saved["lte"])
             resuming.append(seconds[0])
             del saved, explorer, optimizer, fresh
-    depth = "" if options.depth is None else f" of depth {options.depth}"
-    what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
+    what = f"{subject.described}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
 
     def row(figure: str, seconds: list[float], allowed: float) -> Row:
         return Row(what, figure, [s / allowed for s in seconds], f"{statistics.median(seconds):.2f} s", goal=1.0)
@@ -78,7 +76,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
     return [
         row(f"injecting heads / {INJECTING_S:g} s", injecting, INJECTING_S),
         row(f"loading a checkpoint and going on / {RESUMING_S:g} s", resuming, RESUMING_S),
-        Row(what, "samples through the first layer in the proof / batch", passes, goal=PASSES),
+        Row(what, "samples through the model in the proof / batch", passes, goal=PASSES),
         Row(what, "the proof / a forward through heads", firsts),
     ]
 

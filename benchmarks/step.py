@@ -15,16 +15,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
-import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.profiler import profile
+from torch.utils._pytree import tree_map
 
 from benchmarks.bound import Arithmetic, multiply_adds, uses
 from benchmarks.command import check, show
-from benchmarks.execution import NEVER, Batch, Seconds, loss_of, make_batch, step_of, timed
+from benchmarks.execution import NEVER, Seconds, step_of, timed
 from benchmarks.released import as_released
+from benchmarks.subject import Loss, Subject
 from benchmarks.table import Row
 from lightning_lte import Explorer, LTEConfig, Transport
 
@@ -54,18 +55,19 @@ class Plain:
 
     Args:
         model: on its device.
+        loss: of a batch.
         device: that it trains on.
         fused: whether its optimizer has a kernel of its own.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, fused: bool = False) -> None:
-        self.model, self.device = model.train(), device
+    def __init__(self, model: nn.Module, loss: Loss, device: torch.device, fused: bool = False) -> None:
+        self.model, self.loss, self.device = model, loss, device
         self.optimizer = make_optimizer(model, fused)
 
-    def step(self, batch: Batch) -> Seconds:
+    def step(self, batch: Any) -> Seconds:
         """A training step."""
         with timed(self.device) as forward:
-            loss = loss_of(self.model, batch)
+            loss = self.loss(self.model, batch)
         with timed(self.device) as backward:
             loss.backward()
         with timed(self.device) as step:
@@ -79,11 +81,13 @@ class Heads:
 
     Args:
         model: on its device.
+        loss: of a batch.
         device: that it trains on.
         heads: over all devices.
         rank: of the factors.
         after_merge: "keep" or "reset".
         seed: of the heads.
+        execution: see `LTEConfig.execution`.
         fused: see `Plain`.
         transport: to other devices; None for this one alone. Where it shares out a head, so is the model.
     """
@@ -91,34 +95,36 @@ class Heads:
     def __init__(
         self,
         model: nn.Module,
+        loss: Loss,
         device: torch.device,
         heads: int,
         rank: int,
         after_merge: AfterMerge,
         seed: int,
+        execution: Literal["auto", "batched"] = "auto",
         fused: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        self.model, self.device = model.train(), device
+        self.model, self.loss, self.device = model, loss, device
         self.optimizer = make_optimizer(model, fused)
         shard = 1 if transport is None or transport.within is None else transport.within.world_size
         config = LTEConfig(
-            heads, NEVER, rank=rank, after_merge=after_merge, execution="batched", shard=shard, seed=seed
+            heads, NEVER, rank=rank, after_merge=after_merge, execution=execution, shard=shard, seed=seed
         )
         self.explorer = Explorer(model, self.optimizer, config, transport)
 
-    def step(self, batch: Batch) -> Seconds:
+    def step(self, batch: Any) -> Seconds:
         """A training step."""
-        return step_of(self.explorer, self.optimizer, batch, self.device)
+        return step_of(self.explorer, self.optimizer, self.loss, batch, self.device)
 
 
 def measure(
-    name: str, batch: Batch, heads: int, rank: int, after_merge: AfterMerge, options: Any, device: torch.device
+    subject: Subject, batch: Any, heads: int, rank: int, after_merge: AfterMerge, options: Any, device: torch.device
 ) -> list[Row]:
     """The rows of one configuration.
 
     Args:
-        name: of the model, in timm.
+        subject: the model and its loss.
         batch: which `heads` divides.
         heads: n.
         rank: of the factors.
@@ -127,14 +133,28 @@ def measure(
         device: that all train on.
     """
 
-    make = partial(make_model, name, options.depth, options.seed, device, options.precision)
+    loss = subject.loss
+    if options.precision.endswith("-mixed"):
+        loss = torch.autocast(device.type, DTYPES[options.precision])(loss)
+
+    def make() -> nn.Module:
+        model = subject.model(device, options.seed)
+        return model.to(DTYPES[options.precision]) if options.precision.endswith("-true") else model
+
     heads_in = partial(
-        Heads, device=device, heads=heads, rank=rank, after_merge=after_merge, seed=options.seed, fused=options.fused
+        Heads,
+        loss=loss,
+        device=device,
+        heads=heads,
+        rank=rank,
+        after_merge=after_merge,
+        seed=options.seed,
+        fused=options.fused,
     )
-    plain = partial(Plain, device=device, fused=options.fused)
+    plain = partial(Plain, loss=loss, device=device, fused=options.fused)
     lte, full = heads_in(make()), plain(make())
-    found = uses(lte.explorer.injection, full.model, lambda: loss_of(full.model, batch))
-    arithmetic = Arithmetic(found, multiply_adds(lambda: loss_of(full.model, batch).backward()))
+    found = uses(lte.explorer.injection, full.model, lambda: loss(full.model, batch))
+    arithmetic = Arithmetic(found, multiply_adds(lambda: loss(full.model, batch).backward()))
     full.optimizer.zero_grad()
     bound = arithmetic.bound(after_merge == "keep")
     variants: dict[str, Callable[[], Seconds]] = {"full": lambda: full.step(batch), "lte": lambda: lte.step(batch)}
@@ -156,8 +176,8 @@ def measure(
         order = list(variants)[:: 1 if number % 2 == 0 else -1]
         rounds.append({key: variants[key]() for key in order})
 
-    depth = "" if options.depth is None else f" of depth {options.depth}"
-    what = f"{name}{depth}, batch {len(batch[0])}, heads {heads}, rank {rank}, {after_merge}"
+    what = f"{subject.described}, batch {options.batch}, heads {heads}, rank {rank}, {after_merge}"
+    what += ", in turns" if lte.explorer.execution == "sequential" else ""
     what += ", AdamW(fused=True)" if options.fused else ""
     what += "" if options.precision == "32-true" else f", {options.precision}"
 
@@ -187,22 +207,13 @@ def measure(
     return rows
 
 
-def make_model(
-    name: str, depth: int | None, seed: int, device: torch.device, precision: Precision = "32-true"
-) -> nn.Module:
-    """A model of timm's, with the same weights for the same seed."""
-    torch.manual_seed(seed)
-    chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
-    model: nn.Module = timm.create_model(name, **chosen).to(device)
-    if precision.endswith("-mixed"):
-        model.forward = torch.autocast(device.type, DTYPES[precision])(model.forward)
-        return model
-    return model.to(DTYPES[precision])
-
-
 def make_optimizer(model: nn.Module, fused: bool) -> AdamW:
     """For what a model trains."""
     return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05, fused=fused or None)
+
+
+def _in(dtype: torch.dtype, leaf: Any) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def compiled(model: nn.Module, backend: str) -> nn.Module:
@@ -248,13 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     start = time.perf_counter()
     rows: list[Row] = []
     for name in options.models:
-        batch = make_batch(name, options.batch, device, options.seed)
+        subject = Subject.of(name, options.depth)
+        batch = subject.batch(options.batch, device, options.seed)
         if options.precision.endswith("-true"):
-            batch = (batch[0].to(DTYPES[options.precision]), batch[1])
+            batch = tree_map(lambda leaf: _in(DTYPES[options.precision], leaf), batch)
         for heads in options.heads:
             for rank in options.ranks:
                 for after_merge in options.after_merge:
-                    found = measure(name, batch, heads, rank, after_merge, options, device)
+                    found = measure(subject, batch, heads, rank, after_merge, options, device)
                     # Long runs get stopped.
                     print(*(" | ".join(row.cells) for row in found), sep="\n", file=sys.stderr, flush=True)
                     rows += found

@@ -16,6 +16,7 @@ from benchmarks.__main__ import COMMANDS, main
 from benchmarks.bound import Arithmetic, Use, multiply_adds, uses
 from benchmarks.namespaces import bits_per_second
 from benchmarks.released import ReleasedLinear
+from benchmarks.subject import Subject
 from benchmarks.table import HEADER, Row, table
 from examples.demo import hardware
 from lightning_lte import Explorer, LTEConfig
@@ -271,6 +272,89 @@ def test_the_benchmark_of_a_step_takes_a_precision(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for heads in (1, 2):
         assert text.count(f"heads {heads}, rank 4, keep, {precision} | LTE's step / full rank's") == 1
+
+
+OWN = """
+import torch
+from lightning.pytorch import LightningModule
+from torch.nn.functional import cross_entropy
+
+
+class Reader(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(40, 16)
+        self.norm = torch.nn.NORM(16)
+        self.out = torch.nn.Linear(16, 40)
+
+    def training_step(self, batch, batch_idx):
+        y = self.out(self.norm(self.words(batch["ids"]).flatten(0, 1)))
+        loss = cross_entropy(y, batch["next"].flatten())
+        self.log("loss", loss)
+        return loss
+
+
+def model():
+    return Reader()
+
+
+def batch(samples):
+    return {"ids": torch.randint(0, 40, (samples, 6)), "next": torch.randint(0, 40, (samples, 6))}
+
+
+def loss(model, batch):
+    return model.training_step(batch, 0)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.usefixtures("settings_of_torch")
+@pytest.mark.parametrize(("name", "more"), [
+    ("step", ["--ranks", "2", "--rounds", "1", "--precision", "bf16-mixed"]),
+    ("merge", ["--rank", "2", "--rounds", "1"]),
+    ("startup", ["--rank", "2", "--rounds", "1"]),
+    ("memory", ["--rank", "2", "--after-merge", "reset"]),
+])  # fmt: skip
+def test_a_model_of_ones_own_is_measured(
+    name: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "reader.py"
+    path.write_text(OWN.replace("NORM", "LayerNorm"))
+    model = "--models" if name == "step" else "--model"
+    main([name, model, str(path), "--batch", "4", "--heads", "2", "--threads", "1", *more])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| reader, batch 4, heads 2")]
+    assert rows and not any("in turns" in row for row in rows)
+    if name == "startup":
+        assert any("samples through the model in the proof / batch |  | 2.000 |" in row for row in rows)
+    if name == "memory":
+        assert any("rank 2, reset | gradients of factored weights / all of" in row for row in rows)
+
+
+def test_a_step_says_where_heads_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "reader.py"
+    path.write_text(OWN.replace("NORM", "BatchNorm1d"))
+    choices = ["--batch", "4", "--heads", "2", "--ranks", "2", "--rounds", "1", "--after-merge", "reset"]
+    main(["step", "--models", str(path), *choices])
+    assert "| reader, batch 4, heads 2, rank 2, reset, in turns | LTE's step" in capsys.readouterr().out
+
+
+def test_a_model_of_ones_own_has_three_functions(tmp_path: Path) -> None:
+    path = tmp_path / "reader.py"
+    path.write_text("def model(): ...\nloss = 1\n")
+    with pytest.raises(ValueError, match=r"has the functions model, batch, loss.*has no batch, loss"):
+        Subject.of(str(path))
+    with pytest.raises(ValueError, match=r"there is none at .*other.py"):
+        Subject.of(str(tmp_path / "other.py"))
+    with pytest.raises(ValueError, match="--depth is for models of timm's; received 2"):
+        Subject.of(str(path), depth=2)
+
+
+def test_a_subject_is_the_same_for_the_same_seed() -> None:
+    subject, device = Subject.of("test_vit"), torch.device("cpu")
+    one, same, other = (subject.model(device, seed) for seed in (0, 0, 1))
+    assert torch.equal(one.head.weight, same.head.weight) and not torch.equal(one.head.weight, other.head.weight)
+    one, same, other = (subject.batch(2, device, seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_an_unknown_benchmark_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def test_the_benchmark_of_execution_runs(capsys: pytest.CaptureFixture[str]) -> 
         {"sequential", "a merge / full rank's whole step", "proof"},  # it has batch norm
     ]
     assert all(len(row.ratios) == 2 and row.heads == 2 for row in rows)
-    passes = [row for row in rows if row.what == "proof: samples through the first layer / batch"]
+    passes = [row for row in rows if row.what == "proof: samples through the model / batch"]
     assert [row.ratios for row in passes] == [[2.0, 2.0], [0.0, 0.0]]
     assert all(row.limit is not None and row.median <= row.limit for row in passes)
 
