@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,48 +46,58 @@ class Widened(TorchDispatchMode):
     a cast.
 
     Tensors in half precision stay what they are, and are written to as such. What comes from them is float32, and so
-    may be what the user's code takes for half precision.
+    may be what the user's code takes for half precision. Operations that have no float32, as those of some packages for
+    attention, get half precision.
 
     Attributes:
-        used: whether there was anything to widen.
-        narrow: whether an operation has no float32, and was computed in half precision after all.
+        narrow: whether an operation has no float32.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.used = self.narrow = False
+        self._half: torch.dtype | None = None
+        self.narrow = False
+
+    @property
+    def used(self) -> bool:
+        """Whether there was anything to widen."""
+        return self._half is not None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Whoever has operations of their own knows what they are for; and a view has to stay one.
-        if func.namespace != "aten" or func.is_view:
+        if func.is_view:  # and has to stay one
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
-        # Few operations read another dtype than that of what they write to.
-        dtype = written[0].dtype if written and written[0].is_floating_point() else torch.float32
-        widened: list[Any] = []
-
-        def widen(value: Any) -> Any:
-            if isinstance(value, torch.dtype) and value in HALF:
-                widened.append(value)
-                return torch.float32
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
-                if (value.dtype in HALF or dtype in HALF) and all(value is not own for own in written):
-                    widened.append(value)
-                    return value.to(dtype)
-            return value
-
-        wide_args, wide_kwargs = tree_map(widen, (args, kwargs))
-        if not widened:
-            return func(*args, **kwargs)
-        self.used = True
+        if func.namespace != "aten":  # knows what its own dtypes are for
+            wide_args, wide_kwargs = args, kwargs
+        else:
+            # Few operations read another dtype than that of what they write to.
+            target = written[0].dtype if written and written[0].is_floating_point() else torch.float32
+            wide_args, wide_kwargs = tree_map(partial(self._widened, target, written), (args, kwargs))
         try:
             return func(*wide_args, **wide_kwargs)
-        except (NotImplementedError, RuntimeError):
-            if written:
+        except (NotImplementedError, RuntimeError, TypeError):
+            if written or self._half is None:
                 raise
             self.narrow = True
-            return func(*args, **kwargs)
+            narrow_args, narrow_kwargs = tree_map(partial(_narrowed, self._half), (args, kwargs))
+            return func(*narrow_args, **narrow_kwargs)
+
+    def _widened(self, target: torch.dtype, written: list[Tensor], value: Any) -> Any:
+        """An argument of an operation, which is to read `target`."""
+        if isinstance(value, torch.dtype) and value in HALF:
+            self._half = value
+            return torch.float32
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != target:
+            for dtype in HALF:
+                if dtype in (value.dtype, target) and all(value is not own for own in written):
+                    self._half = dtype
+                    return value.to(target)
+        return value
+
+
+def _narrowed(half: torch.dtype, value: Any) -> Any:
+    return value.to(half) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

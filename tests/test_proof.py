@@ -258,19 +258,28 @@ def test_what_is_widened_is_written_to_as_it_is() -> None:
     assert not widened.narrow
 
 
-def test_what_has_no_float32_is_computed_in_half_precision() -> None:
-    library = torch.library.Library("aten", "FRAGMENT")
-    library.define("lte_half_alone(Tensor x) -> Tensor")
+@torch.library.custom_op("lte_tests::half_alone", mutates_args=())
+def half_alone(x: Tensor) -> Tensor:
+    if x.dtype == torch.float32:
+        raise RuntimeError("only float16 and bfloat16 are supported")
+    return x + 1
 
-    def kernel(x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            raise NotImplementedError("half precision alone")
-        return x + 1
 
-    library.impl("lte_half_alone", kernel, "CPU")
-    x = torch.ones(2, dtype=torch.bfloat16)
-    with Widened() as widened:
-        assert torch.ops.aten.lte_half_alone(x).dtype == torch.bfloat16 and widened.narrow
+half_alone.register_autograd(lambda ctx, gradient: gradient)
+
+
+class HalfAlone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = Rounding(), Rounding()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(half_alone(self.before(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_operations_that_have_no_float32_get_half_precision(precision: str) -> None:
+    assert verdict(Pooled(HalfAlone()), images(), precision=precision)[0] == "batched"
 
 
 class Padded(nn.Module):
