@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
+from lightning_lte.float32 import HALF
 from lightning_lte.thin import times_thin, transposed_times_thin
 
 # A, B and their anchors.
@@ -34,11 +35,10 @@ Reader = Callable[[torch.dtype], Tensor]
 
 _T = TypeVar("_T", Tensor, Tensor | None)
 
-_HALF = {torch.float16, torch.bfloat16}
 # What looks on while a forward keeps results for torch.utils.checkpoint, and while it runs again.
 _SELECTIVE = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 # Autocast leaves float64 as it is.
-_CASTABLE = {torch.float32, *_HALF}
+_CASTABLE = {torch.float32, *HALF}
 
 # On a CPU, what is made of the factors is made for a few heads at a time, so that it is still in a core's cache when it
 # is read. Most cores have 1 MiB or more to themselves.
@@ -95,7 +95,7 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
         return False
     dtypes = {t.dtype for t in tensors}
     if _autocasts(x.device.type):
-        return dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in _HALF
+        return dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in HALF
     return len(dtypes) == 1 and x.is_floating_point()
 
 
@@ -339,7 +339,7 @@ class _Product(torch.autograd.Function):
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         if for_x and ctx.read is not None:
             weight = ctx.read(x.dtype)
-        size, half = ctx.scale * ctx.gradient_scale, x.dtype in _HALF
+        size, half = ctx.scale * ctx.gradient_scale, x.dtype in HALF
         gradient = gradient.contiguous()  # once, and not in every product
         own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
         of_x = of_weight = of_bias = of_A = of_B = None
@@ -387,7 +387,7 @@ def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, an
     """Whether a head has so many rows that its effective weight pays: 4/3 m n / (m + n) with anchors, 2 m n / (m + n)
     without, by the count of multiply-adds. On a CPU both took the same time there, too. In half precision it never
     does, as it would be rounded to nothing but W."""
-    if dtype in _HALF:
+    if dtype in HALF:
         return False
     return (3 if anchored else 2) * rows * (out_features + in_features) >= 4 * out_features * in_features
 

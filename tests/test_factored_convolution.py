@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_lte import Explorer, LTEConfig
+from lightning_lte.layers import factored_convolution
 from lightning_lte.layers.base import LayerState
 from lightning_lte.switch import Switch
 from tests.test_layers import COUNT, factors_of, headed, random
@@ -31,6 +34,14 @@ LAYERS: dict[str, tuple[Callable[[], Any], dict[bool, tuple[int, ...]], int]] = 
         1,
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def calls_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few places are many."""
+    monkeypatch.setattr(factored_convolution, "_CALLS", 0)
+
+
 per_layer = pytest.mark.parametrize("case", LAYERS)
 per_places = pytest.mark.parametrize("many", [MANY, FEW])
 per_anchors = pytest.mark.parametrize("keep", [True, False])
@@ -62,6 +73,30 @@ def literally(plain: Any, f: Any, x: Tensor) -> Tensor:
         weight = plain.weight.detach() + f.scale * f.matrices.as_weight(f.B[h] @ f.A[h] - old, plain.weight.shape)
         outputs.append(torch.func.functional_call(plain, {"weight": weight}, (part,)))
     return torch.cat(outputs)
+
+
+@per_layer
+@per_places
+def test_the_count_of_places_tells_how_they_are_computed(case: str, many: bool) -> None:
+    layer, _, _, x = made(case, many)
+    assert layer(x).grad_fn.folds == many
+
+
+@pytest.mark.parametrize(("size", "samples", "kernel", "calls"), [
+    (16, 1, 3, 3), (32, 4, 3, 4), (4, 4, 1, 3), (16, 4, 1, 4),
+])  # fmt: skip
+def test_several_heads_take_as_few_calls_as_pay(
+    size: int, samples: int, kernel: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of all heads together (W, A and B) on a CPU, or one for each of four heads, of many places."""
+    monkeypatch.undo()
+    layer = nn.Conv2d(64, 64, kernel, padding=kernel // 2)
+    net = nn.Sequential(layer)
+    explorer = Explorer(net, torch.optim.SGD(net.parameters(), 0.1), LTEConfig(4, 10, rank=4, execution="batched"))
+    x = torch.randn(4 * samples, 64, size, size)
+    with explorer.heads(), profile() as profiler:
+        net(x)
+    assert sum(event.count for event in profiler.key_averages() if event.key == "aten::conv2d") == calls
 
 
 @per_layer

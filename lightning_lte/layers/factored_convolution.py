@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lte.float32 import HALF
 from lightning_lte.heads import Factors, Matrices
 from lightning_lte.layers.base import LayerState, add_per_head
 from lightning_lte.layers.convolution import (
@@ -40,6 +41,9 @@ from lightning_lte.product import (
     without_autocast,
 )
 from lightning_lte.span import span
+
+# Multiply-adds per rank and place of the kernel that take as long as one head's calls do.
+_CALLS = 10**5
 
 
 def convolved(layer: Any, state: LayerState, geometry: Geometry, x: Tensor) -> Tensor:
@@ -141,12 +145,20 @@ class _Form:
         return below_each_other(self.by_B.of_heads(len(A)).convolve(inner, self.of_B(B), None), len(A))
 
     def folds(self, x: Tensor, anchored: bool, count: int) -> bool:
-        """Whether effective weights pay, of which there is one convolution for each head."""
+        """Whether effective weights pay, of which there is one convolution for each head.
+
+        Elsewhere they pay as in linear layers. On a CPU they take more: oneDNN lays out each anew, in calls of its own.
+        """
         if count > 1 and x.device.type != "cpu":
             return False
         size = x.shape[2:] if self.geometry.transposed else self.geometry.size(x.shape[2:], self.kernel)
         rows = len(x) // count * math.prod(size)
-        return folds(rows, self.matrices.out_features, self.matrices.in_features, x.dtype, anchored)
+        m = self.matrices
+        if x.device.type != "cpu":
+            return folds(rows, m.out_features, m.in_features, x.dtype, anchored)
+        calls = 0 if count == 1 else _CALLS * math.prod(self.kernel) // m.count
+        thin = (3 if anchored else 2) * rows * (m.out_features + m.in_features)
+        return x.dtype not in HALF and thin >= 6 * m.out_features * m.in_features + calls
 
     def effective(self, weight: Tensor, factors: PairAndAnchors) -> Iterator[Tensor]:
         """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all."""

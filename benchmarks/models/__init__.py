@@ -1,0 +1,1 @@
+"""Models that timm does not have, as files for `python -m benchmarks`."""
