@@ -110,7 +110,7 @@ class Merge:
         self._sent_before = transport.bytes_sent
         # What weight decay has left of each weight: on this device, and once it is exchanged the mean over devices.
         self._left = torch.ones(len(factors), dtype=torch.float64, device=self._device)
-        self._squared_mean = self._squared_heads = torch.zeros((), device=self._device)
+        self._squared_mean = self._squared_heads = torch.zeros((), dtype=torch.float32, device=self._device)
 
     def run(self, states: States, outer: OuterOptimizer | None = None) -> MergeRecord:
         """All at once.

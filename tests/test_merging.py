@@ -546,3 +546,36 @@ def test_what_heads_turned_out_not_to_train_is_in_a_checkpoint_before_all_device
     alone.go_on_from(7, weights, optimizer, state)
     alone.steps(1)
     assert alone.explorer.made_replicas == made_replicas
+
+
+def _in_a_default_dtype(default: torch.dtype, chosen: dict[str, Any]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    net = make_net().float()
+    opt = sgd(net.parameters())
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    config = LTEConfig(HEADS, 3, rank=RANK, execution="batched", **chosen)
+    explorer = Explorer(net, opt, config, transport)
+    norms = []
+    try:
+        for seed in range(7):
+            x, y = make_data(8, seed=2 * seed + transport.rank)
+            torch.set_default_dtype(default)
+            backward(explorer, net, x.float(), y)
+            norms.append(explorer.clip_grad_norm_(0.1))
+            opt.step()
+            opt.zero_grad()
+            explorer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(f.error is None or f.error.dtype == torch.float32 for f in explorer.injection.factors.values())
+    explorer.finish()
+    return clone(net.state_dict()), norms
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"wire": "int8", "payload": "dense"}, {"base": "int8", "base_copy": "error-feedback"}], ids=str
+)
+def test_the_default_dtype_of_the_moment_makes_no_difference(chosen: dict[str, Any]) -> None:
+    """Lightning's bf16-true makes it bfloat16 for as long as a step of the user's lasts, and in manual optimization
+    clipping and merges come inside of that."""
+    expected, found = (run(_in_a_default_dtype, 2, dtype, chosen)[0] for dtype in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
