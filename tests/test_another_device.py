@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, product
 from lightning_lte.execution import run
+from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes, moments
 from lightning_lte.outer import OuterOptimizer
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
 from tests.modules import Kinds, after_backward, make_data, make_net, train_step
@@ -167,6 +168,20 @@ def test_an_outer_optimizer_counts_its_steps_where_it_wants_them(where: str) -> 
     ((param, optimizer),) = outer._optimizers.values()
     devices = {key: value.device.type for key, value in optimizer.state[param].items()}
     assert devices == {"step": where, "exp_avg": DEVICE.type, "exp_avg_sq": DEVICE.type}
+
+
+@pytest.mark.parametrize("tensors", ["lr", "betas"])
+def test_an_optimizer_is_tried_whose_settings_are_tensors_on_another_device(tensors: str) -> None:
+    """As those are that a CUDA graph is to follow."""
+    given = {"lr": Elsewhere(torch.tensor(0.01))}
+    if tensors == "betas":
+        given["betas"] = (Elsewhere(torch.tensor(0.9)), Elsewhere(torch.tensor(0.99)))  # type: ignore[assignment]
+    with another_device():
+        param = nn.Parameter(Elsewhere(torch.ones(2, 2)))
+        optimizer = torch.optim.AdamW([param], **given, foreach=False, capturable=True)  # type: ignore[arg-type]
+        assert acts_per_element(optimizer) and decays_apart(optimizer) is True
+        assert (magnitudes(optimizer), moments(optimizer)) == ({"exp_avg_sq"}, {"exp_avg", "exp_avg_sq"})
+    assert optimizer.param_groups[0]["lr"] is given["lr"]
 
 
 def test_a_checkpoint_waits_for_merges_before_it_copies_what_rounding_took() -> None:
