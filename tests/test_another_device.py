@@ -125,7 +125,11 @@ def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) 
     assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
 
 
-@pytest.mark.parametrize("chosen", [{}, {"replicas": "step"}, {"overlap": 1}], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"replicas": "step"}, {"overlap": 1}, {"after_merge": "reset", "reset_a": "redraw", "reset_moments": 0.5}],
+    ids=str,
+)
 def test_a_merge_waits_for_another_device_as_often_for_many_weights_as_for_one(chosen: dict[str, Any]) -> None:
     counts = []
     for kind in (Kinds, Scaled):
