@@ -11,6 +11,7 @@ import timm
 import torch
 
 from benchmarks.table import Row, setting, table
+from benchmarks.times import counts_processor_time
 
 # Choices that are numbers: one, or several.
 _NUMBERS = ("batch", "heads", "rank", "ranks", "depth", "rounds", "threads", "devices")
@@ -79,11 +80,6 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
                 timm.create_model(name, depth=options.depth)
             except TypeError:
                 parser.error(f"--depth is for models that take one, as ViTs do; received {options.depth} for {name}")
-
-
-def counts_processor_time(device: torch.device) -> bool:
-    """Whether a process's time on the processor is what it takes where nothing else runs."""
-    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def show(rows: Sequence[Row], options: Any, device: torch.device, start: float) -> None:

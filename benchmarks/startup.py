@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim import AdamW
 
 from benchmarks.command import of_one_model
-from benchmarks.execution import NEVER, first_layer, loss_of, make_batch, timed
+from benchmarks.execution import NEVER, first_layer, loss_of, make_batch
 from benchmarks.step import make_model
 from benchmarks.table import Row
+from benchmarks.times import timed_alone
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.execution import run
 
@@ -39,21 +40,21 @@ def measure(options: Any, device: torch.device) -> list[Row]:
         path = Path(folder) / "checkpoint.pt"
         for number in range(options.rounds):
             model = make_model(options.model, options.depth, options.seed, device).train()
-            with timed(device) as seconds:
+            with timed_alone(device) as seconds:
                 explorer, optimizer = explorer_over(model)
-            injecting.append(seconds[0])
+            injecting.append(float(seconds))
             if number == 0:
                 samples: list[int] = []
                 handle = first_layer(model).register_forward_pre_hook(lambda _, args: samples.append(len(args[0])))  # noqa: B023
                 loss_of(model, batch)
-                with timed(device) as first:
+                with timed_alone(device) as first:
                     loss = run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
                 handle.remove()
-                with timed(device) as second:
+                with timed_alone(device) as second:
                     run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
                 # All but the pass before, and the step's own.
                 passes.append((sum(samples) - 2 * options.batch) / options.batch)
-                firsts.append(first[0] / second[0] - 1)
+                firsts.append(float(first) / float(second) - 1)
                 with explorer.backward():
                     loss.backward()
                 explorer.after_backward()
@@ -62,12 +63,12 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 torch.save({"state_dict": model.state_dict(), "lte": explorer.state_dict()}, path)
             del explorer, optimizer
             fresh = make_model(options.model, options.depth, options.seed, device).train()
-            with timed(device) as seconds:
+            with timed_alone(device) as seconds:
                 saved = torch.load(path, weights_only=True)
                 fresh.load_state_dict(saved["state_dict"])
                 explorer, optimizer = explorer_over(fresh)
                 explorer.load_state_dict(saved["lte"])
-            resuming.append(seconds[0])
+            resuming.append(float(seconds))
             del saved, explorer, optimizer, fresh
     depth = "" if options.depth is None else f" of depth {options.depth}"
     what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
