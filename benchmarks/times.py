@@ -129,6 +129,9 @@ def in_a_row(step: Callable[[], Seconds], device: torch.device) -> Seconds:
     for _ in range(LEAD):
         step()
     done = [step() for _ in range(IN_A_ROW)]
-    kinds = ("spans_forward", "spans_backward", "spans_step")
-    spans = [[span for own in done for span in getattr(own, kind)] for kind in kinds]
-    return Seconds(*spans, steps=IN_A_ROW)
+    return Seconds(
+        [span for own in done for span in own.spans_forward],
+        [span for own in done for span in own.spans_backward],
+        [span for own in done for span in own.spans_step],
+        IN_A_ROW,
+    )
