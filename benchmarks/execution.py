@@ -168,7 +168,7 @@ class WithHeads:
         """Seconds of a merge of what was learned, without the norms that only loggers ask for."""
         with timed_alone(self.device) as merge:
             self.explorer.merge(measure=False)
-        return float(merge)
+        return merge.seconds
 
     def proof(self, batch: Batch) -> Seconds:
         """The proof on a batch, as if it were the first one."""

@@ -21,9 +21,10 @@ from benchmarks.command import of_one_model
 from benchmarks.execution import loss_of, make_batch
 from benchmarks.step import WARM_UP, Heads, make_model
 from benchmarks.table import Row
-from benchmarks.times import Span, timed
+from benchmarks.times import timed
 from lightning_lte.execution import run
 from lightning_lte.metrics import merge_metrics
+from lightning_lte.stopwatch import Stopwatch
 
 PERIOD = 10
 # The largest share of the time that merging, logging and the callback may take.
@@ -40,7 +41,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         logger = CSVLogger(folder, flush_logs_every_n_steps=1)
         for number in range(WARM_UP + options.rounds):
-            spans: dict[str, list[Span]] = defaultdict(list)
+            spans: dict[str, list[Stopwatch]] = defaultdict(list)
             in_a_row = PERIOD if device.type == "cuda" else 1
             for _ in range(in_a_row):
                 with timed(device) as acting:
@@ -64,10 +65,12 @@ def measure(options: Any, device: torch.device) -> list[Row]:
             with timed(device) as logging:
                 logger.log_metrics({**merge_metrics(record)}, step=number)
             if number >= WARM_UP:
-                now_and_then = (float(merge) + float(logging)) / PERIOD
-                arithmetic, always = (sum(map(float, spans[key])) / in_a_row for key in ("arithmetic", "always"))
+                now_and_then = (merge.seconds + logging.seconds) / PERIOD
+                arithmetic, always = (
+                    sum(watch.seconds for watch in spans[key]) / in_a_row for key in ("arithmetic", "always")
+                )
                 steps.append(arithmetic + always)
-                merges.append(float(merge))
+                merges.append(merge.seconds)
                 shares.append((always + now_and_then) / (steps[-1] + now_and_then))
     depth = "" if options.depth is None else f" of depth {options.depth}"
     what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"

@@ -40,9 +40,9 @@ def measure(options: Any, device: torch.device) -> list[Row]:
         path = Path(folder) / "checkpoint.pt"
         for number in range(options.rounds):
             model = make_model(options.model, options.depth, options.seed, device).train()
-            with timed_alone(device) as seconds:
+            with timed_alone(device) as watch:
                 explorer, optimizer = explorer_over(model)
-            injecting.append(float(seconds))
+            injecting.append(watch.seconds)
             if number == 0:
                 samples: list[int] = []
                 handle = first_layer(model).register_forward_pre_hook(lambda _, args: samples.append(len(args[0])))  # noqa: B023
@@ -54,7 +54,7 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                     run(explorer, lambda own: loss_of(model, own), batch)  # noqa: B023
                 # All but the pass before, and the step's own.
                 passes.append((sum(samples) - 2 * options.batch) / options.batch)
-                firsts.append(float(first) / float(second) - 1)
+                firsts.append(first.seconds / second.seconds - 1)
                 with explorer.backward():
                     loss.backward()
                 explorer.after_backward()
@@ -63,12 +63,12 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 torch.save({"state_dict": model.state_dict(), "lte": explorer.state_dict()}, path)
             del explorer, optimizer
             fresh = make_model(options.model, options.depth, options.seed, device).train()
-            with timed_alone(device) as seconds:
+            with timed_alone(device) as watch:
                 saved = torch.load(path, weights_only=True)
                 fresh.load_state_dict(saved["state_dict"])
                 explorer, optimizer = explorer_over(fresh)
                 explorer.load_state_dict(saved["lte"])
-            resuming.append(float(seconds))
+            resuming.append(watch.seconds)
             del saved, explorer, optimizer, fresh
     depth = "" if options.depth is None else f" of depth {options.depth}"
     what = f"{options.model}{depth}, batch {options.batch}, heads {options.heads}, rank {options.rank}"

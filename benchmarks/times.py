@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+from lightning_lte.stopwatch import Stopwatch
 
 # On a GPU steps are timed so many in a row. So many before them find it idle, or the host further ahead than the steps
 # before would let it be.
@@ -25,49 +26,20 @@ def counts_processor_time(device: torch.device) -> bool:
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
-class Span:
-    """What a block takes: `float` of it is in seconds, and waits for a GPU.
-
-    Args:
-        device: whose time counts.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = self._end = self._now()
-
-    def end(self) -> None:
-        """The block ends here."""
-        self._end = self._now()
-
-    def __float__(self) -> float:
-        if self._device.type != "cuda":
-            return float(self._end - self._start)
-        self._end.synchronize()
-        return float(self._start.elapsed_time(self._end)) / 1000  # of milliseconds
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.process_time() if counts_processor_time(self._device) else time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+@contextmanager
+def timed(device: torch.device) -> Iterator[Stopwatch]:
+    """What a block takes."""
+    watch = Stopwatch(device, time.process_time if counts_processor_time(device) else time.perf_counter)
+    with watch.running():
+        yield watch
 
 
 @contextmanager
-def timed(device: torch.device) -> Iterator[Span]:
-    """What a block takes, once it has ended."""
-    span = Span(device)
-    yield span
-    span.end()
-
-
-@contextmanager
-def timed_alone(device: torch.device) -> Iterator[Span]:
+def timed_alone(device: torch.device) -> Iterator[Stopwatch]:
     """`timed` for what is done once and not in a row, with all that the host does: the device is idle as it begins."""
     wait(device)
-    with timed(device) as span:
-        yield span
+    with timed(device) as watch:
+        yield watch
 
 
 def wait(device: torch.device) -> None:
@@ -87,9 +59,9 @@ class Seconds:
         steps: how many these are of.
     """
 
-    spans_forward: list[Span] = field(default_factory=list)
-    spans_backward: list[Span] = field(default_factory=list)
-    spans_step: list[Span] = field(default_factory=list)
+    spans_forward: list[Stopwatch] = field(default_factory=list)
+    spans_backward: list[Stopwatch] = field(default_factory=list)
+    spans_step: list[Stopwatch] = field(default_factory=list)
     steps: int = 1
 
     @property
@@ -117,8 +89,8 @@ class Seconds:
         """The whole step."""
         return self.both + self.step
 
-    def _of(self, spans: Sequence[Span]) -> float:
-        return sum(map(float, spans)) / self.steps
+    def _of(self, spans: Sequence[Stopwatch]) -> float:
+        return sum(watch.seconds for watch in spans) / self.steps
 
 
 def in_a_row(step: Callable[[], Seconds], device: torch.device) -> Seconds:

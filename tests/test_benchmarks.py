@@ -231,7 +231,7 @@ class Event:
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self, stream: Any) -> None:
         self.at = Event.now
 
     def synchronize(self) -> None:
@@ -244,6 +244,7 @@ class Event:
 def test_steps_on_a_gpu_are_timed_in_a_row_and_without_a_wait_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, done = torch.device("cuda"), []
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("waited"))
     monkeypatch.setattr(Event, "waits", [])
 

@@ -387,6 +387,19 @@ def test_no_step_between_merges_waits(chosen: dict[str, Any], precision: Any, no
 
 
 @needs_gpu
+def test_what_a_merge_finds_the_gpu_at_is_none_of_its_time() -> None:
+    net = make_net().float().to(DEVICE)
+    explorer, optimizer = made(net, sgd)
+    for seed in range(2 * PERIOD):
+        x, y = make_data(16, seed=seed)
+        if seed == 2 * PERIOD - 1:
+            torch.cuda._sleep(2 * 10**9)  # cycles, a second or so
+        train_step(explorer, net, optimizer, (x.float().to(DEVICE), y.to(DEVICE)))
+    assert explorer.merges == 2 and explorer.last_record is not None
+    assert 0 < explorer.last_record.time_s < 0.3
+
+
+@needs_gpu
 @pytest.mark.parametrize("chosen", [{}, {"heads": 1}, {"after_merge": "reset"}, {"refresh": 1}], ids=str)
 @pytest.mark.parametrize("half", [False, True])
 def test_a_cuda_graph_of_the_step_goes_on_through_merges(chosen: dict[str, Any], half: bool) -> None:

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_lte import Explorer, LTEConfig, Transport, flight, merging, sharded
+from lightning_lte import Explorer, LTEConfig, Transport, flight, merge, merging, sharded
 from lightning_lte.execution import run as run_step
 from lightning_lte.merge import Merge
+from lightning_lte.payload import Payload
+from lightning_lte.stopwatch import Stopwatch
 from tests.modules import RANK, backward, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
 
@@ -392,6 +394,50 @@ def test_a_merge_on_its_way_has_a_stream_of_its_own_which_waits_for_what_reads_i
     started = ["the merge waits for training", "turned to the merge", "exchange"]
     landed = ["training waits for the merge", "land", "the merge waits for training"]
     assert log == [*started, *landed, *started, *landed]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_merges_on_a_gpu_are_timed_by_its_own_clock(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may be steps ahead of it, and waits in a merge for all that the device had to do before."""
+    now, waits = 0.0, []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            self.at = now
+
+        def synchronize(self) -> None:
+            waits.append(self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    exchange, check = Payload.exchange, Merge._check_good
+
+    def exchanged(payload: Payload) -> None:
+        nonlocal now
+        now += 250.0  # of its milliseconds, for each of the weights
+        exchange(payload)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    for module in (merge, merging):
+        on_gpu = lambda device: Stopwatch(torch.device("cuda"))  # noqa: E731
+        monkeypatch.setattr(module, "Stopwatch", on_gpu)
+    monkeypatch.setattr(Payload, "exchange", exchanged)
+    monkeypatch.setattr(Merge, "_check_good", lambda own: time.sleep(0.1) or check(own))
+    loop = Loop(overlap=overlap)
+    loop.steps(4)
+    assert not (overlap and waits)
+    for travelling in loop.explorer.flights:
+        travelling._thread.join()
+    loop.steps(1)
+    record = loop.explorer.last_record
+    assert record is not None and waits
+    # What travels meanwhile is none of the time that training stands still.
+    assert record.time_s == record.wait_s == (0.0 if overlap else 0.5)
 
 
 def _wait_at_the_start() -> tuple[float, float]:
