@@ -251,7 +251,8 @@ class Merge:
         good = self._good_all.tolist()
         self._good_total = sum(good)
         self.restarted = tuple(head for head, own in enumerate(good) if not own)
-        self._left_of = _named(self.factors, self._left)
+        left = self._left if self._config.decays_weights else torch.ones(len(self.factors), device="cpu")
+        self._left_of = _named(self.factors, left)
         if self._good_total == 0:
             raise FloatingPointError(
                 f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, replicas and"

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 from lightning_lte import Explorer, LTEConfig, product
+from lightning_lte.batch import Layout
 from lightning_lte.execution import run
 from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes, moments
 from lightning_lte.outer import OuterOptimizer
@@ -127,7 +129,7 @@ def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) 
 
 @pytest.mark.parametrize(
     "chosen",
-    [{}, {"replicas": "step"}, {"overlap": 1}, {"after_merge": "reset", "reset_a": "redraw", "reset_moments": 0.5}],
+    [{}, {"replicas": "step"}, {"overlap": 1}, {"after_merge": "reset", "reset_moments": 0.5}],
     ids=str,
 )
 def test_a_merge_waits_for_another_device_as_often_for_many_weights_as_for_one(chosen: dict[str, Any]) -> None:
@@ -155,6 +157,21 @@ def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_o
     with another_device(), pytest.warns(UserWarning, match="All weights were written from outside"):
         explorer.act()
     assert bases and all(isinstance(part, Elsewhere) for base in bases for part in base._parts)
+
+
+@pytest.mark.parametrize("samples", [3, 7, 8])
+def test_no_batch_is_dealt_out_with_a_wait(samples: int) -> None:
+    """Also one that the heads don't divide, or that has fewer samples than they."""
+    batch = make_data(samples)
+    layout = Layout(batch)
+    expected = [layout.split(batch, 4, 2), layout.filled_up(batch, 4)]
+    Elsewhere.waits.clear()
+    with another_device():
+        there = [Elsewhere(t) for t in batch]
+        found = [layout.split(there, 4, 2), layout.filled_up(there, 4)]
+    assert not Elsewhere.waits
+    held = tree_map(lambda t: t.held, found)
+    torch.testing.assert_close(held, [list(map(list, expected[0])), list(expected[1])])
 
 
 @pytest.mark.parametrize("where", ["cpu", DEVICE.type])
