@@ -743,6 +743,34 @@ def test_a_gradient_scaler_of_the_users_own_unscales_what_has_lost_its_heads(exe
     assert torch.amp.GradScaler.unscale_.__module__ == "torch.amp.grad_scaler"
 
 
+class Overflowing(Manual):
+    """The first gradients are infinite on one of two devices."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=sgd)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers().optimizer
+        opt.zero_grad()
+        factor = torch.inf if batch_idx == 0 and self.global_rank == 1 else 1.0
+        self.scaler.scale(self.loss(batch) * factor).backward()
+        self.scaler.step(opt)
+        self.scaler.update()
+
+
+def scaled_on_two() -> tuple[float, dict[str, Tensor]]:
+    module = Overflowing()
+    trainer(strategy(2, full_rank_steps=2), devices=2, max_epochs=1).fit(module, loader(16 * 8))
+    return module.scaler.get_scale(), clone(module.state_dict())
+
+
+def test_before_heads_begin_gradient_scalers_leave_out_the_same_steps_on_all_devices() -> None:
+    first, second = run(scaled_on_two, 2, group=False)
+    assert first[0] == second[0] == 512
+    torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
+
+
 def test_a_gradient_scaler_of_the_users_own_is_refused() -> None:
     module = Manual()
     module.scaler = torch.amp.GradScaler("cpu")
