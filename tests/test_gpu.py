@@ -44,6 +44,7 @@ from tests.modules import (
     clone,
     make_data,
     make_net,
+    needs_fully_shard,
     sgd,
     train_step,
     trainer,
@@ -341,6 +342,9 @@ def trained_on_two(chosen: dict[str, Any]) -> dict[str, Tensor]:
         {"wire": "bfloat16", "payload": "factors"},
         {"base": "int8", "base_copy": "sharded"},
         {"checkpoint": "sharded", "verify_every": 1},
+        # Two communicators at work at once.
+        {"overlap": 1, "replicas": "step"},
+        pytest.param({"heads": 1, "shard": 2}, marks=needs_fully_shard),
     ],
     ids=str,
 )
