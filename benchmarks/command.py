@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.subject import Subject
 from benchmarks.table import Row, setting, table
+from benchmarks.times import counts_processor_time
 
 # What a model may be.
 NAMED = "a name in timm, or the path of a Python file, see benchmarks/subject.py"
@@ -78,11 +79,6 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             Subject.of(name, vars(options).get("depth"))
         except ValueError as error:
             parser.error(str(error))
-
-
-def counts_processor_time(device: torch.device) -> bool:
-    """Whether a process's time on the processor is what it takes where nothing else runs."""
-    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def show(rows: Sequence[Row], options: Any, device: torch.device, start: float) -> None:

@@ -1,8 +1,8 @@
 """What heads cost that share one device: `python -m benchmarks.execution`.
 
-All figures are ratios of times within one run. In every round each variant runs once, in turning order, so that what
-else the machine does falls on all of them alike. With one thread of a CPU, time is what the process has of the
-processor, and waiting for other processes is not in it; else it is time on the wall.
+All figures are ratios of times within one run. In every round each variant runs once, on a GPU several times in a row,
+in turning order, so that what else the machine does falls on all of them alike. With one thread of a CPU, time is what
+the process has of the processor, and waiting for other processes is not in it; else it is time on the wall.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.command import NAMED, check, counts_processor_time
+from benchmarks.command import NAMED, check
 from benchmarks.subject import Loss, Subject
+from benchmarks.times import Seconds, counts_processor_time, in_a_row, timed, timed_alone
 from examples.demo import hardware
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.batch import Layout
@@ -35,33 +35,6 @@ NEVER = 10**9
 WARM_UP = 3
 # The most that a ratio may be.
 LIMITS = {"sequential: forward + backward": 1.3, "proof: samples through the model": 2.0}
-
-
-@dataclass
-class Seconds:
-    """Times of one training step, in seconds.
-
-    Attributes:
-        forward: with the loss.
-        backward: with what LTE looks at after it.
-        step: of the optimizer, with what LTE does after it.
-        merge: after it; no part of the step.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    step: float = 0.0
-    merge: float = 0.0
-
-    @property
-    def both(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
-
-    @property
-    def whole(self) -> float:
-        """The whole step, without a merge."""
-        return self.both + self.step
 
 
 @dataclass
@@ -114,9 +87,9 @@ class FullRank:
 
     def forward(self, batch: Any) -> Seconds:
         """A forward pass as training has it, recorded for a backward that does not come."""
-        with timed(self.device) as seconds:
+        with timed(self.device) as forward:
             self.loss(self.model, batch)
-        return Seconds(forward=seconds[0])
+        return Seconds([forward])
 
     def step(self, batch: Any) -> Seconds:
         """A training step on a batch."""
@@ -130,15 +103,15 @@ class FullRank:
                 loss = self.loss(self.model, part)
             with timed(self.device) as backward:
                 loss.backward()
-            total.forward += forward[0]
-            total.backward += backward[0]
+            total.spans_forward.append(forward)
+            total.spans_backward.append(backward)
             if number < len(parts) - 1:
                 # As a pass by itself has it: nothing to add to.
                 self.optimizer.zero_grad()
         with timed(self.device) as step:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        total.step = step[0]
+        total.spans_step.append(step)
         return total
 
 
@@ -154,7 +127,7 @@ def step_of(explorer: Explorer, optimizer: Optimizer, loss_of: Loss, batch: Any,
         optimizer.step()
         optimizer.zero_grad()
         explorer.step()
-    return Seconds(forward[0], backward[0], step[0])
+    return Seconds([forward], [backward], [step])
 
 
 class WithHeads:
@@ -186,24 +159,23 @@ class WithHeads:
         self.passed = 0
 
     def step(self, batch: Any) -> Seconds:
-        """A training step on a batch, and a merge of what was learned in it.
+        """A training step on a batch."""
+        return step_of(self.explorer, self.optimizer, self.loss, batch, self.device)
 
-        The merge leaves out the norms that only loggers ask for.
-        """
-        seconds = step_of(self.explorer, self.optimizer, self.loss, batch, self.device)
-        with timed(self.device) as merge:
+    def merge(self) -> float:
+        """Seconds of a merge of what was learned, without the norms that only loggers ask for."""
+        with timed_alone(self.device) as merge:
             self.explorer.merge(measure=False)
-        seconds.merge = merge[0]
-        return seconds
+        return merge.seconds
 
     def proof(self, batch: Any) -> Seconds:
         """The proof on a batch, as if it were the first one."""
         step = Counting(self.loss, self.model, batch)
         parts = Layout(batch).split(batch, self.heads)
-        with timed(self.device) as seconds:
+        with timed_alone(self.device) as seconds:
             decide(self.explorer, step, batch, parts)
         self.passed = step.samples
-        return Seconds(forward=seconds[0])
+        return Seconds([seconds])
 
 
 class Counting:
@@ -252,21 +224,22 @@ def measure(
     assert parts is not None
 
     variants: dict[str, Callable[[], Seconds]] = {
-        "full": lambda: full.step(batch),
-        "parts": lambda: full.steps_on(parts),
-        "sequential": lambda: in_turn.step(batch),
-        "forward": lambda: full.forward(batch),
+        "full": lambda: in_a_row(lambda: full.step(batch), device),
+        "parts": lambda: in_a_row(lambda: full.steps_on(parts), device),
+        "sequential": lambda: in_a_row(lambda: in_turn.step(batch), device),
+        "forward": lambda: in_a_row(lambda: full.forward(batch), device),
         "proof": lambda: fresh.proof(batch),
     }
     for _ in range(WARM_UP):
         in_turn.step(batch)
     if fresh.explorer.execution == "batched":
         together = WithHeads(subject, heads, "batched", device, seed)
-        variants["batched"] = lambda: together.step(batch)
+        variants["batched"] = lambda: in_a_row(lambda: together.step(batch), device)
         for _ in range(WARM_UP):
             together.step(batch)
     for variant in variants.values():
         variant()
+    in_turn.merge()
 
     rows: dict[str, Row] = {}
 
@@ -290,7 +263,7 @@ def measure(
             note("batched: backward / full rank's", done["batched"].backward, whole.backward)
             note("batched: optimizer step / full rank's", done["batched"].step, whole.step)
             note("batched: whole step / full rank's", done["batched"].whole, whole.whole)
-        note("a merge / full rank's whole step", turns.merge, whole.whole)
+        note("a merge / full rank's whole step", in_turn.merge(), whole.whole)
         note("proof: samples through the model / batch", fresh.passed, layout.size(batch))
         note("proof: time / full rank's forward", done["proof"].forward, done["forward"].forward)
     return list(rows.values()), statistics.median(full_steps), fresh.explorer.execution
@@ -300,23 +273,6 @@ def make(subject: Subject, device: torch.device, seed: int) -> tuple[nn.Module, 
     """A model with the same weights for the same seed, and its optimizer."""
     model = subject.model(device, seed)
     return model, AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-
-
-@contextmanager
-def timed(device: torch.device) -> Iterator[list[float]]:
-    """Put the seconds that a block takes into the list, when the block ends."""
-    seconds: list[float] = []
-    clock = time.process_time if counts_processor_time(device) else time.perf_counter
-    _wait(device)
-    start = clock()
-    yield seconds
-    _wait(device)
-    seconds.append(clock() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def table(rows: Sequence[Row]) -> str:

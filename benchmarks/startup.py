@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim import AdamW
 
 from benchmarks.command import of_one_model
-from benchmarks.execution import NEVER, Counting, timed
+from benchmarks.execution import NEVER, Counting
 from benchmarks.subject import Subject
 from benchmarks.table import Row
+from benchmarks.times import timed_alone
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.execution import run
 
@@ -40,19 +41,19 @@ def measure(options: Any, device: torch.device) -> list[Row]:
         path = Path(folder) / "checkpoint.pt"
         for number in range(options.rounds):
             model = subject.model(device, options.seed)
-            with timed(device) as seconds:
+            with timed_alone(device) as watch:
                 explorer, optimizer = explorer_over(model)
-            injecting.append(seconds[0])
+            injecting.append(watch.seconds)
             if number == 0:
                 step = Counting(subject.loss, model, batch)
                 subject.loss(model, batch)
-                with timed(device) as first:
+                with timed_alone(device) as first:
                     loss = run(explorer, step, batch)
                 # All but the step's own.
                 passes.append(step.samples / options.batch - 1)
-                with timed(device) as second:
+                with timed_alone(device) as second:
                     run(explorer, step, batch)
-                firsts.append(first[0] / second[0] - 1)
+                firsts.append(first.seconds / second.seconds - 1)
                 with explorer.backward():
                     loss.backward()
                 explorer.after_backward()
@@ -61,12 +62,12 @@ def measure(options: Any, device: torch.device) -> list[Row]:
                 torch.save({"state_dict": model.state_dict(), "lte": explorer.state_dict()}, path)
             del explorer, optimizer
             fresh = subject.model(device, options.seed)
-            with timed(device) as seconds:
+            with timed_alone(device) as watch:
                 saved = torch.load(path, weights_only=True)
                 fresh.load_state_dict(saved["state_dict"])
                 explorer, optimizer = explorer_over(fresh)
                 explorer.load_state_dict(saved["lte"])
-            resuming.append(seconds[0])
+            resuming.append(watch.seconds)
             del saved, explorer, optimizer, fresh
     what = f"{subject.described}, batch {options.batch}, heads {options.heads}, rank {options.rank}"
 

@@ -1,7 +1,9 @@
 """The time of a training step through heads that share one device: `python -m benchmarks step`.
 
 All figures are ratios of times within one run, in which full rank, LTE and the released formulation take turns, so that
-what else the machine does falls on all of them alike. No merge falls into a step: `python -m benchmarks merge` has it.
+what else the machine does falls on all of them alike. On a GPU a turn is several steps in a row, and their mean counts.
+
+No merge falls into a step: `python -m benchmarks merge` has it.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.bound import Arithmetic, multiply_adds, uses
 from benchmarks.command import check, show
-from benchmarks.execution import NEVER, Seconds, step_of, timed
+from benchmarks.execution import NEVER, step_of
 from benchmarks.released import as_released
 from benchmarks.subject import Loss, Subject
 from benchmarks.table import Row
+from benchmarks.times import Seconds, in_a_row, timed
 from lightning_lte import Explorer, LTEConfig, Transport
 
 AfterMerge = Literal["keep", "reset"]
@@ -73,7 +76,7 @@ class Plain:
         with timed(self.device) as step:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return Seconds(forward[0], backward[0], step[0])
+        return Seconds([forward], [backward], [step])
 
 
 class Heads:
@@ -174,7 +177,7 @@ def measure(
     for number in range(options.rounds):
         # Each finds the machine as the one before has left it, so the order turns.
         order = list(variants)[:: 1 if number % 2 == 0 else -1]
-        rounds.append({key: variants[key]() for key in order})
+        rounds.append({key: in_a_row(variants[key], device) for key in order})
 
     what = f"{subject.described}, batch {options.batch}, heads {heads}, rank {rank}, {after_merge}"
     what += ", in turns" if lte.explorer.execution == "sequential" else ""

@@ -217,7 +217,7 @@ def software() -> str:
 def hardware() -> str:
     """What the runs trained on."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

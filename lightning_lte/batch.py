@@ -92,18 +92,15 @@ class Layout:
 
     def take(self, batch: Any, index: Sequence[int]) -> Any:
         """A batch of some samples, by their numbers."""
-        contiguous = bool(index) and list(index) == list(range(index[0], index[0] + len(index)))
+        # Not by a tensor of numbers: the host would wait until a device has it.
+        runs = _runs(index)
 
         def take(path: Path, leaf: Any) -> Any:
             if path in self._rows:
                 # Autograd is to take slices for tensors of their own: a step may write to one that others lie beside.
                 whole = leaf if leaf.requires_grad else _unshared(leaf)
-                part = (
-                    whole[index[0] : index[0] + len(index)]
-                    if contiguous
-                    else whole[torch.tensor(index, device=leaf.device)]
-                )
-                return _in_class_of(leaf, part)
+                parts = [whole[run] for run in runs]
+                return _in_class_of(leaf, parts[0] if len(parts) == 1 else torch.cat(parts))
             if path in self._items:
                 return type(leaf)(leaf[i] for i in index)
             return leaf
@@ -143,6 +140,12 @@ class Layout:
         if path in self._items:
             return len(leaf)
         return -1 if isinstance(leaf, Tensor) and leaf.dim() else None
+
+
+def _runs(index: Sequence[int]) -> list[slice]:
+    """Numbers as runs of those that follow each other."""
+    starts = [i for i in range(len(index)) if not i or index[i] != index[i - 1] + 1]
+    return [slice(index[start], index[end - 1] + 1) for start, end in pairwise([*starts, len(index)])]
 
 
 def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set[Path]] | None:

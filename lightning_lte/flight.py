@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from functools import cache
 from typing import Any
 
@@ -55,19 +54,17 @@ class Flight:
             self._thread = threading.Thread()
         self._thread.start()
 
-    def wait(self) -> float:
-        """Wait until all devices have exchanged what they had to; returns the seconds that took.
+    def wait(self) -> None:
+        """Wait until all devices have exchanged what they had to.
 
         Raises:
             RuntimeError: the exchange failed.
         """
-        start = time.perf_counter()
         self._thread.join()
         if self._error is not None:
             raise self._error
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return time.perf_counter() - start
 
     def wait_for_training(self) -> None:
         """Have the stream wait for what training has asked of the device until now.

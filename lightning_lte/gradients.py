@@ -62,7 +62,7 @@ def clip_grad_norm_(
         if param.grad is not None:
             (own if param in per_head else shared).append(local(param.grad))
     # A device on which nothing has a gradient takes part in the sums below, too.
-    wide = torch.promote_types(torch.get_default_dtype(), params[0].dtype.to_real())
+    wide = torch.promote_types(torch.float32, params[0].dtype.to_real())
     squared = torch.zeros(count, dtype=wide, device=params[0].device)
     for gradient in own:
         squared = squared + torch.linalg.vector_norm(gradient.reshape(count, -1), dim=1).to(squared).square()

@@ -453,15 +453,17 @@ class Factors:
     @torch.no_grad()
     def restart(self, heads: Tensor, *, redraw: bool, merges: int = 0) -> None:
         """Let the heads chosen by `heads`, (n,) bool, start from W again: B <- 0, and A drawn anew if `redraw`."""
+        # Not by masks as indices, whose elements the host would have to count.
         A, B = self._own(self.A), self._own(self.B)
-        B[heads] = 0
+        B.masked_fill_(_over_rows(heads, B), 0)
         if redraw:
-            A[heads] = self._own(self._shared(self.draw(merges))).to(A)[heads]
+            fresh = self._own(self._shared(self.draw(merges))).to(A)
+            A.copy_(fresh.where(_over_rows(heads, A), A))
             self.all_A = None
-        if self.anchor_A is not None:
-            self._own(self.anchor_A)[heads] = A[heads]
-        if self.anchor_B is not None:
-            self._own(self.anchor_B)[heads] = B[heads]
+        for factor, anchor in ((A, self.anchor_A), (B, self.anchor_B)):
+            if anchor is not None:
+                anchor = self._own(anchor)
+                anchor.copy_(factor.where(_over_rows(heads, anchor), anchor))
 
     @torch.no_grad()
     def start_vectors_anew(self, merges: int) -> Tensor:
@@ -523,7 +525,12 @@ def of_good(rows: Tensor, good: Tensor) -> Tensor:
     to wait until the device has counted them. On a CPU they are the rows themselves if all are good."""
     if good.device.type == "cpu" and bool(good.all()):
         return rows
-    return rows.where(good.view(-1, *[1] * (rows.dim() - 1)), 0)
+    return rows.where(_over_rows(good, rows), 0)
+
+
+def _over_rows(chosen: Tensor, rows: Tensor) -> Tensor:
+    """(n,) bool as a mask of n rows (n, *)."""
+    return chosen.view(-1, *[1] * (rows.dim() - 1))
 
 
 def finite_rows(tensor: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_lte.replicas import Replicas
 from lightning_lte.report import listed
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.span import span
+from lightning_lte.stopwatch import Stopwatch
 from lightning_lte.transport import Transport
 from lightning_lte.wire import Wire
 
@@ -31,7 +32,8 @@ class MergeRecord:
     Attributes:
         step: optimizer steps done when it started.
         merges: merges done, this one included.
-        time_s: seconds that training stood still for the merge on this device.
+        time_s: seconds that training stood still for the merge on this device; of a GPU, by its own time. But where no
+            norm was asked for, nobody waits for a GPU, and these are the host's.
         wait_s: seconds of these that it waited for what other devices send.
         bytes_sent: bytes this device sent since the merge before; it received as many. See `Transport`.
         ddp_bytes: bytes that data-parallel training would have sent in the same steps, one all-reduce of all trained
@@ -105,12 +107,14 @@ class Merge:
         self._transport, self._config, self._measure = transport, config, measure
         self.step, self.number = step, merges + 1
         self._device: torch.device = device or (factors[0].A.device if factors else torch.device("cpu"))
-        self._time_s = self._wait_s = 0.0
+        # Read where the host waits for the device anyway.
+        watched = self._device if measure else torch.device("cpu")
+        self._stands, self._waits = Stopwatch(watched), Stopwatch(watched)
         self.flags = torch.zeros(1, 0, dtype=torch.uint8, device=self._device)
         self._sent_before = transport.bytes_sent
         # What weight decay has left of each weight: on this device, and once it is exchanged the mean over devices.
         self._left = torch.ones(len(factors), dtype=torch.float64, device=self._device)
-        self._squared_mean = self._squared_heads = torch.zeros((), device=self._device)
+        self._squared_mean = self._squared_heads = torch.zeros((), dtype=torch.float32, device=self._device)
 
     def run(self, states: States, outer: OuterOptimizer | None = None) -> MergeRecord:
         """All at once.
@@ -123,38 +127,37 @@ class Merge:
             FloatingPointError: no head is finite; or some are not, and `bad_heads="stop"` was given. All devices raise
                 it, and W stays as it was.
         """
-        start = time.perf_counter()
-        with span("merge start"):
-            self._find_good(states)
-        with span("merge exchange"):
-            self._exchange_good()
-        self._check_good()
-        for group in grouped(self.factors, self._transport):
+        with self._stands.running():
             with span("merge start"):
-                self._measure_heads(group)
-                payload = self._payload(group)
-                payload.take(self._good)
+                self._find_good(states)
             with span("merge exchange"):
-                self._waiting(payload.exchange)
+                self._exchange_good()
+            self._check_good()
+            for group in grouped(self.factors, self._transport):
+                with span("merge start"):
+                    self._measure_heads(group)
+                    payload = self._payload(group)
+                    payload.take(self._good)
+                with span("merge exchange"), self._waits.running():
+                    payload.exchange()
+                with span("merge land"):
+                    self._land_weights(payload, states, outer)
+            with span("merge start"):
+                self._take_rest(apart=False)
+            with span("merge exchange"), self._waits.running():
+                self._exchange_rest()
             with span("merge land"):
-                self._land_weights(payload, states, outer)
-        with span("merge start"):
-            self._take_rest(apart=False)
-        with span("merge exchange"):
-            self._waiting(self._exchange_rest)
-        with span("merge land"):
-            return self._finish(states, start)
+                norm, disagreement = self._finish(states)
+        return self._record(norm, disagreement)
 
     def start(self, states: States) -> None:
         """Take what the heads have learned until now."""
-        start = time.perf_counter()
-        with span("merge start"):
+        with span("merge start"), self._stands.running():
             self._find_good(states)
             self._measure_heads(self.factors)
             self._together = self._payload(self.factors, apart=True)
             self._together.take(self._good)
             self._take_rest(apart=True)
-        self._time_s += time.perf_counter() - start
 
     def exchange(self) -> None:
         """Communicate. A collective: every device has to call it."""
@@ -163,21 +166,20 @@ class Merge:
             self._together.exchange()
             self._exchange_rest()
 
-    def land(self, states: States, outer: OuterOptimizer | None = None, wait_s: float = 0.0) -> MergeRecord:
-        """Write what was merged; see `run`.
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block in which training stands still until the exchange is done."""
+        with self._stands.running(), self._waits.running():
+            yield
 
-        Args:
-            states: see `run`.
-            outer: see `run`.
-            wait_s: seconds that training stood still until the exchange was done.
-        """
-        start = time.perf_counter()
-        self._time_s, self._wait_s = self._time_s + wait_s, self._wait_s + wait_s
-        with span("merge land"):
+    def land(self, states: States, outer: OuterOptimizer | None = None) -> MergeRecord:
+        """Write what was merged; see `run`."""
+        with span("merge land"), self._stands.running():
             self._settle_interrupted(states)
             self._check_good()
             self._land_weights(self._together, states, outer)
-            return self._finish(states, start)
+            norm, disagreement = self._finish(states)
+        return self._record(norm, disagreement)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it between `exchange` and `land`: what is equal on all devices, and under "rows" what is of the local
@@ -249,7 +251,8 @@ class Merge:
         good = self._good_all.tolist()
         self._good_total = sum(good)
         self.restarted = tuple(head for head, own in enumerate(good) if not own)
-        self._left_of = _named(self.factors, self._left)
+        left = self._left if self._config.decays_weights else torch.ones(len(self.factors), device="cpu")
+        self._left_of = _named(self.factors, left)
         if self._good_total == 0:
             raise FloatingPointError(
                 f"At the merge after step {self.step} no head of {len(self._good_all)} has finite factors, replicas and"
@@ -307,28 +310,30 @@ class Merge:
         if self._measure:
             self._transport.sum_([self._squared_heads])
 
-    def _finish(self, states: States, start: float) -> MergeRecord:
+    def _finish(self, states: States) -> tuple[float | None, float | None]:
+        """Land what is no weight; returns the norm and the disagreement."""
         if self._mean_replicas:
             self.replicas.land(self._good_total)
             if self.restarted:
                 _restart_replicas(self.replicas, states, ~self._good)
         self.statistics.land()
         _mend_shared_moments(self.replicas, states)
-        norm = disagreement = None
-        if self._measure:
-            self._transport.sum_within_([self._squared_mean])
-            norm = float(self._squared_mean.sqrt())
-            if norm > 0:
-                ratio = float(self._squared_heads) / self._good_total / norm**2
-                disagreement = max(0.0, ratio - 1) ** 0.5
-        self._time_s += time.perf_counter() - start
-        sent = self._transport.bytes_sent - self._sent_before
+        if not self._measure:
+            return None, None
+        self._transport.sum_within_([self._squared_mean])
+        norm = float(self._squared_mean.sqrt())
+        if not norm > 0:
+            return norm, None
+        ratio = float(self._squared_heads) / self._good_total / norm**2
+        return norm, max(0.0, ratio - 1) ** 0.5
+
+    def _record(self, norm: float | None, disagreement: float | None) -> MergeRecord:
         return MergeRecord(
             step=self.step,
             merges=self.number,
-            time_s=self._time_s,
-            wait_s=self._wait_s,
-            bytes_sent=sent,
+            time_s=self._stands.seconds,
+            wait_s=self._waits.seconds,
+            bytes_sent=self._transport.bytes_sent - self._sent_before,
             ddp_bytes=0,
             restarted=self.restarted,
             delta_norm=norm,
@@ -351,11 +356,6 @@ class Merge:
             self._other_replicas.land(self._good_total)
             _restart_replicas(self._other_replicas, states, ~self._good)
             _mend_shared_moments(self._other_replicas, states)
-
-    def _waiting(self, function: Any) -> None:
-        start = time.perf_counter()
-        function()
-        self._wait_s += time.perf_counter() - start
 
 
 def verify(factors: Sequence[Factors], transport: Transport, number: int, step: int) -> None:

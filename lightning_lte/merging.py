@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from lightning_lte.replicas import Replicas
 from lightning_lte.rounded import Rounded
 from lightning_lte.schedule import as_schedule
 from lightning_lte.shards import is_shared_out, local
+from lightning_lte.stopwatch import Stopwatch
 from lightning_lte.trainees import Trainees
 from lightning_lte.transport import Transport
 
@@ -229,14 +229,14 @@ class Merging(Trainees):
         clock = self.clocks[number]
         self._land_all(f for f in self.flights if f.number == number and group in (None, f.group))
         again, self.merging = self.merging, True
-        waited = 0.0
+        waits = Stopwatch(self._device if measure else torch.device("cpu"))
         with self.transport.meeting(f"merge {self.merges + 1}, after step {clock.step}"):
             if not again:  # an interrupted merge has written itself
                 self._before_merge()
                 if not overlap:
-                    start = time.perf_counter()
-                    self._hear_of(self.transport.stack(self._told()))
-                    waited = time.perf_counter() - start
+                    with waits.running():
+                        heard = self.transport.stack(self._told())
+                    self._hear_of(heard)
             merge = self._made_merge(number, group, clock.step, self.merges, measure, apart=overlap > 0)
             if overlap:
                 merge.flags = self._told()
@@ -245,6 +245,7 @@ class Merging(Trainees):
                 self.flights.append(Flight(merge, number, group or 0, clock.step + overlap, last, device=self._device))
             else:
                 record = self._unless_refused(lambda: merge.run(self._states(), self.outer))
+                waited = waits.seconds
                 self._done.append(replace(record, time_s=record.time_s + waited, wait_s=record.wait_s + waited))
                 self._after_merge(merge)
         for f in merge.factors:
@@ -290,8 +291,9 @@ class Merging(Trainees):
         """Land a merge. That lands others, too, if heads start anew or roles change."""
         self.merging = True
         with self.transport.meeting(f"merge {flight.merge.number}, which started after step {flight.merge.step}"):
-            waited = flight.wait()
-            record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer, waited))
+            with flight.merge.waiting():
+                flight.wait()
+            record = self._unless_refused(lambda: flight.merge.land(self._states(), self.outer))
             flight.wait_for_training()
             self.flights.remove(flight)
             self._done.append(record)

@@ -55,8 +55,12 @@ def prune_moments(param: nn.Parameter, states: States, fraction: float) -> None:
     moments = elementwise_moments(param, states)
     if not moments or not fraction:
         return
-    # Second moments, where there are some, say how large the gradients of an element are.
-    size = next((m for m in reversed(moments) if bool((m >= 0).all())), moments[0]).abs().flatten(1)
+    # Second moments, where there are some, say how large the gradients of an element are. Which
+    # these are the device finds out: the host would wait for each parameter's.
+    size = moments[0]
+    for moment in moments[1:]:
+        size = moment.where((moment >= 0).all(), size)
+    size = size.abs().flatten(1)
     smallest = size.topk(round(fraction * size.shape[1]), dim=1, largest=False).indices
     for moment in moments:
         moment.view(len(moment), -1).scatter_(1, smallest, 0)

@@ -126,7 +126,7 @@ def acts_per_element(optimizer: Optimizer) -> bool:
     for group in optimizer.param_groups:
         # A learning rate that is warmed up is zero at the start, at which nothing shows; at a small one step sizes that
         # an optimizer finds by itself stay what they are at first.
-        settings = {**_plain_kernels(group), **({"lr": 1.0} if group.get("lr") is not None else {})}
+        settings = {**_on_cpu(group), **({"lr": 1.0} if group.get("lr") is not None else {})}
         # Many groups may differ in their learning rates alone.
         kind = repr({k: v for k, v in settings.items() if k not in ("params", "param_names", "initial_lr")})
         if kind in tried:
@@ -197,7 +197,7 @@ def _kept(optimizer: Optimizer, gradients: Tensor, wanted: Callable[[Tensor, Ten
     for group in optimizer.param_groups:
         param = nn.Parameter(start.clone())
         try:
-            twin = _twin(optimizer, _plain_kernels(group), param)
+            twin = _twin(optimizer, _on_cpu(group), param)
             for gradient in gradients:
                 param.grad = gradient.clone()
                 twin.step()
@@ -223,7 +223,7 @@ def decays_apart(optimizer: Optimizer) -> bool | str:
     for group in optimizer.param_groups:
         if "weight_decay" not in group:
             continue
-        settings = {**_plain_kernels(group), "lr": lr}
+        settings = {**_on_cpu(group), "lr": lr}
         try:
             plain = _trained(optimizer, {**settings, "weight_decay": 0.0}, start, gradients) - start
             decayed = _trained(optimizer, {**settings, "weight_decay": taken / lr}, start, gradients, taken) - start
@@ -241,9 +241,17 @@ def _drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _plain_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a group without kernels for GPUs, which refuse what twins are tried with, and keep the same."""
-    return {**group, **{key: False for key in ("fused", "capturable") if group.get(key)}}
+def _on_cpu(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a group for a twin on the CPU: with settings that are tensors there, and without kernels for GPUs,
+    which keep the same."""
+    kernels = {key: False for key in ("fused", "capturable") if group.get(key)}
+    return {**group, **{key: _moved(value) for key, value in group.items() if key != "params"}, **kernels}
+
+
+def _moved(setting: Any) -> Any:
+    if isinstance(setting, Tensor):
+        return setting.detach().cpu()
+    return tuple(map(_moved, setting)) if type(setting) is tuple else setting  # betas, for instance
 
 
 def _trained(

@@ -74,7 +74,7 @@ class Payload:
         if self._wire == "int8" and self._transport.world_size > 1:
             for f in self._dense:
                 if f.error is None:
-                    f.error = torch.zeros(f.shard.shape, device=f.A.device)
+                    f.error = torch.zeros(f.shard.shape, dtype=torch.float32, device=f.A.device)
         else:
             for f, delta in zip(self._dense, self._deltas, strict=True):
                 if f.error is not None:

@@ -2,6 +2,9 @@
 
 `torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)` and `module.zero_grad()` are common in training code, and
 heads are not among `module.parameters()`: they would clip, or zero, everything but them, without a word.
+
+A gradient scaler, `scaler.unscale_(optimizer)`, changes what the optimizer holds, and so has to come after all that
+changes that: a weight that is found to be no good for heads has a gradient, too, of the scaled loss.
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 
 from lightning_lte.explorer import Explorer
 
 _NORM, _VALUE = clip_grad.clip_grad_norm_, clip_grad.clip_grad_value_
 _ZERO = nn.Module.zero_grad
+_UNSCALE = GradScaler.unscale_
 
 
 @contextmanager
-def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
+def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None = None) -> Iterator[None]:
     """Exchange the functions while the block runs, in torch and in all modules that have imported them by name.
 
     Args:
         explorer: whose heads are meant where parameters of its module are; for others all is as always.
+        scaler: whose user calls `Explorer.after_backward` or `Explorer.before_step` first; None for no such one.
     """
 
     # None in the end: who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own
@@ -69,6 +76,13 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
             for param in active.trained_for(self.parameters()):
                 param.grad = None
 
+    def unscale(self: GradScaler, optimizer: Optimizer) -> None:
+        bare = getattr(optimizer, "_optimizer", optimizer)  # in Lightning's own class
+        if active is not None and self is not scaler and self.is_enabled():
+            if any(bare is own for own in active.optimizers):
+                active.before_step()
+        _UNSCALE(self, optimizer)
+
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
     package = __name__.partition(".")[0]
     places = [
@@ -81,11 +95,13 @@ def gradient_functions_reach_heads(explorer: Explorer) -> Iterator[None]:
     for module, name, function in places:
         setattr(module, name, exchanged[function])
     nn.Module.zero_grad = zero  # type: ignore[method-assign]
+    GradScaler.unscale_ = unscale  # type: ignore[method-assign]
     try:
         yield
     finally:
         active = None
         nn.Module.zero_grad = _ZERO  # type: ignore[method-assign]
+        GradScaler.unscale_ = _UNSCALE  # type: ignore[method-assign]
         for module, name, function in places:
             setattr(module, name, function)
 

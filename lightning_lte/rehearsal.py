@@ -35,9 +35,9 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
     memo: set[int] = set()
     modes = [(m, m.training) for m in module.modules()]
     kept = [_kept_module(m, memo) for m in module.modules()]
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     torch_stream, python_stream, numpy_stream = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    device_streams = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+    # Of all of them: weights may be on the CPU while their copies in low precision are elsewhere.
+    device_streams = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     with _CopyOnWrite(module.parameters()) as parameters:
 
@@ -45,8 +45,7 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
         def again() -> None:
             # All of them, whatever one of the user's own containers raises.
             with ExitStack() as stack:
-                for device, state in device_streams:
-                    stack.callback(torch.cuda.set_rng_state, state, device)
+                stack.callback(torch.cuda.set_rng_state_all, device_streams)
                 stack.callback(np.random.set_state, numpy_stream)
                 stack.callback(random.setstate, python_stream)
                 stack.callback(torch.set_rng_state, torch_stream)

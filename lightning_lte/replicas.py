@@ -307,7 +307,7 @@ def average_gradients(params: Sequence[nn.Parameter], transport: Transport) -> N
     sparse = [p.grad is not None and p.grad.is_sparse for p in params]
     owned = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     gradients = [g.to_dense() if of_rows else local(g) for g, of_rows in zip(owned, sparse, strict=True)]
-    had = torch.ones(len(params), device=params[0].device)
+    had = torch.ones(len(params), dtype=torch.float32, device=params[0].device)
     absent = [i for i, p in enumerate(params) if p.grad is None]
     for i in absent:
         had[i].zero_()

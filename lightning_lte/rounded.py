@@ -83,7 +83,7 @@ def stochastically_rounded(x: Tensor) -> list[Tensor]:
     wide = x.float()
     scale = _step(wide)
     generator = torch.Generator(x.device).manual_seed(int(checksum(wide)) & (2**63 - 1))
-    chance = torch.rand(wide.shape, generator=generator, device=x.device)
+    chance = torch.rand(wide.shape, generator=generator, dtype=torch.float32, device=x.device)
     return [(wide / scale + chance).floor().clamp(-127, 127).to(torch.int8), scale]
 
 

@@ -460,7 +460,7 @@ class HeadsStrategy(Resumable):
             # Trainer(gradient_clip_val=...) and LightningModule.clip_gradients arrive here.
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             undo.append(lambda: self.precision_plugin.__dict__.pop("clip_grad_by_norm", None))
-        reaching = gradient_functions_reach_heads(explorer)
+        reaching = gradient_functions_reach_heads(explorer, getattr(self.precision_plugin, "scaler", None))
         reaching.__enter__()
         undo.append(lambda: reaching.__exit__(None, None, None))
         for optimizer in explorer.optimizers:

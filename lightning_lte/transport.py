@@ -135,7 +135,7 @@ class Transport:
         shapes = [[x.shape for x in share] for share in shares]
         codes = [encode(share, wire) for share in shares]
         received = self._exchange_bytes(codes)
-        own = [torch.zeros(shape, device=wide[0].device) for shape in shapes[self.rank]]
+        own = [wide[0].new_zeros(shape) for shape in shapes[self.rank]]
         for code in received:
             for total, part in zip(own, decode(code, shapes[self.rank], wire), strict=True):
                 total += part

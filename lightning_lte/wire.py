@@ -75,7 +75,7 @@ def _decode(data: Tensor, shape: torch.Size, wire: Wire) -> Tensor:
         return data.clone().view(dtype).float().reshape(shape)
     numbers = shape.numel()
     if not numbers:
-        return torch.zeros(shape, device=data.device)
+        return torch.zeros(shape, dtype=torch.float32, device=data.device)
     steps = data[:numbers].view(torch.int8).reshape(-1, shape[-1] if shape else 1)
     scale = data[numbers:].clone().view(torch.float32)
     return (steps * scale.unsqueeze(1)).reshape(shape)

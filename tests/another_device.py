@@ -119,7 +119,10 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     makes_there = bool(there) if asked is None else _is_there(asked)
     if name.startswith("aten.copy_."):
         makes_there = isinstance(args[0], Elsewhere)
-    if there and (name.startswith(_WAITS) or (name.startswith(_COPIES) and not makes_there) or _by_mask(name, args)):
+    # In either direction: the host waits until the device has done all that came before.
+    source = args[1] if name.startswith("aten.copy_.") else args[0] if args else None
+    across = name.startswith(_COPIES) and isinstance(source, Elsewhere) != makes_there
+    if across or (there and (name.startswith(_WAITS) or _by_mask(name, args))):
         Elsewhere.waits.append(name)
     generator = kwargs.get("generator")
     if generator is not None and _is_there(generator.device) != makes_there:

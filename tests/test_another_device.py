@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 from lightning_lte import Explorer, LTEConfig, product
+from lightning_lte.batch import Layout
 from lightning_lte.execution import run
+from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes, moments
 from lightning_lte.outer import OuterOptimizer
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
 from tests.modules import Kinds, after_backward, make_data, make_net, train_step
@@ -124,7 +127,11 @@ def test_no_step_between_merges_waits_for_another_device(kind: type[nn.Module]) 
     assert waits[PERIOD - 1]  # a merge decides by what it finds, so it shows that waits are seen
 
 
-@pytest.mark.parametrize("chosen", [{}, {"replicas": "step"}, {"overlap": 1}], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"replicas": "step"}, {"overlap": 1}, {"after_merge": "reset", "reset_moments": 0.5}],
+    ids=str,
+)
 def test_a_merge_waits_for_another_device_as_often_for_many_weights_as_for_one(chosen: dict[str, Any]) -> None:
     counts = []
     for kind in (Kinds, Scaled):
@@ -152,6 +159,21 @@ def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_o
     assert bases and all(isinstance(part, Elsewhere) for base in bases for part in base._parts)
 
 
+@pytest.mark.parametrize("samples", [3, 7, 8])
+def test_no_batch_is_dealt_out_with_a_wait(samples: int) -> None:
+    """Also one that the heads don't divide, or that has fewer samples than they."""
+    batch = make_data(samples)
+    layout = Layout(batch)
+    expected = [layout.split(batch, 4, 2), layout.filled_up(batch, 4)]
+    Elsewhere.waits.clear()
+    with another_device():
+        there = [Elsewhere(t) for t in batch]
+        found = [layout.split(there, 4, 2), layout.filled_up(there, 4)]
+    assert not Elsewhere.waits
+    held = tree_map(lambda t: t.held, found)
+    torch.testing.assert_close(held, [list(map(list, expected[0])), list(expected[1])])
+
+
 @pytest.mark.parametrize("where", ["cpu", DEVICE.type])
 def test_an_outer_optimizer_counts_its_steps_where_it_wants_them(where: str) -> None:
     class Weight:
@@ -167,6 +189,20 @@ def test_an_outer_optimizer_counts_its_steps_where_it_wants_them(where: str) -> 
     ((param, optimizer),) = outer._optimizers.values()
     devices = {key: value.device.type for key, value in optimizer.state[param].items()}
     assert devices == {"step": where, "exp_avg": DEVICE.type, "exp_avg_sq": DEVICE.type}
+
+
+@pytest.mark.parametrize("tensors", ["lr", "betas"])
+def test_an_optimizer_is_tried_whose_settings_are_tensors_on_another_device(tensors: str) -> None:
+    """As those are that a CUDA graph is to follow."""
+    given = {"lr": Elsewhere(torch.tensor(0.01))}
+    if tensors == "betas":
+        given["betas"] = (Elsewhere(torch.tensor(0.9)), Elsewhere(torch.tensor(0.99)))  # type: ignore[assignment]
+    with another_device():
+        param = nn.Parameter(Elsewhere(torch.ones(2, 2)))
+        optimizer = torch.optim.AdamW([param], **given, foreach=False, capturable=True)  # type: ignore[arg-type]
+        assert acts_per_element(optimizer) and decays_apart(optimizer) is True
+        assert (magnitudes(optimizer), moments(optimizer)) == ({"exp_avg_sq"}, {"exp_avg", "exp_avg_sq"})
+    assert optimizer.param_groups[0]["lr"] is given["lr"]
 
 
 def test_a_checkpoint_waits_for_merges_before_it_copies_what_rounding_took() -> None:

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -18,6 +18,7 @@ from benchmarks.namespaces import bits_per_second
 from benchmarks.released import ReleasedLinear
 from benchmarks.subject import Subject
 from benchmarks.table import HEADER, Row, table
+from benchmarks.times import IN_A_ROW, LEAD, Seconds, in_a_row, timed
 from examples.demo import hardware
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.product import product
@@ -220,6 +221,46 @@ def test_a_row_says_whether_its_goals_are_met() -> None:
     assert (row.median, row.met) == (1.2, False)
     assert Row("c", "f", [1.0], bound=1.0, within=1.1).met and Row("c", "f", [1.0]).met is None
     assert table([row]).endswith("| c | f | 1.0 s | 1.200 | 1.000 to 3.000 | 1.000 | 1.20 | 1.5, 1.1 × bound | no |")
+
+
+class Event:
+    """One of a GPU that this machine has not: its clock is `now`, in milliseconds."""
+
+    now = 0.0
+    waits: ClassVar[list[float]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: Any) -> None:
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        self.waits.append(self.at)
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_steps_on_a_gpu_are_timed_in_a_row_and_without_a_wait_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, done = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("waited"))
+    monkeypatch.setattr(Event, "waits", [])
+
+    def step() -> Seconds:
+        done.append("step")
+        with timed(gpu) as forward:
+            Event.now += 2000.0 if len(done) <= 1 + LEAD else 500.0
+        with timed(gpu) as backward:
+            Event.now += 250.0
+        return Seconds([forward], [backward])
+
+    seconds = in_a_row(step, gpu)
+    assert done == ["waited", *["step"] * (LEAD + IN_A_ROW)] and not Event.waits
+    assert (seconds.forward, seconds.backward, seconds.step, seconds.whole) == (0.5, 0.25, 0.0, 0.75)
+    assert Event.waits
 
 
 @pytest.mark.usefixtures("settings_of_torch")

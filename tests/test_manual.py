@@ -714,6 +714,63 @@ def test_a_step_that_catches_everything_ends_all_the_same() -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("execution", ["auto", "batched"])
+def test_a_gradient_scaler_of_the_users_own_unscales_what_has_lost_its_heads(execution: Any, unscales: bool) -> None:
+    """Before it does so, a weight that is used elsewhere must be in the optimizer, with the gradient that it has."""
+
+    class Penalised(Manual):
+        scaler: torch.amp.GradScaler
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            opt = self.optimizers().optimizer
+            opt.zero_grad()
+            loss = self.loss(batch) + self.net.second.weight.square().mean()
+            self.scaler.scale(loss).backward()
+            if unscales:
+                self.scaler.unscale_(opt)
+            self.scaler.step(opt)
+            self.scaler.update()
+
+    heads = 1 if execution == "auto" else HEADS
+    ends = []
+    for enabled in (False, True):
+        # A power of two takes nothing from the gradients.
+        Penalised.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        with pytest.warns(UserWarning, match=r"net\.second \(it is used outside its layer, too\)"):
+            ends.append(fitted(Penalised(optimizer=sgd), strategy(heads, execution=execution)))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+    assert torch.amp.GradScaler.unscale_.__module__ == "torch.amp.grad_scaler"
+
+
+class Overflowing(Manual):
+    """The first gradients are infinite on one of two devices."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=sgd)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers().optimizer
+        opt.zero_grad()
+        factor = torch.inf if batch_idx == 0 and self.global_rank == 1 else 1.0
+        self.scaler.scale(self.loss(batch) * factor).backward()
+        self.scaler.step(opt)
+        self.scaler.update()
+
+
+def scaled_on_two() -> tuple[float, dict[str, Tensor]]:
+    module = Overflowing()
+    trainer(strategy(2, full_rank_steps=2), devices=2, max_epochs=1).fit(module, loader(16 * 8))
+    return module.scaler.get_scale(), clone(module.state_dict())
+
+
+def test_before_heads_begin_gradient_scalers_leave_out_the_same_steps_on_all_devices() -> None:
+    first, second = run(scaled_on_two, 2, group=False)
+    assert first[0] == second[0] == 512
+    torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
+
+
 def test_a_gradient_scaler_of_the_users_own_is_refused() -> None:
     module = Manual()
     module.scaler = torch.amp.GradScaler("cpu")

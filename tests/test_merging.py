@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_lte import Explorer, LTEConfig, Transport, flight, merging, sharded
+from lightning_lte import Explorer, LTEConfig, Transport, flight, merge, merging, sharded
 from lightning_lte.execution import run as run_step
 from lightning_lte.merge import Merge
+from lightning_lte.payload import Payload
+from lightning_lte.stopwatch import Stopwatch
 from tests.modules import RANK, backward, clone, make_data, make_net, sgd, train_step
 from tests.processes import run
 
@@ -394,6 +396,50 @@ def test_a_merge_on_its_way_has_a_stream_of_its_own_which_waits_for_what_reads_i
     assert log == [*started, *landed, *started, *landed]
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_merges_on_a_gpu_are_timed_by_its_own_clock(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may be steps ahead of it, and waits in a merge for all that the device had to do before."""
+    now, waits = 0.0, []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            self.at = now
+
+        def synchronize(self) -> None:
+            waits.append(self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    exchange, check = Payload.exchange, Merge._check_good
+
+    def exchanged(payload: Payload) -> None:
+        nonlocal now
+        now += 250.0  # of its milliseconds, for each of the weights
+        exchange(payload)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    for module in (merge, merging):
+        on_gpu = lambda device: Stopwatch(torch.device("cuda"))  # noqa: E731
+        monkeypatch.setattr(module, "Stopwatch", on_gpu)
+    monkeypatch.setattr(Payload, "exchange", exchanged)
+    monkeypatch.setattr(Merge, "_check_good", lambda own: time.sleep(0.1) or check(own))
+    loop = Loop(overlap=overlap)
+    loop.steps(4)
+    assert not (overlap and waits)
+    for travelling in loop.explorer.flights:
+        travelling._thread.join()
+    loop.steps(1)
+    record = loop.explorer.last_record
+    assert record is not None and waits
+    # What travels meanwhile is none of the time that training stands still.
+    assert record.time_s == record.wait_s == (0.0 if overlap else 0.5)
+
+
 def _wait_at_the_start() -> tuple[float, float]:
     transport = Transport(dist.get_world_size(), dist.get_rank())
     loop = Loop(transport, overlap=3)
@@ -546,3 +592,36 @@ def test_what_heads_turned_out_not_to_train_is_in_a_checkpoint_before_all_device
     alone.go_on_from(7, weights, optimizer, state)
     alone.steps(1)
     assert alone.explorer.made_replicas == made_replicas
+
+
+def _in_a_default_dtype(default: torch.dtype, chosen: dict[str, Any]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    net = make_net().float()
+    opt = sgd(net.parameters())
+    transport = Transport(dist.get_world_size(), dist.get_rank())
+    config = LTEConfig(HEADS, 3, rank=RANK, execution="batched", **chosen)
+    explorer = Explorer(net, opt, config, transport)
+    norms = []
+    try:
+        for seed in range(7):
+            x, y = make_data(8, seed=2 * seed + transport.rank)
+            torch.set_default_dtype(default)
+            backward(explorer, net, x.float(), y)
+            norms.append(explorer.clip_grad_norm_(0.1))
+            opt.step()
+            opt.zero_grad()
+            explorer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(f.error is None or f.error.dtype == torch.float32 for f in explorer.injection.factors.values())
+    explorer.finish()
+    return clone(net.state_dict()), norms
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"wire": "int8", "payload": "dense"}, {"base": "int8", "base_copy": "error-feedback"}], ids=str
+)
+def test_the_default_dtype_of_the_moment_makes_no_difference(chosen: dict[str, Any]) -> None:
+    """Lightning's bf16-true makes it bfloat16 for as long as a step of the user's lasts, and in manual optimization
+    clipping and merges come inside of that."""
+    expected, found = (run(_in_a_default_dtype, 2, dtype, chosen)[0] for dtype in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -232,6 +232,17 @@ def test_the_trial_leaves_no_write_behind() -> None:
     assert "batched" in strategy.report().notes[-1] and float(module.halved) == 1 / 8
 
 
+def test_the_streams_of_all_gpus_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all weights are on the CPU, as those are that forwards read in low precision elsewhere."""
+    streams = [torch.zeros(1), torch.ones(1)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [own.clone() for own in streams])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda new: streams.__setitem__(slice(None), new))
+    with untouched(nn.Linear(2, 2)):
+        streams[1] += 5
+    assert torch.cat(streams).tolist() == [0, 1]
+
+
 def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:
     class Sealed(list[int]):
         def clear(self) -> None:
