@@ -36,10 +36,12 @@ LAYERS: dict[str, tuple[Callable[[], Any], dict[bool, tuple[int, ...]], int]] = 
 }
 
 
-@pytest.fixture(autouse=True)
-def calls_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few places are many."""
+@pytest.fixture(autouse=True, params=[True, False], ids=["whole", "thin"])
+def small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed as large ones are: calls take no time, and so a few places are many; and gradients of factors
+    come from those of effective weights, or from the input."""
     monkeypatch.setattr(factored_convolution, "_CALLS", 0)
+    monkeypatch.setattr(factored_convolution._Form, "is_thin", lambda *_: request.param)
 
 
 per_layer = pytest.mark.parametrize("case", LAYERS)
@@ -156,8 +158,28 @@ def test_a_weight_that_a_first_layer_writes_to_later_breaks_no_backward(case: st
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.sum(), [f.A, f.B], create_graph=True))
 
 
+@pytest.mark.parametrize(("channels", "groups", "rank", "calls"), [(64, 8, 2, 1), (32, 1, 8, 1), (128, 1, 8, 3)])
+def test_the_gradients_of_thin_factors_come_from_those_of_effective_weights(
+    channels: int, groups: int, rank: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    net = nn.Sequential(nn.Conv2d(channels, channels, 3, groups=groups))
+    explorer = Explorer(net, torch.optim.SGD(net.parameters(), 0.1), LTEConfig(1, 10, rank=rank))
+    for f in explorer.injection.factors.values():
+        f.end_trial()
+    x = torch.randn(4, channels, 32, 32, requires_grad=True)
+    with explorer.heads():
+        y = net(x).sum()
+        with profile() as profiler:
+            y.backward()
+    assert sum(event.count for event in profiler.key_averages() if event.key == "aten::convolution_backward") == calls
+
+
 @pytest.mark.parametrize(("places", "keep"), [(30, True), (30, False), (400, True), (400, False)])
-def test_it_takes_no_more_multiply_adds_than_its_count_says(places: int, keep: bool) -> None:
+def test_it_takes_no_more_multiply_adds_than_its_count_says(
+    places: int, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
     layer, m, n, r = nn.Conv1d(64, 96, 3, padding=1), 96, 3 * 64, 2
     f = factors_of(layer, rank=r, keep=keep)
     headed(layer, LayerState(switch := Switch(COUNT), {"weight": f}))

@@ -2,7 +2,9 @@
 
 As in `lightning_lte/product.py`, which is for linear layers, none is computed for anchors. For the backward it keeps
 what is there anyway, the input, W, factors and anchors, and beside them A_h x_h alone, which is of the rank's size.
-Where heads have many places, each head's effective weight is made for the moment, and no A_h x_h is kept either.
+Where heads have many places, each head's effective weight is made for the moment, and no A_h x_h is kept either. Where
+it is so small that thin convolutions would take longer, its gradient is made for the moment, too, as there
+dA = B^T dW and dB = dW A^T.
 """
 
 from __future__ import annotations
@@ -160,6 +162,15 @@ class _Form:
         thin = (3 if anchored else 2) * rows * (m.out_features + m.in_features)
         return x.dtype not in HALF and thin >= 6 * m.out_features * m.in_features + calls
 
+    def is_thin(self, x: Tensor, rank: int) -> bool:
+        """Whether the gradient of a head's effective weight takes no longer than those of its factors alone.
+
+        It takes m n multiply-adds for each place. They take 2 r (m + n) in thin convolutions, on a CPU as long as with 16
+        channels.
+        """
+        m, n = self.matrices.out_features, self.matrices.in_features
+        return 2 * (max(rank, 16) if x.device.type == "cpu" else rank) * (m + n) >= m * n
+
     def effective(self, weight: Tensor, factors: PairAndAnchors) -> Iterator[Tensor]:
         """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all."""
         for head in range(len(factors[0])):
@@ -185,7 +196,7 @@ class _FactoredConvolution(torch.autograd.Function):
         again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
         factors, count = (A, B, anchor_A, anchor_B), len(A)
-        ctx.own, ctx.folds = own, own.folds(x, anchor_B is not None, count)
+        ctx.own, ctx.folds, ctx.shape = own, own.folds(x, anchor_B is not None, count), weight.shape
         inner = None
         if ctx.folds:
             parts = zip(x.chunk(count), own.effective(weight, factors), strict=True)
@@ -238,13 +249,19 @@ def _gradients(
         return of_x, of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
     _, of_weight = own.geometry.backward(gradient, x, weight, False, for_weight)
     effective = None if weight is None else own.effective(weight, factors)
+    learns = any(ctx.needs_input_grad[3:5])
+    whole = learns and own.is_thin(x, A.shape[-2])
     parts, learned = [], []
     for head, (own_x, own_gradient) in enumerate(zip(x.chunk(count), gradient.chunk(count), strict=True)):
-        if for_x and effective is not None:
-            parts.append(own.geometry.backward(own_gradient, own_x, next(effective), True, False)[0])
+        each = x.new_empty(ctx.shape) if effective is None else next(effective)
+        of_part, of_whole = own.geometry.backward(own_gradient, own_x, each, for_x, whole)
+        parts.append(of_part)
         own_A, own_B = A[head : head + 1], B[head : head + 1]
-        inner = own.by_A.convolve(own_x, own.of_A(own_A), None)
-        learned.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
+        if whole:
+            learned.append(_of_whole(ctx, of_whole, own_A, own_B))
+        else:
+            inner = own.by_A.convolve(own_x, own.of_A(own_A), None)
+            learned.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
     of_A, of_B = (_joined(each) for each in zip(*learned, strict=True))
     return _joined(parts), of_weight, of_A, of_B
 
@@ -260,6 +277,17 @@ def _of_pair(ctx: Any, gradient: Tensor, x: Tensor, inner: Tensor | None, A: Ten
     found = [None if of_a is None else of_a.reshape(A.shape), None if of_b is None else own.as_B(of_b, B)]
     # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
     return [None if t is None else t.to(A.dtype).mul_(size) for t in found]
+
+
+def _of_whole(ctx: Any, of_whole: Tensor, A: Tensor, B: Tensor) -> list[Tensor | None]:
+    """The gradients of A and B of one head, from that of its effective weight."""
+    own: _Form = ctx.own
+    for_A, for_B = ctx.needs_input_grad[3:5]
+    size = own.scale * own.gradient_scale
+    left = A if own.matrices.transposed else B
+    matrices = of_whole.reshape(*A.shape[:-2], left.shape[-1 if own.matrices.transposed else -2], -1)
+    matrices = matrices.mT if own.matrices.transposed else matrices
+    return [(B.mT @ matrices).mul_(size) if for_A else None, (matrices @ A.mT).mul_(size) if for_B else None]
 
 
 def _derived(ctx: Any, gradient: Tensor, *saved: Tensor | None) -> list[Tensor | None]:
