@@ -165,8 +165,8 @@ class _Form:
     def is_thin(self, x: Tensor, rank: int) -> bool:
         """Whether the gradient of a head's effective weight takes no longer than those of its factors alone.
 
-        It takes m n multiply-adds for each place. They take 2 r (m + n) in thin convolutions, on a CPU as long as with 16
-        channels.
+        It takes m n multiply-adds for each place. They take 2 r (m + n) in thin convolutions, on a CPU as if r were 16
+        at least.
         """
         m, n = self.matrices.out_features, self.matrices.in_features
         return 2 * (max(rank, 16) if x.device.type == "cpu" else rank) * (m + n) >= m * n
