@@ -207,7 +207,8 @@ def test_where_there_are_many_patches_no_copy_of_the_input_is_kept(heads: int) -
 def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_size_of_the_rank(
     heads: int, half: bool
 ) -> None:
-    net = timm.create_model("resnet18", num_classes=CLASSES, norm_layer=lambda width, **_: nn.GroupNorm(8, width))
+    # So many classes that the last layer has factors, too, and not a weight for each head, which autocast copies.
+    net = timm.create_model("resnet18", num_classes=10, norm_layer=lambda width, **_: nn.GroupNorm(8, width))
     x = torch.randn(8, 3, 32, 32)
 
     def forward() -> Tensor:
