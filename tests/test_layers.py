@@ -25,6 +25,7 @@ from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, original_class, state_of
 from lightning_lte.layers.convolution import Geometry, convolve, side_by_side
 from lightning_lte.switch import Switch
+from lightning_lte.trial import Trial
 
 COUNT = 3
 
@@ -322,6 +323,52 @@ def test_embeddings(shape: tuple[int, ...], padding_idx: int | None, own: tuple[
     index = torch.randint(0, 7, (COUNT * 2, *shape), generator=torch.Generator().manual_seed(0))
     index[:: COUNT + 1] = 3
     assert_each_head_computes_as_a_layer_of_its_own(layer, (index,), own=own, keep=keep)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("position", ["all", 1])
+def test_embeddings_have_all_derivatives(position: Any, padding_idx: int | None, keep: bool) -> None:
+    layer, switch = nn.Embedding(7, 5, padding_idx=padding_idx).double(), Switch(COUNT)
+    f = factors_of(layer, keep=keep)
+    headed(layer, LayerState(switch, {"weight": f}))
+    index = torch.randint(0, 7, (COUNT * 2, 3), generator=torch.Generator().manual_seed(0))
+    f.trial = Trial(layer.weight)
+    trained = (layer.weight, f.A, f.B)
+
+    def value(*_: Tensor) -> Tensor:
+        return layer(index).tanh()
+
+    with switch.at(position):
+        # What is looked up as padding has a value, and no gradient: the loss leaves it out.
+        seen = (index != (-1 if padding_idx is None else padding_idx)).unsqueeze(-1)
+        assert torch.autograd.gradcheck(lambda *own: value(*own) * seen, trained, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(lambda *own: value(*own) * seen, trained)
+        y = layer(index)
+        found = torch.autograd.grad(y, trained, torch.ones_like(y))
+        with torch.autograd.forward_ad.dual_level():  # plain operations
+            plain = layer(index)
+        torch.testing.assert_close(y, plain)
+        torch.testing.assert_close(found, torch.autograd.grad(plain, trained, torch.ones_like(y)))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_embeddings_make_nothing_of_the_size_of_factors_but_a_gradient(keep: bool) -> None:
+    layer, switch = nn.Embedding(500, 40), Switch(COUNT)
+    f = factors_of(layer, keep=keep)
+    headed(layer, LayerState(switch, {"weight": f}))
+    made: list[str] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            y = func(*args, **(kwargs or {}))
+            if isinstance(y, Tensor) and y.numel() >= f.B[0].numel() and not func.is_view and "view" not in str(func):
+                made.append(str(func))
+            return y
+
+    with switch.at("all"), Made():
+        layer(torch.arange(2 * COUNT)).sum().backward()
+    assert made == ["aten.embedding_dense_backward.default"] and f.B.grad is not None
 
 
 @pytest.mark.parametrize("choice", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
