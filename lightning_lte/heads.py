@@ -254,7 +254,7 @@ class Factors:
         """The base product and every head's own, slice by slice, in one operation: (n, rows, out).
 
         Args:
-            x: (n, rows, in).
+            x: (n, rows, in), or as `product.product` takes it.
             weight: the base, (out, in). Where it is in low precision, that is read in its place.
             bias: (out,), or (n, out) with one for each head, or None.
             head: see `apply`.

@@ -15,6 +15,7 @@ the dtype of the factors. An effective weight is never made, as it would be roun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
@@ -63,7 +64,7 @@ def product(
     """y_h = W x_h + s * (B_h A_h - B'_h A'_h) x_h + b_h: (n, rows, out). Straight after a merge exactly W x_h + b_h.
 
     Args:
-        x: (n, rows, in).
+        x: (n, rows, in), or (batch, ..., in) with the samples of the n heads below each other, which y then has, too.
         weight: W, (out, in). It gets a gradient if it wants one. Or what makes it, once more for a backward.
         bias: (out,), or (n, out) with one for each head, or None.
         A: (n, rank, in), or (n, p, rank, in) for p equal parts of W's rows with factors of their own.
@@ -73,16 +74,11 @@ def product(
         gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
     """
-    factors = _four_dimensional((A, B, anchor_A, anchor_B))
     x, bias = cast(x), cast(bias)
     weight = cast(weight) if isinstance(weight, Tensor) else weight
     with without_autocast(x.device.type):
-        y: Tensor = _Product.apply(x, weight, bias, *factors, scale, gradient_scale, again)
+        y: Tensor = _Product.apply(x, weight, bias, A, B, anchor_A, anchor_B, scale, gradient_scale, again)
     return y
-
-
-def _four_dimensional(factors: PairAndAnchors) -> PairAndAnchors:
-    return tuple(t if t is None or t.dim() == 4 else t.unsqueeze(1) for t in factors)  # type: ignore[return-value]
 
 
 def applies(x: Tensor, *others: Tensor | None) -> bool:
@@ -163,8 +159,8 @@ def is_captured(device: torch.device) -> bool:
 
 
 def _autocasts(device_type: str) -> bool:
-    # torch 2.9 doesn't compile the first question, which is for devices that nothing is compiled for, such as meta.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    # The second question is an error for devices that have none, such as meta; the first takes longer than it.
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
@@ -273,6 +269,8 @@ def kept_by(ctx: Any) -> tuple[Any, Any, PairAndAnchors, Any]:
 
 
 class _Product(torch.autograd.Function):
+    """It takes tensors in the shapes that users have, as each view of them would be a step of autograd's."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -290,40 +288,43 @@ class _Product(torch.autograd.Function):
         ctx.read = None if isinstance(base, Tensor) else base
         weight = base if isinstance(base, Tensor) else base(x.dtype)
         ctx.scale, ctx.gradient_scale = scale, gradient_scale
+        factors = (A, B, anchor_A, anchor_B)
+        # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
+        whole = x.new_empty(*x.shape[:-1], weight.shape[0])
+        rows, y = _of_heads(x, A.shape[0]), _of_heads(whole, A.shape[0])
         # Who doesn't hold W whole has no room for effective weights beside it.
         ctx.folds = ctx.read is None and folds(
-            x.shape[1], weight.shape[0], weight.shape[1], x.dtype, anchor_B is not None
+            rows.shape[1], weight.shape[0], weight.shape[1], x.dtype, anchor_B is not None
         )
-        ctx.per_head = per_head = bias is not None and bias.dim() == 2
-        factors = (A, B, anchor_A, anchor_B)
+        ctx.per_head = bias is not None and bias.dim() == 2
+        added = bias.unsqueeze(1) if ctx.per_head else bias  # type: ignore[union-attr]
         inner: Tensor | None = None
-        y = x.new_empty(*x.shape[:2], weight.shape[0])
         if ctx.folds:
             for heads, _, out, effective in _effective(weight, factors, scale):
-                if bias is None:
-                    torch.bmm(x[heads], effective.mT, out=y[heads, :, out])
+                if added is None:
+                    torch.bmm(rows[heads], effective.mT, out=y[heads, :, out])
                 else:
-                    own = bias[heads, out].unsqueeze(1) if per_head else bias[out]
-                    torch.baddbmm(own, x[heads], effective.mT, out=y[heads, :, out])
+                    own = added[heads, :, out] if ctx.per_head else added[out]
+                    torch.baddbmm(own, rows[heads], effective.mT, out=y[heads, :, out])
         else:
-            # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
-            rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            if bias is None:
+            if added is None:
                 y.zero_()
             else:
-                y.copy_(bias.unsqueeze(1) if per_head else bias)
-            inner = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])  # x A^T
+                y.copy_(added)
+            pieces = _Pieces(rows, A)  # x A^T
             for heads, part, out, pairs in _pairs(factors, x.dtype, whole="A"):
-                by_A = [torch.bmm(x[heads], first.mT) for first, _ in pairs]
+                by_A = [torch.bmm(rows[heads], first.mT) for first, _ in pairs]
                 for own, (_, second) in zip(by_A, pairs, strict=True):
                     y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
-                inner[heads, part] = by_A[0]
+                pieces.put(heads, part, by_A[0])
+            inner = pieces.whole
             # The largest comes last, so that in half precision it is rounded once.
-            torch.addmm(flat, rows, weight.mT, out=flat)
+            flat = whole.view(-1, whole.shape[-1])
+            torch.addmm(flat, rows.reshape(-1, rows.shape[-1]), weight.mT, out=flat)
         # As a plain layer, whose W may be written to meanwhile if its input wants no gradient.
         kept = weight if ctx.needs_input_grad[0] and ctx.read is None else None
         keep(ctx, x, kept, factors, inner, again)
-        return y
+        return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -334,45 +335,51 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved, inner = kept_by(ctx)
-        factors = A, B, anchor_A, anchor_B = _four_dimensional(saved)
+        x, weight, factors, inner = kept_by(ctx)
+        A, B, anchor_A, anchor_B = factors
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         if for_x and ctx.read is not None:
             weight = ctx.read(x.dtype)
         size, half = ctx.scale * ctx.gradient_scale, x.dtype in HALF
-        gradient = gradient.contiguous()  # once, and not in every product
-        own = gradient.reshape(*gradient.shape[:2], A.shape[1], B.shape[2]).transpose(1, 2)  # (n, p, rows, out / p)
+        shape, x = x.shape, _of_heads(x, A.shape[0])
+        gradient = _of_heads(gradient.contiguous(), A.shape[0])  # once, and not in every product
+        own, wide = gradient, x
+        if A.dim() == 4:  # (n, p, rows, out / p), and x for each of the parts
+            own = gradient.reshape(*gradient.shape[:2], A.shape[1], -1).transpose(1, 2)
+            wide = x.unsqueeze(1)
         of_x = of_weight = of_bias = of_A = of_B = None
         if for_bias:
             of_bias = gradient.sum(1 if ctx.per_head else (0, 1))
-        learning: Tensor | None = None  # gradient B, (n, p, rows, rank)
+        learning: Tensor | None = None  # gradient B, (n, [p,] rows, rank)
         if torch.is_grad_enabled() or is_batched(gradient):
             # A derivative of this one has to see where all comes from, and is scaled once more.
             A, B = (scaled_gradient(t, ctx.gradient_scale) for t in (A, B))
             inner = None
             if for_x:
                 first, second = (t.to(x.dtype) for t in stacked(A, B, anchor_A, anchor_B))
-                of_x = torch.matmul(gradient, weight) + ctx.scale * (own @ second @ first).sum(1)
+                delta = own @ second @ first
+                of_x = torch.matmul(gradient, weight) + ctx.scale * (delta if A.dim() == 3 else delta.sum(1))
         elif for_x and ctx.folds:
             of_x = x.new_empty(x.shape)
             for heads, part, out, effective in _effective(weight, factors, ctx.scale):
                 of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
         elif for_x:
             of_x = x.new_zeros(x.shape)
-            learning = x.new_empty(*A.shape[:2], x.shape[1], A.shape[2])
-            for heads, part, _, pairs in _pairs(factors, x.dtype, whole="B"):
-                by_B = [times_thin(own[heads, part], second) for _, second in pairs]
+            pieces = _Pieces(x, A)
+            for heads, part, out, pairs in _pairs(factors, x.dtype, whole="B"):
+                by_B = [times_thin(gradient[heads, :, out], second) for _, second in pairs]
                 for through, (first, _) in zip(by_B, pairs, strict=True):
                     of_x[heads].baddbmm_(through, first, alpha=ctx.scale)
-                learning[heads, part] = by_B[0]
+                pieces.put(heads, part, by_B[0])
+            learning = pieces.whole
             # Last, as in the forward.
             flat = of_x.view(-1, of_x.shape[-1])
             torch.addmm(flat, gradient.view(-1, gradient.shape[-1]), weight, out=flat)
         if for_A:
             learning = times_thin(own, B.to(x.dtype)) if learning is None else learning
-            of_A = (learning if half else learning * size).mT @ x.unsqueeze(1)
+            of_A = (learning if half else learning * size).mT @ wide
         if for_B:
-            inner = x.unsqueeze(1) @ A.mT.to(x.dtype) if inner is None else inner
+            inner = wide @ A.mT.to(x.dtype) if inner is None else inner
             of_B = transposed_times_thin(own, inner if half else inner * size)
         if half:
             # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
@@ -380,7 +387,40 @@ class _Product(torch.autograd.Function):
         if for_weight:
             # The largest of them comes last: only the first steps want it, and let it go at once.
             of_weight = gradient.reshape(-1, gradient.shape[-1]).mT @ x.flatten(0, 1)
-        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None, None
+        return None if of_x is None else of_x.view(shape), of_weight, of_bias, of_A, of_B, None, None, None, None, None
+
+
+def _of_heads(x: Tensor, count: int) -> Tensor:
+    """(n, rows, features), of samples below each other."""
+    return (
+        x if x.dim() == 3 and x.shape[0] == count else x.reshape(count, math.prod(x.shape[:-1]) // count, x.shape[-1])
+    )
+
+
+class _Pieces:
+    """What is made for some heads and one part at a time, put together: (n, [p,] rows, rank).
+
+    Args:
+        rows: (n, rows, .).
+        A: (n, [p,] rank, in).
+
+    Attributes:
+        whole: all of it.
+    """
+
+    whole: Tensor
+
+    def __init__(self, rows: Tensor, A: Tensor) -> None:
+        self._rows, self._A = rows, A
+
+    def put(self, heads: slice, part: int, piece: Tensor) -> None:
+        """Put a piece (heads, rows, rank) into its place."""
+        if self._A.dim() == 3 and piece.shape[0] == self._A.shape[0]:
+            self.whole = piece
+            return
+        if not hasattr(self, "whole"):
+            self.whole = self._rows.new_empty(*self._A.shape[:-2], self._rows.shape[1], self._A.shape[-2])
+        self.whole[heads if self._A.dim() == 3 else (heads, part)] = piece
 
 
 def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, anchored: bool) -> bool:
@@ -402,35 +442,38 @@ def _pairs(
     too: A x, or B^T times what comes back.
     """
     A, B, *_ = factors
-    for heads, part, out in _pieces(A, B, A.shape[2] * (B.shape[2] + A.shape[3])):
-        chosen = tuple(None if t is None else t[heads, part] for t in factors)
-        own = pairs(*chosen, whole=whole)  # type: ignore[arg-type,misc]
-        yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in own]
+    for heads, part, out, chosen in _pieces(factors, A.shape[-2] * (B.shape[-2] + A.shape[-1])):
+        yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in pairs(*chosen, whole=whole)]
 
 
 def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[slice, int, slice, Tensor]]:
     """For some heads at a time, and each part: which heads and which part, where its rows of W are, and these rows of
     W + s * (B A - B' A') for each of the heads."""
     A, B, *_ = factors
-    for heads, part, out in _pieces(A, B, B.shape[2] * A.shape[3]):
-        first, second = stacked(*(None if t is None else t[heads, part] for t in factors))  # type: ignore[arg-type]
-        own = weight[out].expand(len(first), -1, -1)
-        yield heads, part, out, torch.baddbmm(own, second, first, alpha=scale)
+    for heads, part, out, chosen in _pieces(factors, B.shape[-2] * A.shape[-1]):
+        first, second = stacked(*chosen)
+        yield heads, part, out, torch.baddbmm(weight[out].expand(len(first), -1, -1), second, first, alpha=scale)
 
 
-def _pieces(A: Tensor, B: Tensor, numbers: int) -> Iterator[tuple[slice, int, slice]]:
-    """Which heads are worked on at a time, which part, and where its rows of W are.
+def _pieces(factors: PairAndAnchors, numbers: int) -> Iterator[tuple[slice, int, slice, PairAndAnchors]]:
+    """Which heads are worked on at a time, which part, where its rows of W are, and their factors, of three dimensions.
 
     Args:
-        A, B: (n, p, rank, in) and (n, p, out / p, rank).
+        factors: (n, rank, in) and (n, out, rank), or (n, p, rank, in) and (n, p, out / p, rank), and so the anchors.
         numbers: how many are made for one part of a head.
     """
-    count, parts, size = A.shape[0], A.shape[1], B.shape[2]
+    A, B, *_ = factors
+    count, parts, size = A.shape[0], 1 if A.dim() == 3 else A.shape[1], B.shape[-2]
     of_one = numbers * A.element_size()
     if A.device.type == "cpu":
         together = max(1, _CACHE // of_one) * torch.get_num_threads()
     else:
         together = max(1, _ROOM // of_one)
+    if A.dim() == 3 and count <= together:  # to choose all takes as long as a small product
+        yield slice(count), 0, slice(size), factors
+        return
     for first in range(0, count, together):
+        heads = slice(first, first + together)
         for part in range(parts):
-            yield slice(first, first + together), part, slice(part * size, (part + 1) * size)
+            chosen = tuple(None if t is None else t[heads] if A.dim() == 3 else t[heads, part] for t in factors)
+            yield heads, part, slice(part * size, (part + 1) * size), chosen  # type: ignore[misc]

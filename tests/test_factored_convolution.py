@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lte import Explorer, LTEConfig
@@ -33,6 +35,8 @@ LAYERS: dict[str, tuple[Callable[[], Any], dict[bool, tuple[int, ...]], int]] = 
         {MANY: (3, 3), FEW: (1, 2)},
         1,
     ),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), {MANY: (6, 6), FEW: (1, 2)}, 1),
+    "3d": (lambda: nn.Conv3d(2, 6, 2), {MANY: (4, 4, 3), FEW: (2, 2, 3)}, 1),
 }
 
 
@@ -47,6 +51,30 @@ def small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 per_layer = pytest.mark.parametrize("case", LAYERS)
 per_places = pytest.mark.parametrize("many", [MANY, FEW])
 per_anchors = pytest.mark.parametrize("keep", [True, False])
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions, and gradients of them, by the shapes of their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self._seen[tuple(args[1].shape)] += 1
+        elif func is torch.ops.aten.convolution_backward.default:
+            self._seen["backward", tuple(args[2].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, shape: torch.Size) -> tuple[int, int]:
+        """How many there were of a weight of this shape: forwards, and gradients."""
+        return self._seen[tuple(shape)], self._seen["backward", tuple(shape)]
+
+    @property
+    def gradients(self) -> int:
+        """How many gradients there were."""
+        return sum(count for key, count in self._seen.items() if key[0] == "backward")
 
 
 def made(case: str, many: bool, keep: bool = True) -> tuple[Any, Any, Any, Tensor]:
@@ -81,7 +109,8 @@ def literally(plain: Any, f: Any, x: Tensor) -> Tensor:
 @per_places
 def test_the_count_of_places_tells_how_they_are_computed(case: str, many: bool) -> None:
     layer, _, _, x = made(case, many)
-    assert layer(x).grad_fn.folds == many
+    # For one sample of each head torch has a slow kernel in three dimensions.
+    assert layer(x).grad_fn.folds == (many and case != "3d")
 
 
 @pytest.mark.parametrize(("size", "samples", "kernel", "calls"), [
@@ -173,6 +202,30 @@ def test_the_gradients_of_thin_factors_come_from_those_of_effective_weights(
         with profile() as profiler:
             y.backward()
     assert sum(event.count for event in profiler.key_averages() if event.key == "aten::convolution_backward") == calls
+
+
+@pytest.mark.parametrize(("samples", "of_pairs"), [(1, 2), (2, 2 * COUNT)])
+def test_gradients_of_all_pairs_come_together_where_their_samples_lie_side_by_side(
+    samples: int, of_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factored_convolution._Form, "is_thin", lambda *_: False)
+    layer = nn.Conv2d(4, 8, 3)
+    headed(layer, LayerState(switch := Switch(COUNT), {"weight": factors_of(layer)}))
+    with switch.at("all"), Convolutions() as seen:
+        layer(random(samples * COUNT, 4, 9, 9).float().requires_grad_()).sum().backward()
+    # With each head's effective weight there are one forward and one gradient of the input for each head.
+    assert seen.of(layer.weight.shape) == (COUNT, COUNT)
+    assert seen.gradients - COUNT == of_pairs
+
+
+def test_one_small_sample_of_each_head_in_three_dimensions_goes_with_the_others() -> None:
+    """Torch has a slow kernel of its own for it, and oneDNN's is for more."""
+    layer = nn.Conv3d(4, 8, 3, padding=1)
+    headed(layer, LayerState(switch := Switch(COUNT), {"weight": factors_of(layer)}))
+    for samples, times in ((1, 1), (2, COUNT)):
+        with switch.at("all"), Convolutions() as seen:
+            layer(random(samples * COUNT, 4, 5, 5, 5).float().requires_grad_()).sum().backward()
+        assert seen.of(layer.weight.shape) == (times, times)
 
 
 @pytest.mark.parametrize(("places", "keep"), [(30, True), (30, False), (400, True), (400, False)])

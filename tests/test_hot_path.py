@@ -218,6 +218,25 @@ def test_a_step_makes_nothing_of_the_size_of_factors_but_differences_and_their_g
     assert bool(differences) == (after_merge == "keep")
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("shape", [(8, 46), (8, 3, 46), (4, 3, 46), (4, 2, 3, 46)])
+@pytest.mark.parametrize("split", [{}, {"0": 2}])
+def test_a_linear_layer_is_one_step_of_autograd(heads: int, shape: tuple[int, ...], split: dict[str, int]) -> None:
+    """Views of inputs, of factors and of what comes out would be steps of their own, forward and backward."""
+    net = nn.Sequential(nn.Linear(46, 26))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(heads, 100, rank=2, execution="batched", split=split))
+    for f in explorer.injection.factors.values():
+        f.end_trial()
+    x = torch.randn(shape, requires_grad=True)
+    with explorer.heads():
+        y = net(x)
+    assert y.shape == (*shape[:-1], 26) and not y._is_view()
+    assert type(y.grad_fn).__name__ == "_ProductBackward"
+    before = [type(step).__name__ for step, _ in y.grad_fn.next_functions if step is not None]
+    assert before == ["AccumulateGrad"] * 4  # x, bias, A and B
+
+
 class Watching(Callback):
     """Looks at whole batches, all but the first ones and those with merges."""
 

@@ -208,7 +208,8 @@ def test_where_there_are_many_patches_no_copy_of_the_input_is_kept(heads: int, s
 def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_size_of_the_rank(
     heads: int, half: bool
 ) -> None:
-    net = timm.create_model("resnet18", num_classes=CLASSES, norm_layer=lambda width, **_: nn.GroupNorm(8, width))
+    # So many classes that the last layer has factors, too, and not a weight for each head, which autocast copies.
+    net = timm.create_model("resnet18", num_classes=10, norm_layer=lambda width, **_: nn.GroupNorm(8, width))
     x = torch.randn(8, 3, 32, 32)
 
     def forward() -> Tensor:
@@ -225,7 +226,7 @@ def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_si
     by_weight = explorer.injection.factors
     handles = []
     for layer in net.modules():
-        if isinstance(layer, nn.Conv2d) and layer.weight in by_weight:
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight in by_weight:
 
             def count(_: nn.Module, args: Any, y: Tensor) -> None:
                 nonlocal of_rank
@@ -237,7 +238,7 @@ def test_a_convolutional_network_keeps_what_full_rank_does_and_what_is_of_the_si
         for handle in handles:
             handle.remove()
         own = kept(forward, [x, *net.parameters(), *held(explorer)])
-    assert len(handles) == 20 and of_rank < 0.1 * full
+    assert len(handles) == 21 and of_rank < 0.1 * full
     assert own <= full + of_rank
 
 

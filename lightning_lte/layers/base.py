@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -272,16 +271,6 @@ def check_slices(layer: nn.Module, x: Tensor, count: int, dims: int = 2) -> None
             f" {type(layer).__name__} received shape {tuple(x.shape)}. Use execution='sequential', a batch size that"
             f" is a multiple of {count}, or one head per device."
         )
-
-
-def slices(layer: nn.Module, x: Tensor, count: int) -> Tensor:
-    """View x (batch, ..., features) as (n, batch / n * ..., features), a slice for each head.
-
-    Raises:
-        ValueError: dimension 0 can't be dealt out evenly.
-    """
-    check_slices(layer, x, count)
-    return x.reshape(count, math.prod(x.shape[:-1]) // count, x.shape[-1])
 
 
 def in_shape(y: Tensor, *shape: int) -> Tensor:

@@ -23,6 +23,10 @@ _TRANSPOSED: dict[int, Any] = {
     2: functional.conv_transpose2d,
     3: functional.conv_transpose3d,
 }
+# Which kernel torch takes for a convolution, and those in three dimensions that take twice as long as oneDNN's.
+_chosen = torch._C._select_conv_backend
+_kernels: Any = torch._C._ConvBackend  # type: ignore[attr-defined]
+_SLOW = _kernels.Slow3d, _kernels.SlowDilated3d, _kernels.SlowTranspose3d
 # Channels last, by the dimensions of a tensor.
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -77,6 +81,10 @@ class Geometry(NamedTuple):
             gradient, x, weight, None, *self, [for_x, for_weight, False]
         )
         return of_x, of_weight
+
+    def is_slow(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether torch takes a kernel of its own on a CPU that is slow: in three dimensions, for one small sample."""
+        return len(self.stride) == 3 and _chosen(x, weight, None, *self) in _SLOW
 
     def size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """How many places an output has in each direction, of a convolution that is not transposed."""

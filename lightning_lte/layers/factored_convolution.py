@@ -30,6 +30,7 @@ from lightning_lte.layers.convolution import (
     side_by_side,
 )
 from lightning_lte.product import (
+    _CACHE,
     PairAndAnchors,
     as_one,
     cast,
@@ -146,12 +147,12 @@ class _Form:
         inner = convolve(self.by_A, x, self.of_A(A), None, len(A))
         return below_each_other(self.by_B.of_heads(len(A)).convolve(inner, self.of_B(B), None), len(A))
 
-    def folds(self, x: Tensor, anchored: bool, count: int) -> bool:
+    def folds(self, x: Tensor, weight: Tensor, anchored: bool, count: int) -> bool:
         """Whether effective weights pay, of which there is one convolution for each head.
 
         Elsewhere they pay as in linear layers. On a CPU they take more: oneDNN lays out each anew, in calls of its own.
         """
-        if count > 1 and x.device.type != "cpu":
+        if count > 1 and (x.device.type != "cpu" or self.geometry.is_slow(x[: len(x) // count], weight)):
             return False
         size = x.shape[2:] if self.geometry.transposed else self.geometry.size(x.shape[2:], self.kernel)
         rows = len(x) // count * math.prod(size)
@@ -173,12 +174,17 @@ class _Form:
 
     def effective(self, weight: Tensor, factors: PairAndAnchors) -> Iterator[Tensor]:
         """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all."""
-        for head in range(len(factors[0])):
-            A, B = stacked(*(None if t is None else t[head] for t in factors))  # type: ignore[arg-type]
-            left, right = (A.mT, B.mT) if self.matrices.transposed else (B, A)
-            left, right = (t if t.dim() == 3 else t.unsqueeze(0) for t in (left, right))
-            whole = torch.baddbmm(weight.reshape(len(left), left.shape[1], -1), left, right, alpha=self.scale)
-            yield in_format_of(weight, whole.view(weight.shape))
+        A, *_ = factors
+        # Those of small weights together: each operation takes its time.
+        together = 1 if A.dim() == 4 else max(1, _CACHE // (weight.numel() * weight.element_size()))
+        for start in range(0, len(A), together):
+            chosen = (None if t is None else t[start : start + together] for t in factors)
+            first, second = (t.flatten(0, 1) if t.dim() == 4 else t for t in stacked(*chosen))  # type: ignore[arg-type]
+            left, right = (first.mT, second.mT) if self.matrices.transposed else (second, first)
+            base = weight.reshape(self.matrices.count, left.shape[1], -1)
+            whole = torch.baddbmm(base.expand(len(left), -1, -1), left, right, alpha=self.scale)
+            for own in whole.view(-1, *weight.shape):
+                yield in_format_of(weight, own)
 
 
 class _FactoredConvolution(torch.autograd.Function):
@@ -196,7 +202,7 @@ class _FactoredConvolution(torch.autograd.Function):
         again: Callable[[], PairAndAnchors] | None,
     ) -> Tensor:
         factors, count = (A, B, anchor_A, anchor_B), len(A)
-        ctx.own, ctx.folds, ctx.shape = own, own.folds(x, anchor_B is not None, count), weight.shape
+        ctx.own, ctx.folds, ctx.shape = own, own.folds(x, weight, anchor_B is not None, count), weight.shape
         inner = None
         if ctx.folds:
             parts = zip(x.chunk(count), own.effective(weight, factors), strict=True)
@@ -249,8 +255,9 @@ def _gradients(
         return of_x, of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
     _, of_weight = own.geometry.backward(gradient, x, weight, False, for_weight)
     effective = None if weight is None else own.effective(weight, factors)
-    learns = any(ctx.needs_input_grad[3:5])
-    whole = learns and own.is_thin(x, A.shape[-2])
+    whole = any(ctx.needs_input_grad[3:5]) and own.is_thin(x, A.shape[-2])
+    # One sample of each head is next to those of others where it lies.
+    together = not whole and len(x) == count and own.geometry.groups == 1
     parts, learned = [], []
     for head, (own_x, own_gradient) in enumerate(zip(x.chunk(count), gradient.chunk(count), strict=True)):
         each = x.new_empty(ctx.shape) if effective is None else next(effective)
@@ -259,9 +266,13 @@ def _gradients(
         own_A, own_B = A[head : head + 1], B[head : head + 1]
         if whole:
             learned.append(_of_whole(ctx, of_whole, own_A, own_B))
-        else:
+        elif not together:
             inner = own.by_A.convolve(own_x, own.of_A(own_A), None)
             learned.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
+    if together:
+        x, gradient = side_by_side(x, count), side_by_side(gradient, count)
+        inner = own.by_A.of_heads(count).convolve(x, own.of_A(A), None)
+        return _joined(parts), of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
     of_A, of_B = (_joined(each) for each in zip(*learned, strict=True))
     return _joined(parts), of_weight, of_A, of_B
 

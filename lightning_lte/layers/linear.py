@@ -20,9 +20,9 @@ from lightning_lte.layers.base import (
     HeadedLayer,
     LayerState,
     acting_state,
+    check_slices,
     computes_as,
     in_shape,
-    slices,
     state_of,
 )
 
@@ -114,8 +114,12 @@ def project(
         part: which of the matrices of `factors` the weight is; None where it is all of them.
     """
     state = state_of(layer)
-    rows = slices(layer, x, state.count) if state.head is None else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
     added = bias if own_bias is None else own_bias
+    if state.head is None:
+        check_slices(layer, x, state.count)
+    if factors is not None and x.is_contiguous() and factors.applies(x, weight, added, part):
+        return factors.multiply(x, weight, added, state.head, part)
+    rows = x.reshape(state.count, math.prod(x.shape[:-1]) // state.count, x.shape[-1])
     if factors is not None and factors.applies(rows, weight, added, part):
         y = factors.multiply(rows, weight, added, state.head, part)
         return in_shape(y, *x.shape[:-1], weight.shape[0])

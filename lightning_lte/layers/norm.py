@@ -9,7 +9,7 @@ here: it takes statistics over the samples of all heads, so with it heads take t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import compress
@@ -71,30 +71,34 @@ class HeadedNorm(HeadedLayer):
         compute = partial(self._scaled, count=state.count)
         if not are_plain(input, weight):
             return compute(input, weight, bias)
+        if input.device.type == "cpu" and not isinstance(self, nn.RMSNorm):
+            return self._one_by_one(input, weight, bias, state.count)
         y: Tensor = _ScaledNorm.apply(input, weight, bias, compute)
         return y
 
+    def _one_by_one(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        """What `_scaled` computes, one head after the other by torch's own operation, which keeps x alone, too. On CPUs
+        what is scaled apart takes several times as long."""
+        affine = zip(_of_each(weight, count), _of_each(bias, count), strict=True)
+        parts = [self._norm(part, *own) for part, own in zip(x.chunk(count), affine, strict=True)]
+        return parts[0] if count == 1 else torch.cat(parts)
+
     def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
         """What the layer computes, with the weight and bias of each of `count` heads: (n or 1, *shape)."""
-        if isinstance(self, nn.GroupNorm) and x.device.type == "cpu":
-            # One head after the other, by torch's own operation: what is scaled apart takes longer there.
-            biases = [None] * count if bias is None else bias.expand(count, -1)
-            each = zip(x.chunk(count), weight.expand(count, -1), biases, strict=True)
-            return torch.cat([functional.group_norm(part, self.num_groups, w, b, self.eps) for part, w, b in each])
         dims = x.dim() + 1
         weight, bias = self._aligned(weight, dims), None if bias is None else self._aligned(bias, dims)
-        return _scaled(self._normalised(x), weight, bias, count)
+        return _scaled(self._norm(x, None, None), weight, bias, count)
 
-    def _normalised(self, input: Tensor) -> Tensor:
-        """What the layer computes without weight and bias."""
+    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """What the layer computes with another weight and bias, or without."""
         own: Any = self
         if isinstance(self, nn.LayerNorm):
-            return functional.layer_norm(input, own.normalized_shape, None, None, own.eps)
+            return functional.layer_norm(x, own.normalized_shape, weight, bias, own.eps)
         if isinstance(self, nn.RMSNorm):
-            return functional.rms_norm(input, own.normalized_shape, None, own.eps)
+            return functional.rms_norm(x, own.normalized_shape, weight, own.eps)
         if isinstance(self, nn.GroupNorm):
-            return functional.group_norm(input, own.num_groups, None, None, own.eps)
-        return functional.instance_norm(input, eps=own.eps)
+            return functional.group_norm(x, own.num_groups, weight, bias, own.eps)
+        return functional.instance_norm(x, weight=weight, bias=bias, eps=own.eps)
 
     def _aligned(self, own: Tensor, dims: int) -> Tensor:
         """(n or 1, *shape) so that it meets (n, batch, ...) in the dimensions that are scaled."""
@@ -152,6 +156,13 @@ def _autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[Any]]:
     if not torch.amp.is_autocast_available(kind):
         return nullcontext
     return partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
+
+
+def _of_each(own: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """A weight or bias (n or 1, *shape) for each of n heads."""
+    if own is None or len(own) != count:
+        return [None if own is None else own[0]] * count
+    return own.unbind()
 
 
 def _affine(state: LayerState, name: str, shared: Tensor) -> Tensor:
