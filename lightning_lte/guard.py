@@ -40,10 +40,13 @@ class Watched:
     checksum: int = 0
 
     def bits(self) -> Tensor:
-        """A number, on the parameter's device, that changes with the bits of what it stands for."""
+        """A number that changes with the bits of what the parameter stands for, on the device that computes with it."""
         rounded = None if self.factors is None else self.factors.rounded
-        # One that is nowhere in full shows NaN, whatever it is.
-        return rounded.checksum() if rounded is not None and rounded.released else checksum(local(self.param))
+        if rounded is None:
+            return checksum(local(self.param))
+        # One that is nowhere in full shows NaN, whatever it is. One on the CPU is sent to the device in less time than
+        # a thread of the CPU takes to look at all of it.
+        return rounded.checksum() if rounded.released else checksum(self.param.detach().to(rounded.device))
 
 
 class Guard:
@@ -159,13 +162,11 @@ class Guard:
 
 
 def _checksums(watched: list[Watched]) -> list[int]:
-    by_device: dict[torch.device, list[int]] = {}
-    for i, w in enumerate(watched):
-        by_device.setdefault(w.param.device, []).append(i)
-    sums = [0] * len(watched)
-    for indices in by_device.values():
+    bits = [w.bits() for w in watched]
+    sums = [0] * len(bits)
+    for device in {own.device for own in bits}:
         # One wait for the device, not one for each parameter.
-        found = torch.stack([watched[i].bits() for i in indices]).tolist()
-        for i, value in zip(indices, found, strict=True):
+        indices = [i for i, own in enumerate(bits) if own.device == device]
+        for i, value in zip(indices, torch.stack([bits[i] for i in indices]).tolist(), strict=True):
             sums[i] = value
     return sums

@@ -246,7 +246,7 @@ class Rounded:
     def checksum(self) -> Tensor:
         """A number, on the device, that changes when W does, as far as all devices know it."""
         shown = [] if self.released else [self.weight]
-        return torch.stack([checksum(t).to(self.device) for t in (*self._parts, *self._error, *shown)]).sum()
+        return torch.stack([checksum(t.detach().to(self.device)) for t in (*self._parts, *self._error, *shown)]).sum()
 
     @property
     def read_bytes(self) -> int:

@@ -35,13 +35,11 @@ class Trial:
 
     Attributes:
         reason: why W can't be factored, once that is known.
-        passed: whether a gradient came, and all of it through the layer.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
         self.reason: str | None = None
-        self.passed = False
         self._through_layer: Tensor | None = None
         self._captures = 0
         self._version, self._sum = weight._version, int(checksum(weight))
@@ -91,7 +89,6 @@ class Trial:
         else:
             # Each weight's is let go as soon as it is complete, so that no two are held at once.
             weight.grad = self._through_layer = None
-            self.passed = bool(gradient.any())
 
     def conclude(self) -> str | None:
         """Why W can't be factored, or None, when a step is about to be taken."""

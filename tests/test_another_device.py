@@ -16,6 +16,7 @@ from lightning_lte.batch import Layout
 from lightning_lte.execution import run
 from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes, moments
 from lightning_lte.outer import OuterOptimizer
+from lightning_lte.trial import checksum
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
 from tests.modules import Kinds, after_backward, make_data, make_net, train_step
 
@@ -157,6 +158,13 @@ def test_weights_that_are_kept_on_the_cpu_and_written_there_are_rounded_on_the_o
     with another_device(), pytest.warns(UserWarning, match="All weights were written from outside"):
         explorer.act()
     assert bases and all(isinstance(part, Elsewhere) for base in bases for part in base._parts)
+    # There it is also looked at whether somebody else has written to them.
+    watched = [w for w in explorer.guard._watched if w.factors is not None and w.factors.rounded in bases]
+    with another_device():
+        bits = [(w.bits(), checksum(w.param)) for w in watched]
+        assert len(bits) == len(bases) and all(isinstance(there, Elsewhere) for there, _ in bits)
+        assert all(int(there) == int(here) for there, here in bits)
+        assert not explorer.guard.found(settling=False)
 
 
 @pytest.mark.parametrize("samples", [3, 7, 8])

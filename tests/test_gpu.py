@@ -373,17 +373,31 @@ def no_waiting() -> Iterator[Callable[[bool], None]]:
 @needs_gpu
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize(
-    "chosen", [{}, {"heads": 1}, {"execution": "sequential"}, {"after_merge": "reset"}, {"base": "int8"}], ids=str
+    ("kind", "chosen"),
+    [
+        (Net, {}),
+        (Net, {"heads": 1}),
+        (Net, {"execution": "sequential"}),
+        (Net, {"after_merge": "reset"}),
+        (Net, {"base": "int8"}),
+        (Net, {"weight_decay": "weights"}),
+        (Kinds, {}),
+        (Kinds, {"execution": "sequential"}),
+    ],
+    ids=str,
 )
-def test_no_step_between_merges_waits(chosen: dict[str, Any], precision: Any, no_waiting: Callable) -> None:
-    net = make_net().float().to(DEVICE)
-    explorer, optimizer = made(net, sgd, merge_every=10, **chosen)
-    x, y = make_data(16)
+def test_no_step_between_merges_waits(
+    kind: type[nn.Module], chosen: dict[str, Any], precision: Any, no_waiting: Callable
+) -> None:
+    net = make_net(kind).float().to(DEVICE)
+    explorer, optimizer = made(net, partial(torch.optim.AdamW, weight_decay=0.1), merge_every=10, **chosen)
+    x, y = make_data(16, width=IN if kind is Net else IMAGES)
     x, y = x.float().to(DEVICE), y.to(DEVICE)
     for step in range(9):
         no_waiting(step > 2)  # before that, weights are watched
+        samples = 15 if step == 5 else 3 if step == 6 else 16
         with torch.autocast("cuda", precision, enabled=precision is not None):
-            loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), (x, y))
+            loss = run(explorer, lambda own: cross_entropy(net(own[0]), own[1]), (x[:samples], y[:samples]))
         with explorer.backward():
             loss.backward()
         after_backward(explorer, optimizer, clip=1.0)
