@@ -486,7 +486,7 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
         "made_replicas": dict(explorer.made_replicas),
         "late": dict(explorer.late),
         "moving": explorer.moving,
-        "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
+        "weights": {f.name: _description(f) for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "left": left,
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
@@ -508,6 +508,17 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
         "buffers": {n: b.detach().cpu() for n, b in explorer.module.named_buffers()} if several else {},
         "generators": generators(),
     }
+
+
+def _description(factors: Factors) -> dict[str, Any]:
+    """What has to be the same in a run that goes on with the heads of a weight."""
+    shape, parts = list(factors.weight.shape), factors.matrices.count
+    return {"rank": factors.rank, "scale": factors.scale, "shape": shape, "parts": parts}
+
+
+def _parts(rows: Tensor | Rows) -> int:
+    """How many matrices have factors of their own in one weight, from B of its heads, for checkpoints of before."""
+    return rows[:1].shape[1] if rows.dim() == 4 else 1
 
 
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
@@ -625,12 +636,10 @@ def _check_shape(state: Mapping[str, Any]) -> None:
 
 def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]) -> None:
     config = explorer.config
-    here = {
-        f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)}
-        for f in explorer.injection.factors.values()
-        if f.name not in lost
+    here = {f.name: _description(f) for f in explorer.injection.factors.values() if f.name not in lost}
+    there = {
+        n: w if "parts" in w else {**w, "parts": _parts(state["factors"][n]["B"])} for n, w in state["weights"].items()
     }
-    there = state["weights"]
     problems = []
     if state["heads"] not in (config.heads, *config.grow_heads.values()):
         later = f", grow_heads={dict(config.grow_heads)}" if config.grow_heads else ""
@@ -652,7 +661,7 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"factored there and not here: {listed(only_there)}")
     if only_here:
         problems.append(f"factored here and not there: {listed(only_here)}")
-    for key in ("rank", "scale", "shape"):
+    for key in ("rank", "scale", "shape", "parts"):
         differ = [n for n in here if n in there and there[n][key] != here[n][key]]
         if differ:
             problems.append(f"{key} {there[differ[0]][key]} there, {here[differ[0]][key]} here, for {listed(differ)}")
