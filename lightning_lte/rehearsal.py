@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte.buffers import put_back_
@@ -60,6 +62,30 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
             for m, training in modes:
                 m.training = training
             again()
+
+
+@contextmanager
+def groups_untouched(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Undo what a block does to param groups: to their settings, and to which parameters are in them."""
+    memo: set[int] = set()
+    kept = [_kept(own.param_groups, memo) for own in optimizers]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            restore()
+
+
+@contextmanager
+def schedulers_untouched(schedulers: Iterable[Any], optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Undo what a block does to schedulers, and not what it does to the optimizers that they know."""
+    memo = set(map(id, optimizers))
+    kept = [_kept(own, memo) for own in schedulers]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            restore()
 
 
 class _CopyOnWrite(TorchDispatchMode):
@@ -353,7 +379,7 @@ def _kept(value: Any, memo: set[int]) -> Restore:
         return partial(
             _call_and_return, value, partial(setattr, value.bit_generator, "state"), value.bit_generator.state
         )
-    if _is_users(value) and id(value) not in memo:
+    if (_is_users(value) or isinstance(value, LRScheduler)) and id(value) not in memo:
         memo.add(id(value))
         restores: list[Restore] = [partial(_refill_slot, s, value, _kept_slot(s, value, memo)) for s in _slots(value)]
         if hasattr(value, "__dict__"):

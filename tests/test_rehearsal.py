@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte import LTEStrategy
 from lightning_lte.rehearsal import Determined, untouched
-from tests.modules import IN, RANK, Module, loader, trainer
+from tests.modules import CLASSES, IN, RANK, Module, Recorder, adamw, loader, trainer
 
 
 @dataclass(slots=True)
@@ -230,6 +231,58 @@ def test_the_trial_leaves_no_write_behind() -> None:
     strategy = LTEStrategy(heads=4, rank=RANK, merge_every=2)
     trainer(strategy, max_steps=3).fit(module, loader())
     assert "batched" in strategy.report().notes[-1] and float(module.halved) == 1 / 8
+
+
+def _warmed(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in (0.5, 0.25)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [2])
+
+
+@pytest.mark.parametrize("execution", ["auto", "sequential", "batched"])
+@pytest.mark.parametrize("of", [lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.5), _warmed])
+def test_schedulers_that_a_step_steps_make_one_step_for_each_batch(execution: Any, of: Callable[..., Any]) -> None:
+    class Stepping(Module):
+        def configure_optimizers(self) -> Any:
+            opt = adamw(self.parameters())
+            # Lightning itself never steps it.
+            return [opt], [{"scheduler": of(opt), "frequency": 1000}]
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+            return super().training_step(batch, index)
+
+    def rates(strategy: Any) -> list[float]:
+        seen = Recorder(lambda t, _: t.optimizers[0].param_groups[0]["lr"])
+        t = trainer(strategy, max_steps=3, callbacks=[seen])
+        t.fit(Stepping(), loader())
+        assert "step" not in vars(t.lr_scheduler_configs[0].scheduler)
+        return seen.seen
+
+    assert rates(LTEStrategy(4, 3, rank=RANK, execution=execution)) == rates("auto")
+
+
+def test_the_trial_puts_back_what_a_step_does_to_param_groups() -> None:
+    class Building(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.built: Any = None
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            group: Any = self.optimizers().param_groups[0]  # type: ignore[union-attr]
+            group["lr"] /= 2
+            if self.built is None:
+                self.built = nn.Linear(CLASSES, CLASSES, dtype=torch.float64)
+                self.optimizers().add_param_group({"params": list(self.built.parameters())})  # type: ignore[union-attr]
+            return cross_entropy(self.built(self.net(batch[0])), batch[1])
+
+    module = Building()
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    t = trainer(strategy, max_steps=2)
+    t.fit(module, loader())
+    assert "batched" in strategy.report().notes[-1]
+    groups = t.optimizers[0].param_groups
+    assert groups[0]["lr"] == 0.01 / 4
+    assert [p for group in groups[1:] for p in group["params"]] == list(module.built.parameters())
 
 
 def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:
