@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lte import device_state
 from lightning_lte.buffers import put_back_
 from lightning_lte.optimizers import COUNTS, place_counts
 from lightning_lte.report import listed
@@ -60,6 +61,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
         "holders": [holders(each) for each in zip(*parts["optimizers"], strict=True)],
         "late": dict(ChainMap(*parts["late"])),
         "buffers": parts["buffers"],
+        "own": parts["own"],
         # The first of the devices that share out a head has those of all of them.
         "generators": parts["generators"] if within is None else [s for own in parts["generators"] for s in own or ()],
     }
@@ -110,7 +112,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             if name in buffers:
                 put_back_(buffers[name], value)
         _take_statistics(explorer, state, layout, merged["running statistic"])
-    averaged = _scatter_moments(explorer, state, layout)
+    averaged, anew = _scatter_moments(explorer, state, layout)
     _restore_flights(explorer, state["flights"], layout, merged)
     merged["replica"] += [name for name in averaged if name not in merged["replica"]]
     explorer.guard.accept_writes()
@@ -118,6 +120,11 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     kept, devices = explorer.statistics.copies(), state["devices"]
     left_out = [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(devices) else []
     told = _told(devices, layout.world_size, merged, left_out)
+    if anew:
+        told += (
+            " What optimizers keep in lists of tensors belongs to the heads of one device, and can't be dealt out anew:"
+            f" what they knew of {listed(anew)} was left out."
+        )
     if state["outer"] and explorer.outer is None:
         told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
     if state.get("left") and not explorer.config.decays_weights:
@@ -231,13 +238,18 @@ def _take_statistics(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
     explorer.statistics.load_rows(statistics)
 
 
-def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
-    """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it."""
-    stacked, averaged = explorer.per_head, []
+def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> tuple[list[str], list[str]]:
+    """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it, and of
+    what they start anew."""
+    stacked, averaged, anew = explorer.per_head, [], []
     before = layout.devices_before(state["devices"])
     had_some = state.get("holders", [{}] * len(explorer.optimizers))  # older checkpoints have none
-    for optimizer, saved_fields, of_some in zip(explorer.optimizers, state["optimizers"], had_some, strict=True):
+    own_states = own_state(state, layout.world_size, layout.rank)
+    for number, (optimizer, saved_fields, of_some) in enumerate(
+        zip(explorer.optimizers, state["optimizers"], had_some, strict=True)
+    ):
         held = explorer.substitution.held(optimizer)
+        own_kept = None if own_states is None else own_states[number]
         for name in held.keys() - saved_fields.keys():
             explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
@@ -247,6 +259,10 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
             having = [device for device in of_some.get(name, before) if device in before]
             if not having:
                 explorer.substitution.drop_state(optimizer, param)
+                continue
+            if own_kept and not device_state.goes_on(param, name, own_kept, state["devices"] == layout.world_size):
+                explorer.substitution.drop_state(optimizer, param)
+                anew.append(name)
                 continue
             had_heads = any(isinstance(value, Mapping) and "heads" in value for value in fields.values())
             here: State = {}
@@ -268,9 +284,20 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 counts = own.dim() == 0 and (param.dim() > 0 or key in COUNTS)
                 own = own.clone() if counts else own.to(param.device).clone()
                 here[key] = like(param, own)
+            if own_kept:
+                here |= device_state.taken(param, name, own_kept)
             place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
-    return averaged
+    return averaged, anew
+
+
+def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State] | None:
+    """What each optimizer kept on a device alone, on the one that held the first head of device `rank`; None in
+    checkpoints of before, which have what it kept on the first one among all else."""
+    if "own" not in state:
+        return None
+    own: list[State] = state["own"][_Layout(state["heads"], world_size, rank).device_of_first_head(len(state["own"]))]
+    return own
 
 
 class _Layout:
@@ -454,14 +481,17 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
     flights = [] if closing else [flight.state_dict() for flight in explorer.flights]
     injection = explorer.injection
     stacked = explorer.per_head
-    optimizers = []
+    optimizers, own = [], []
     for optimizer in explorer.optimizers:
         fields: State = {}
-        states = explorer.substitution.states(optimizer)
-        for name, param in explorer.substitution.held(optimizer).items():
+        states, held = explorer.substitution.states(optimizer), explorer.substitution.held(optimizer)
+        for name, param in held.items():
             if param in states:
-                fields[name] = {key: _saved(param, value, param in stacked) for key, value in states[param].items()}
+                kept = {key: value for key, value in states[param].items() if not device_state.is_own(value)}
+                fields[name] = {key: _saved(param, value, param in stacked) for key, value in kept.items()}
         optimizers.append(fields)
+        groups = explorer.substitution.plain_state(optimizer)["param_groups"]
+        own.append(device_state.device_state(held, states, groups))
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     decaying = factors if explorer.config.decays_weights else ()
@@ -506,6 +536,7 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
         "optimizers": optimizers,
         # On one device the state_dict has them.
         "buffers": {n: b.detach().cpu() for n, b in explorer.module.named_buffers()} if several else {},
+        "own": own,
         "generators": generators(),
     }
 
