@@ -740,6 +740,8 @@ class HeadsStrategy(Resumable):
     def on_train_end(self) -> None:
         # LTECallback has done so already, unless a user took it away.
         self.final_merge()
+        if self._explorer is not None:
+            self._explorer.level()  # after callbacks, which may have put averaged weights in
 
     def on_exception(self, exception: BaseException) -> None:
         with suppress(Exception):
