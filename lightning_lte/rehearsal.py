@@ -30,7 +30,7 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Undo what a block does to a module's parameters, buffers, attributes and modes and to the random streams.
 
     Attributes are followed into containers, arrays, generators and the user's own objects. What can't be put back:
-    iterators, files, and whatever is outside the process.
+    iterators, files, queues and whatever else threads share, and what is outside the process.
 
     Yields a function that does so at once, for a block that runs several times from the same start.
     """
@@ -289,6 +289,8 @@ HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "_hooks" 
 # PyTorch's registries but for hooks: parameters and modules. Buffers are kept by themselves.
 REGISTRIES = frozenset(vars(nn.Module())) - HOOKS
 _CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")
+# What other threads wait on and fill meanwhile, which to put back would be to take from them.
+_PACKAGES_OF_THREADS = ("threading", "_thread", "queue", "multiprocessing", "concurrent", "asyncio", "logging")
 
 
 def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
@@ -396,8 +398,10 @@ def _is_constant(container: Any) -> bool:
 
 
 def _is_users(value: Any) -> bool:
-    package = type(value).__module__.partition(".")[0]
-    return package not in _CONSTANT_PACKAGES and not isinstance(value, type | types.ModuleType | types.FunctionType)
+    package, *bases = (kind.__module__.partition(".")[0] for kind in type(value).__mro__)
+    if package in _CONSTANT_PACKAGES or not {package, *bases}.isdisjoint(_PACKAGES_OF_THREADS):
+        return False
+    return not isinstance(value, type | types.ModuleType | types.FunctionType)
 
 
 def _slots(value: Any) -> list[Any]:
@@ -460,6 +464,9 @@ def _refill_dict(value: dict[Any, Any], items: dict[Any, Restore]) -> dict[Any, 
     new = {k: restore() for k, restore in items.items()}
     # As a dict, whatever the subclass does when it is filled. One that is ordered keeps a list of its keys besides.
     kind: type[dict[Any, Any]] = OrderedDict if isinstance(value, OrderedDict) else dict
+    now = kind.items(value)
+    if len(now) == len(new) and all(a is b and c is d for (a, c), (b, d) in zip(now, new.items(), strict=True)):
+        return value  # and another thread may be looking something up in it
     kind.clear(value)
     for key, own in new.items():
         kind.__setitem__(value, key, own)

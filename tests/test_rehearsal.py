@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -231,6 +234,60 @@ def test_the_trial_leaves_no_write_behind() -> None:
     strategy = LTEStrategy(heads=4, rank=RANK, merge_every=2)
     trainer(strategy, max_steps=3).fit(module, loader())
     assert "batched" in strategy.report().notes[-1] and float(module.halved) == 1 / 8
+
+
+class Asking(Module):
+    """Has another thread answer in each step, as actors do, and takes what a third one puts into a queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed = threading.Condition()
+        self.asked = self.answered = 0
+        self.over = False
+        self.ready: queue.Queue[int] = queue.Queue(2)
+        self.taken: list[int] = []
+
+    def on_fit_start(self) -> None:
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.answer, self.fill)]
+        for thread in self.threads:
+            thread.start()
+
+    def answer(self) -> None:
+        with self.changed:
+            while not self.over:
+                self.answered = self.asked
+                self.changed.notify_all()
+                self.changed.wait()
+
+    def fill(self) -> None:
+        for number in itertools.count():
+            self.ready.put(number)
+            if self.over:
+                return
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        with self.changed:
+            self.asked += 1
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.answered == self.asked, timeout=10)
+        self.taken.append(self.ready.get(timeout=10))
+        return super().training_step(batch, index)
+
+    def on_fit_end(self) -> None:
+        with self.changed:
+            self.over = True
+            self.changed.notify_all()
+        self.ready.get()
+
+
+def test_the_trial_takes_nothing_from_other_threads() -> None:
+    module = Asking()
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    trainer(strategy, max_steps=6).fit(module, loader())
+    assert "batched" in strategy.report().notes[-1]
+    first = module.taken[0]
+    assert first >= 5  # the trial has taken some, which nobody can put back
+    assert module.taken == list(range(first, first + 6))
 
 
 def _warmed(optimizer: torch.optim.Optimizer) -> Any:
