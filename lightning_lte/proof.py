@@ -14,7 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lte.config import LossReduction
 from lightning_lte.layers.base import HeadedLayer, state_of
-from lightning_lte.rehearsal import Determined, alike, in_full_float32, not_compiled, untouched, without_zeros
+from lightning_lte.rehearsal import (
+    Determined,
+    DrawsWithoutEnd,
+    alike,
+    in_full_float32,
+    not_compiled,
+    untouched,
+    without_zeros,
+)
 from lightning_lte.report import listed
 
 # Rounding differs between rows of one matrix product, and more so in half precision.
@@ -67,15 +75,15 @@ def reason_against_batched(
             return f"{name} ({type(layer).__name__}) takes statistics over the batch"
     try:
         zeros = without_zeros([*module.parameters(), *factors], replicas)
-        with zeros, alike(stacks), untouched(module) as again, Determined(), not_compiled(), in_full_float32():
-            with heads():
+        with zeros, alike(stacks), untouched(module) as again, not_compiled(), in_full_float32():
+            with heads(), Determined():
                 seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
             half = any(x.dtype in (torch.float16, torch.bfloat16) for _, x in seen)
             tolerance = _HALF_TOLERANCE if half else _TOLERANCE
             seen_alone, losses = [], []
             for number, part in enumerate(parts):
                 again()
-                with head(number):
+                with head(number), Determined():
                     seen_part, loss_part = _watch(module, partial(step, part), 1, left_out)
                 seen_alone.append(seen_part)
                 losses.append(loss_part)
@@ -84,6 +92,8 @@ def reason_against_batched(
                 return reason
     except _HidesTheBatch as layer:
         return f"{layer} is called inside of torch.func.vmap, where it sees samples one by one"
+    except DrawsWithoutEnd as draws:
+        return str(draws)
     except Exception as error:
         return f"it could not be tried: {type(error).__name__}: {error}"
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):

@@ -21,6 +21,8 @@ from lightning_lte.buffers import put_back_
 
 # Containers with more items are data, and taken to be constant.
 _MOST_ITEMS = 10_000
+# A step of a large network has hundreds of dropouts.
+_MOST_DRAWS = 10_000
 
 Restore = Callable[[], Any]
 
@@ -162,16 +164,34 @@ def in_full_float32() -> Iterator[None]:
         yield
 
 
+class DrawsWithoutEnd(RuntimeError):
+    """A step draws again and again, and always the same."""
+
+
 class Determined(TorchDispatchMode):
     """Replaces every random draw of torch's by a constant that does not depend on how many samples there are.
 
     Dropout drops nothing, noise is constant, and permutations turn everything round. So a module can run in train mode
     and compute the same for a batch as for its slices.
+
+    Raises:
+        DrawsWithoutEnd: from the operation that draws, of which there were too many for a step that will end.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.removeprefix("aten::")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._draws += 1
+            if self._draws > _MOST_DRAWS:
+                raise DrawsWithoutEnd(
+                    f"the step drew random numbers more than {_MOST_DRAWS} times, as one does that draws until what it"
+                    " has drawn is of use: while it is tried, it draws the same each time"
+                )
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         names = [argument.name for argument in func._schema.arguments]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -234,6 +235,23 @@ def test_the_trial_leaves_no_write_behind() -> None:
     strategy = LTEStrategy(heads=4, rank=RANK, merge_every=2)
     trainer(strategy, max_steps=3).fit(module, loader())
     assert "batched" in strategy.report().notes[-1] and float(module.halved) == 1 / 8
+
+
+class Masking(Module):
+    """Leaves something out of each batch, as it draws until there is something."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        left_out = torch.zeros(len(x), dtype=torch.bool)
+        while not left_out.any():
+            left_out = torch.rand(len(x)) < 0.2
+        return super().training_step((x.masked_fill(left_out[:, None], 0), y), index)
+
+
+def test_a_step_that_draws_until_it_suits_is_not_tried_for_good() -> None:
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    trainer(strategy, max_steps=3).fit(Masking(), loader())
+    assert re.search(r"sequential.*drew random numbers more than \d+ times", strategy.report().notes[-1])
 
 
 class Asking(Module):
