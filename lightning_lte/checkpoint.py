@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lte import device_state
 from lightning_lte.buffers import put_back_
 from lightning_lte.optimizers import COUNTS, place_counts
 from lightning_lte.report import listed
@@ -60,6 +61,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
         "holders": [holders(each) for each in zip(*parts["optimizers"], strict=True)],
         "late": dict(ChainMap(*parts["late"])),
         "buffers": parts["buffers"],
+        "own": parts["own"],
         # The first of the devices that share out a head has those of all of them.
         "generators": parts["generators"] if within is None else [s for own in parts["generators"] for s in own or ()],
     }
@@ -110,7 +112,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
             if name in buffers:
                 put_back_(buffers[name], value)
         _take_statistics(explorer, state, layout, merged["running statistic"])
-    averaged = _scatter_moments(explorer, state, layout)
+    averaged, anew = _scatter_moments(explorer, state, layout)
     _restore_flights(explorer, state["flights"], layout, merged)
     merged["replica"] += [name for name in averaged if name not in merged["replica"]]
     explorer.guard.accept_writes()
@@ -118,6 +120,11 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     kept, devices = explorer.statistics.copies(), state["devices"]
     left_out = [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(devices) else []
     told = _told(devices, layout.world_size, merged, left_out)
+    if anew:
+        told += (
+            " What optimizers keep in lists of tensors belongs to the heads of one device, and can't be dealt out anew:"
+            f" what they knew of {listed(anew)} was left out."
+        )
     if state["outer"] and explorer.outer is None:
         told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
     if state.get("left") and not explorer.config.decays_weights:
@@ -231,13 +238,18 @@ def _take_statistics(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
     explorer.statistics.load_rows(statistics)
 
 
-def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> list[str]:
-    """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it."""
-    stacked, averaged = explorer.per_head, []
+def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layout) -> tuple[list[str], list[str]]:
+    """Give the optimizers what they know of this device's heads; returns the names of what was averaged for it, and of
+    what they start anew."""
+    stacked, averaged, anew = explorer.per_head, [], []
     before = layout.devices_before(state["devices"])
     had_some = state.get("holders", [{}] * len(explorer.optimizers))  # older checkpoints have none
-    for optimizer, saved_fields, of_some in zip(explorer.optimizers, state["optimizers"], had_some, strict=True):
+    own_states = own_state(state, layout.world_size, layout.rank)
+    for number, (optimizer, saved_fields, of_some) in enumerate(
+        zip(explorer.optimizers, state["optimizers"], had_some, strict=True)
+    ):
         held = explorer.substitution.held(optimizer)
+        own_kept = None if own_states is None else own_states[number]
         for name in held.keys() - saved_fields.keys():
             explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
@@ -247,6 +259,10 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
             having = [device for device in of_some.get(name, before) if device in before]
             if not having:
                 explorer.substitution.drop_state(optimizer, param)
+                continue
+            if own_kept and not device_state.goes_on(param, name, own_kept, state["devices"] == layout.world_size):
+                explorer.substitution.drop_state(optimizer, param)
+                anew.append(name)
                 continue
             had_heads = any(isinstance(value, Mapping) and "heads" in value for value in fields.values())
             here: State = {}
@@ -268,9 +284,20 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 counts = own.dim() == 0 and (param.dim() > 0 or key in COUNTS)
                 own = own.clone() if counts else own.to(param.device).clone()
                 here[key] = like(param, own)
+            if own_kept:
+                here |= device_state.taken(param, name, own_kept)
             place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
-    return averaged
+    return averaged, anew
+
+
+def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State] | None:
+    """What each optimizer kept on a device alone, on the one that held the first head of device `rank`; None in
+    checkpoints of before, which have what it kept on the first one among all else."""
+    if "own" not in state:
+        return None
+    own: list[State] = state["own"][_Layout(state["heads"], world_size, rank).device_of_first_head(len(state["own"]))]
+    return own
 
 
 class _Layout:
@@ -454,14 +481,17 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
     flights = [] if closing else [flight.state_dict() for flight in explorer.flights]
     injection = explorer.injection
     stacked = explorer.per_head
-    optimizers = []
+    optimizers, own = [], []
     for optimizer in explorer.optimizers:
         fields: State = {}
-        states = explorer.substitution.states(optimizer)
-        for name, param in explorer.substitution.held(optimizer).items():
+        states, held = explorer.substitution.states(optimizer), explorer.substitution.held(optimizer)
+        for name, param in held.items():
             if param in states:
-                fields[name] = {key: _saved(param, value, param in stacked) for key, value in states[param].items()}
+                kept = {key: value for key, value in states[param].items() if not device_state.is_own(value)}
+                fields[name] = {key: _saved(param, value, param in stacked) for key, value in kept.items()}
         optimizers.append(fields)
+        groups = explorer.substitution.plain_state(optimizer)["param_groups"]
+        own.append(device_state.device_state(held, states, groups))
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     decaying = factors if explorer.config.decays_weights else ()
@@ -486,7 +516,7 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
         "made_replicas": dict(explorer.made_replicas),
         "late": dict(explorer.late),
         "moving": explorer.moving,
-        "weights": {f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)} for f in factors},
+        "weights": {f.name: _description(f) for f in factors},
         "outer": explorer.outer.state_dict(f.name for f in factors) if explorer.outer else {},
         "left": left,
         "wire_errors": {f.name: {"value": f.error.cpu().unsqueeze(0)} for f in factors if f.error is not None},
@@ -506,8 +536,20 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
         "optimizers": optimizers,
         # On one device the state_dict has them.
         "buffers": {n: b.detach().cpu() for n, b in explorer.module.named_buffers()} if several else {},
+        "own": own,
         "generators": generators(),
     }
+
+
+def _description(factors: Factors) -> dict[str, Any]:
+    """What has to be the same in a run that goes on with the heads of a weight."""
+    shape, parts = list(factors.weight.shape), factors.matrices.count
+    return {"rank": factors.rank, "scale": factors.scale, "shape": shape, "parts": parts}
+
+
+def _parts(rows: Tensor | Rows) -> int:
+    """How many matrices have factors of their own in one weight, from B of its heads, for checkpoints of before."""
+    return rows[:1].shape[1] if rows.dim() == 4 else 1
 
 
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
@@ -625,12 +667,10 @@ def _check_shape(state: Mapping[str, Any]) -> None:
 
 def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]) -> None:
     config = explorer.config
-    here = {
-        f.name: {"rank": f.rank, "scale": f.scale, "shape": list(f.weight.shape)}
-        for f in explorer.injection.factors.values()
-        if f.name not in lost
+    here = {f.name: _description(f) for f in explorer.injection.factors.values() if f.name not in lost}
+    there = {
+        n: w if "parts" in w else {**w, "parts": _parts(state["factors"][n]["B"])} for n, w in state["weights"].items()
     }
-    there = state["weights"]
     problems = []
     if state["heads"] not in (config.heads, *config.grow_heads.values()):
         later = f", grow_heads={dict(config.grow_heads)}" if config.grow_heads else ""
@@ -652,7 +692,7 @@ def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]
         problems.append(f"factored there and not here: {listed(only_there)}")
     if only_here:
         problems.append(f"factored here and not there: {listed(only_here)}")
-    for key in ("rank", "scale", "shape"):
+    for key in ("rank", "scale", "shape", "parts"):
         differ = [n for n in here if n in there and there[n][key] != here[n][key]]
         if differ:
             problems.append(f"{key} {there[differ[0]][key]} there, {here[differ[0]][key]} here, for {listed(differ)}")

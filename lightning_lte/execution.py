@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_lte.batch import Layout, copied
 from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
+from lightning_lte.rehearsal import groups_untouched
 
 
 def run(
@@ -105,19 +106,20 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
 def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any]) -> str | None:
     factors = explorer.injection.factors.values()
     stacks = [r.stack for r in explorer.injection.replicas if r.stack is not None]
-    return reason_against_batched(
-        explorer.module,
-        lambda part: _loss(step(part)),
-        batch,
-        parts,
-        explorer.all_heads,
-        explorer.head,
-        [t for f in factors for t in (f.A, f.B)],
-        [(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
-        [*stacks, *(t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None)],
-        explorer.injection.switch.left_out,
-        explorer.config.loss_reduction,
-    )
+    with groups_untouched(explorer.optimizers):
+        return reason_against_batched(
+            explorer.module,
+            lambda part: _loss(step(part)),
+            batch,
+            parts,
+            explorer.all_heads,
+            explorer.head,
+            [t for f in factors for t in (f.A, f.B)],
+            [(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
+            [*stacks, *(t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None)],
+            explorer.injection.switch.left_out,
+            explorer.config.loss_reduction,
+        )
 
 
 def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:

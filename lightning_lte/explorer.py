@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lightning_lte.replicas import average_gradients
 from lightning_lte.report import excluding, listed
 from lightning_lte.shards import whole
 from lightning_lte.transport import Transport
-from lightning_lte.trial import WRITTEN
+from lightning_lte.trial import WRITTEN, checksum
 
 # Steps after which an optimizer that never steps is waited for no longer.
 _SETTLING_STEPS = 20
@@ -361,6 +362,27 @@ class Explorer(Merging):
             self.gather_bases()
         finally:
             self.close(keep_state=not self.transport.lost)
+
+    def level(self) -> None:
+        """Give all devices the first one's replicas and buffers, where they differ. A collective.
+
+        At the end of training callbacks may have put in what they averaged along the run on each device by itself; the
+        first one's is what checkpoints have of it.
+        """
+        if self.transport.world_size == 1 or self.transport.within is not None:
+            return
+        known = {r.name: r.param.data for r in self.injection.replicas if r.param in self.injection.roles}
+        kept = self.statistics.copies()
+        buffers = self.module.named_buffers()
+        known |= {name: own for name, own in buffers if name in kept or self.buffers.shared}
+        values = [known[n] for n in sorted(known) if known[n].layout == torch.strided and not known[n].is_nested]
+        if not values:
+            return
+        with self.transport.meeting(f"the end of training {self.where}"):
+            own = torch.stack([checksum(value).to(self._device) for value in values]).unsqueeze(0)
+            everywhere = self.transport.stack(own)
+            differ = (everywhere != everywhere[:1]).any(0).tolist()
+            self.transport.broadcast_(list(compress(values, differ)))
 
     def _moved_uncounted(self) -> bool:
         """Whether heads of any device have learned something though no step was counted since the last merge."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_lte.explorer import Explorer
 from lightning_lte.lockstep import Closure, Lockstep
 from lightning_lte.optimizers import wrapped_optimizers
+from lightning_lte.turns import stepping_once
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -105,10 +106,9 @@ class ManualOptimization:
             all_of_it: tuple[Any, ...] = (optimizer, optimizer._optimizer, *wrapped_optimizers(optimizer._optimizer))
             for own in all_of_it:
                 exchange(own, "zero_grad", partial(self._collected_before, own.zero_grad))
-        for config in trainer.lr_scheduler_configs:
-            exchange(config.scheduler, "step", partial(self._for_first_head, config.scheduler.step))
         try:
-            yield
+            with stepping_once([config.scheduler for config in trainer.lr_scheduler_configs], self._is_first):
+                yield
         finally:
             while undo:
                 undo.pop()()
@@ -117,9 +117,9 @@ class ManualOptimization:
         self._explorer.collect_gradients()  # of a backward that Lightning knows nothing of
         zero_grad(*args, **kwargs)
 
-    def _for_first_head(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _is_first(self) -> bool:
         turn = self._lockstep.current
-        return function(*args, **kwargs) if turn is None or turn.head == 0 else None
+        return turn is None or turn.head == 0
 
 
 def _nothing() -> None:

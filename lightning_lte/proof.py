@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_lte.config import LossReduction
 from lightning_lte.float32 import HALF, Widened, in_full_float32
 from lightning_lte.layers.base import HeadedLayer, state_of
-from lightning_lte.rehearsal import Determined, alike, not_compiled, untouched, without_zeros
+from lightning_lte.rehearsal import Determined, DrawsWithoutEnd, alike, not_compiled, untouched, without_zeros
 from lightning_lte.report import listed
 
 # Rounding differs between rows of one matrix product, and many times as much in half precision.
@@ -76,17 +76,16 @@ def reason_against_batched(
                 zeros,
                 alike(stacks),
                 untouched(module) as again,
-                Determined(),
                 not_compiled(),
                 in_full_float32(),
                 widened or nullcontext(),
             ):
-                with heads():
+                with heads(), Determined():
                     seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
                 seen_alone, losses = [], []
                 for number, part in enumerate(parts):
                     again()
-                    with head(number):
+                    with head(number), Determined():
                         seen_part, loss_part = _watch(module, partial(step, part), 1, left_out)
                     seen_alone.append(seen_part)
                     losses.append(loss_part)
@@ -98,6 +97,8 @@ def reason_against_batched(
             break
         except _HidesTheBatch as layer:
             return f"{layer} is called inside of torch.func.vmap, where it sees samples one by one"
+        except DrawsWithoutEnd as draws:
+            return str(draws)
         except Exception as error:
             if widened is None or not widened.used:
                 return f"it could not be tried: {type(error).__name__}: {error}"

@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte.buffers import put_back_
 
 # Containers with more items are data, and taken to be constant.
 _MOST_ITEMS = 10_000
+# A step of a large network has hundreds of dropouts.
+_MOST_DRAWS = 10_000
 
 Restore = Callable[[], Any]
 
@@ -28,7 +32,7 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Undo what a block does to a module's parameters, buffers, attributes and modes and to the random streams.
 
     Attributes are followed into containers, arrays, generators and the user's own objects. What can't be put back:
-    iterators, files, and whatever is outside the process.
+    iterators, files, queues and whatever else threads share, and what is outside the process.
 
     Yields a function that does so at once, for a block that runs several times from the same start.
     """
@@ -59,6 +63,30 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
             for m, training in modes:
                 m.training = training
             again()
+
+
+@contextmanager
+def groups_untouched(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Undo what a block does to param groups: to their settings, and to which parameters are in them."""
+    memo: set[int] = set()
+    kept = [_kept(own.param_groups, memo) for own in optimizers]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            restore()
+
+
+@contextmanager
+def schedulers_untouched(schedulers: Iterable[Any], optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Undo what a block does to schedulers, and not what it does to the optimizers that they know."""
+    memo = set(map(id, optimizers))
+    kept = [_kept(own, memo) for own in schedulers]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            restore()
 
 
 class _CopyOnWrite(TorchDispatchMode):
@@ -109,16 +137,34 @@ def not_compiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+class DrawsWithoutEnd(RuntimeError):
+    """A step draws again and again, and always the same."""
+
+
 class Determined(TorchDispatchMode):
     """Replaces every random draw of torch's by a constant that does not depend on how many samples there are.
 
     Dropout drops nothing, noise is constant, and permutations turn everything round. So a module can run in train mode
     and compute the same for a batch as for its slices.
+
+    Raises:
+        DrawsWithoutEnd: from the operation that draws, of which there were too many for a step that will end.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.removeprefix("aten::")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._draws += 1
+            if self._draws > _MOST_DRAWS:
+                raise DrawsWithoutEnd(
+                    f"the step drew random numbers more than {_MOST_DRAWS} times, as one does that draws until what it"
+                    " has drawn is of use: while it is tried, it draws the same each time"
+                )
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         names = [argument.name for argument in func._schema.arguments]
@@ -236,6 +282,8 @@ HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "_hooks" 
 # PyTorch's registries but for hooks: parameters and modules. Buffers are kept by themselves.
 REGISTRIES = frozenset(vars(nn.Module())) - HOOKS
 _CONSTANT_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "lightning_lte")
+# What other threads wait on and fill meanwhile, which to put back would be to take from them.
+_PACKAGES_OF_THREADS = ("threading", "_thread", "queue", "multiprocessing", "concurrent", "asyncio", "logging")
 
 
 def _kept_module(module: nn.Module, memo: set[int]) -> Restore:
@@ -326,7 +374,7 @@ def _kept(value: Any, memo: set[int]) -> Restore:
         return partial(
             _call_and_return, value, partial(setattr, value.bit_generator, "state"), value.bit_generator.state
         )
-    if _is_users(value) and id(value) not in memo:
+    if (_is_users(value) or isinstance(value, LRScheduler)) and id(value) not in memo:
         memo.add(id(value))
         restores: list[Restore] = [partial(_refill_slot, s, value, _kept_slot(s, value, memo)) for s in _slots(value)]
         if hasattr(value, "__dict__"):
@@ -343,8 +391,10 @@ def _is_constant(container: Any) -> bool:
 
 
 def _is_users(value: Any) -> bool:
-    package = type(value).__module__.partition(".")[0]
-    return package not in _CONSTANT_PACKAGES and not isinstance(value, type | types.ModuleType | types.FunctionType)
+    package, *bases = (kind.__module__.partition(".")[0] for kind in type(value).__mro__)
+    if package in _CONSTANT_PACKAGES or not {package, *bases}.isdisjoint(_PACKAGES_OF_THREADS):
+        return False
+    return not isinstance(value, type | types.ModuleType | types.FunctionType)
 
 
 def _slots(value: Any) -> list[Any]:
@@ -407,6 +457,9 @@ def _refill_dict(value: dict[Any, Any], items: dict[Any, Restore]) -> dict[Any, 
     new = {k: restore() for k, restore in items.items()}
     # As a dict, whatever the subclass does when it is filled. One that is ordered keeps a list of its keys besides.
     kind: type[dict[Any, Any]] = OrderedDict if isinstance(value, OrderedDict) else dict
+    now = kind.items(value)
+    if len(now) == len(new) and all(a is b and c is d for (a, c), (b, d) in zip(now, new.items(), strict=True)):
+        return value  # and another thread may be looking something up in it
     kind.clear(value)
     for key, own in new.items():
         kind.__setitem__(value, key, own)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lte import checkpoint as checkpoints
 from lightning_lte import files, sharded
+from lightning_lte.device_state import with_own_settings
 from lightning_lte.explorer import Explorer
 from lightning_lte.report import Report
 from lightning_lte.sharding import Sharding
@@ -178,7 +179,14 @@ class Resumable(_Base):
         explorer = self._explorer
         assert explorer is not None
         state = checkpoint.get("lte")
-        for optimizer, saved in zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False):
+        transport = explorer.transport
+        own = None if state is None else checkpoints.own_state(state, transport.world_size, transport.rank)
+        for number, (optimizer, saved) in enumerate(
+            zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False)
+        ):
+            if own is not None and number < len(own):
+                # Rank 0 has written its settings, and an optimizer may have found others here.
+                saved = {**saved, "param_groups": with_own_settings(saved["param_groups"], own[number])}
             if not explorer.substitution.load_plain_state(optimizer, saved, goes_on=state is not None):
                 self._warn(
                     f"The param groups of {type(optimizer).__name__} in the checkpoint are not like those of this run,"

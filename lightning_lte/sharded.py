@@ -41,6 +41,8 @@ from lightning_lte.transport import Transport
 
 SHARDS = "lte_shards"
 _EQUAL = "equal"
+# What is no tensor, or of no shape that others would have, is written as bytes.
+_PLAINLY = ("generators", "own")
 
 State = dict[str, Any]
 # Keys from the outside in. Those of lists are numbers as strings.
@@ -71,7 +73,8 @@ def save(
     tensors: State = {"model": {n: value for n, value in weights.items() if transport.rank == 0 or n in equal}}
     rest = {**checkpoint, "state_dict": {n: v for n, v in checkpoint["state_dict"].items() if n not in weights}}
     if own is not None:
-        streams, own = own["generators"], {key: value for key, value in own.items() if key != "generators"}
+        plainly = {key: own[key] for key in _PLAINLY}
+        own = {key: value for key, value in own.items() if key not in plainly}
         rest["lte"] = _without_tensors(own)
         plain = transport.gather({key: rest["lte"][key] for key in ("optimizers", "late")})
         if plain is not None:
@@ -80,7 +83,8 @@ def save(
             rest["lte"]["holders"] = [holders(each) for each in of_each]
             rest["lte"]["late"] = dict(ChainMap(*(own["late"] for own in plain)))
         tensors[SHARDS] = _dealt(own, str(transport.rank))
-        _put(tensors[SHARDS], (str(transport.rank), "generators"), _as_tensor(streams))
+        for key, value in plainly.items():
+            _put(tensors[SHARDS], (str(transport.rank), key), _as_tensor(value))
     partial_path = files.partial_of(path)
     _first(transport, partial(_make_room, path))
     try:
@@ -223,9 +227,8 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
     of_some = state.get("holders", [{}] * len(state["optimizers"]))  # older checkpoints have none
     buffers: list[dict[str, Callable[[], Tensor]]] = [{} for _ in range(state["devices"])]
     for keys, parts in rows.items():
-        if keys == ("generators",):
-            streams = {device: partial(_as_value, read) for device, (_, read) in parts.items()}
-            state["generators"] = Lazy(streams)
+        if keys[0] in _PLAINLY:
+            state[keys[0]] = Lazy({device: partial(_as_value, read) for device, (_, read) in parts.items()})
         elif keys[0] == "buffers":
             for device, (_, read) in parts.items():
                 buffers[device][keys[1]] = read

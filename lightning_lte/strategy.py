@@ -45,6 +45,7 @@ from lightning_lte.manual import ManualOptimization
 from lightning_lte.merge import MergeRecord
 from lightning_lte.optimizers import wrapped_optimizers
 from lightning_lte.reach import gradient_functions_reach_heads
+from lightning_lte.rehearsal import schedulers_untouched
 from lightning_lte.requirements import (
     check_arguments,
     check_callbacks,
@@ -60,7 +61,7 @@ from lightning_lte.schedule import MergeSchedule
 from lightning_lte.sharding import Sharding
 from lightning_lte.signals import Signals
 from lightning_lte.transport import Transport, destroy_at_exit
-from lightning_lte.turns import MeanLog
+from lightning_lte.turns import MeanLog, stepping_once
 from lightning_lte.wire import PayloadKind, ShortDtype, Wire
 
 if TYPE_CHECKING:
@@ -534,9 +535,10 @@ class HeadsStrategy(Resumable):
             return self._take_turns(explorer, own_step, self._split_batch(batch, explorer.count))
 
     def _take_turns(self, explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:
-        if self._manual is None:
+        if self._manual is not None:
+            return self._manual.run(step, parts)
+        with stepping_once(self._schedulers, lambda: explorer.injection.switch.position == 0):
             return execution.run_in_turn(explorer, step, parts)
-        return self._manual.run(step, parts)
 
     @contextmanager
     def _logging_means(self) -> Iterator[None]:
@@ -561,13 +563,15 @@ class HeadsStrategy(Resumable):
     @contextmanager
     def _trial(self) -> Iterator[None]:
         """While it is tried how local heads may share the device, let the module's logging do nothing."""
-        module, trainer = self._module, self._module.trainer
+        module, trainer, explorer = self._module, self._module.trainer, self._explorer
+        assert explorer is not None
         loggers = list(trainer.loggers)
         for name in ("log", "log_dict"):
             module.__dict__[name] = lambda *args, **kwargs: None
         trainer.loggers = [self.package.loggers.logger.DummyLogger() for _ in loggers]
         try:
-            yield
+            with schedulers_untouched(self._schedulers, explorer.optimizers):
+                yield
         finally:
             trainer.loggers = loggers
             for name in ("log", "log_dict"):
@@ -665,6 +669,10 @@ class HeadsStrategy(Resumable):
             self._step(optimizer)
 
     @property
+    def _schedulers(self) -> list[Any]:
+        return [config.scheduler for config in self._module.trainer.lr_scheduler_configs]
+
+    @property
     def _signals(self) -> Any:
         connector: Any = self._module.trainer._signal_connector
         return connector
@@ -732,6 +740,8 @@ class HeadsStrategy(Resumable):
     def on_train_end(self) -> None:
         # LTECallback has done so already, unless a user took it away.
         self.final_merge()
+        if self._explorer is not None:
+            self._explorer.level()  # after callbacks, which may have put averaged weights in
 
     def on_exception(self, exception: BaseException) -> None:
         with suppress(Exception):

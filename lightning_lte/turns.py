@@ -1,11 +1,11 @@
-"""What a module logs while heads take turns."""
+"""What a step does once for all heads while they take turns: its logs, and the steps of schedulers."""
 
 from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,30 @@ from torchmetrics import Metric
 Log = Callable[..., None]
 # Positional and keyword arguments.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def stepping_once(schedulers: Iterable[Any], is_first: Callable[[], bool]) -> Iterator[None]:
+    """While heads take turns, have schedulers that the user's step steps make one step for all heads.
+
+    Args:
+        schedulers: of the trainer's optimizers.
+        is_first: whether it is the turn of the first head, or of none.
+    """
+    with ExitStack() as stack:
+        for scheduler in schedulers:
+            step = scheduler.step
+
+            def step_for_all(*args: Any, step: Callable[..., Any] = step, **kwargs: Any) -> Any:
+                return step(*args, **kwargs) if is_first() else None
+
+            own = vars(scheduler)
+            if "step" in own:
+                stack.callback(own.__setitem__, "step", step)
+            else:
+                stack.callback(own.pop, "step")
+            own["step"] = step_for_all
+        yield
 
 
 @dataclass

@@ -331,6 +331,7 @@ def test_heads_start_fresh_from_a_plain_checkpoint_and_say_so(tmp_path: Path, ca
         ({"alpha": 12.0}, ["scale 2.0 there", "4.0 here"]),
         ({"after_merge": "reset"}, ["'keep' there", "'reset' here"]),
         ({"freeze_a": True}, ["freeze_a=False there", "freeze_a=True here"]),
+        ({"split": {"second": 4}}, ["parts 1 there, 4 here, for net.second"]),
     ],
 )
 def test_other_heads_are_refused_with_both_sides_and_the_way_out(
@@ -342,6 +343,17 @@ def test_other_heads_are_refused_with_both_sides_and_the_way_out(
         t.fit(Module(), loader(160, 16), ckpt_path=str(fitted[0]))
     for word in [*words, "load its weights"]:
         assert word in str(error.value)
+
+
+def test_parts_of_weights_are_known_of_a_checkpoint_that_does_not_tell_them(fitted: tuple[Path, Module]) -> None:
+    saved = torch.load(fitted[0], weights_only=False)
+    for weight in saved["lte"]["weights"].values():
+        del weight["parts"]
+    torch.save(saved, fitted[0])
+    # As many parts as heads: each part would get what a head has, and no size would tell of it.
+    t = trainer(LTEStrategy(4, 3, rank=RANK, split={"second": 4}), max_steps=8)
+    with pytest.raises(ValueError, match="parts 1 there, 4 here"):
+        t.fit(Module(), loader(160, 16), ckpt_path=str(fitted[0]))
 
 
 # ---- the same heads on other devices

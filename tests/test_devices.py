@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.replicas import average_gradients
@@ -460,3 +461,39 @@ def test_scalers_stay_equal_before_heads_begin() -> None:
     assert scales == other_scales and scales[1] < scales[0]
     for name, value in weights.items():
         assert torch.equal(value, other_weights[name]) and value.isfinite().all()
+
+
+class _Normed(Net):
+    """A net whose running statistics, bare parameter and counter devices have to themselves between merges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = torch.nn.BatchNorm1d(IN)
+        self.gain = torch.nn.Parameter(torch.ones(IN))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.sum().detach()
+        return super().forward(self.statistics(x) * self.gain)
+
+
+def _average_weights() -> dict[str, Tensor]:
+    averaging = WeightAveraging(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    t = trainer(LTEStrategy(2, 3, rank=RANK), devices=2, max_steps=7, callbacks=[averaging])
+    module = Module(make_net(_Normed))
+    t.fit(module, Slices(2, t.global_rank))
+    average: Any = averaging._average_model
+    ends = {
+        name: torch.stack([value, average.module.state_dict()[name]]) for name, value in module.state_dict().items()
+    }
+    return clone(ends)
+
+
+def test_weights_that_a_callback_averages_on_each_device_are_the_first_ones_in_the_end() -> None:
+    first, second = run(_average_weights, 2, group=False)
+    differed = set()
+    for name, (end, average) in first.items():
+        assert torch.equal(end, average) and torch.equal(end, second[name][0]), name
+        if not torch.equal(average, second[name][1]):
+            differed.add(name)
+    assert "net.gain" in differed and not any(name.endswith(("first.weight", "second.weight")) for name in differed)

@@ -222,6 +222,33 @@ def test_eject_is_the_inverse_of_inject() -> None:
     assert roles(injected(model)) == ROLES
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(8, 8), (3, 8)),
+        (nn.Conv2d(8, 8, 3), (3, 8, 5, 5)),
+        (nn.ConvTranspose2d(8, 8, 3), (3, 8, 5, 5)),
+        (nn.Embedding(50, 8), None),
+        (nn.LayerNorm(8), (3, 8)),
+        (nn.MultiheadAttention(8, 2), (3, 3, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_forward_that_is_bound_while_a_layer_has_heads_computes_without_them_afterwards(
+    layer: nn.Module, shape: tuple[int, ...] | None
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    x = torch.arange(6) if shape is None else torch.randn(shape)
+    args = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
+    expected = layer(*args)
+    injection = inject(model, list(model.parameters()), LTEConfig(heads=3, rank=2), count=3)
+    bound = layer.forward
+    assert isinstance(layer, HeadedLayer)
+    torch.testing.assert_close(bound(*args), expected, rtol=0, atol=0)
+    injection.eject()
+    torch.testing.assert_close(bound(*args), expected, rtol=0, atol=0)
+
+
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a target without a match": ({"target_modules": ["fc3"]}, r"target_modules 'fc3' matches no module"),
     "a target of another kind": (

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
+import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte import LTEStrategy
 from lightning_lte.rehearsal import Determined, untouched
-from tests.modules import IN, RANK, Module, loader, trainer
+from tests.modules import CLASSES, IN, RANK, Module, Recorder, adamw, loader, trainer
 
 
 @dataclass(slots=True)
@@ -241,6 +246,129 @@ def test_the_streams_of_all_gpus_are_put_back(monkeypatch: pytest.MonkeyPatch) -
     with untouched(nn.Linear(2, 2)):
         streams[1] += 5
     assert torch.cat(streams).tolist() == [0, 1]
+
+
+class Masking(Module):
+    """Leaves something out of each batch, as it draws until there is something."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        left_out = torch.zeros(len(x), dtype=torch.bool)
+        while not left_out.any():
+            left_out = torch.rand(len(x)) < 0.2
+        return super().training_step((x.masked_fill(left_out[:, None], 0), y), index)
+
+
+def test_a_step_that_draws_until_it_suits_is_not_tried_for_good() -> None:
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    trainer(strategy, max_steps=3).fit(Masking(), loader())
+    assert re.search(r"sequential.*drew random numbers more than \d+ times", strategy.report().notes[-1])
+
+
+class Asking(Module):
+    """Has another thread answer in each step, as actors do, and takes what a third one puts into a queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed = threading.Condition()
+        self.asked = self.answered = 0
+        self.over = False
+        self.ready: queue.Queue[int] = queue.Queue(2)
+        self.taken: list[int] = []
+
+    def on_fit_start(self) -> None:
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.answer, self.fill)]
+        for thread in self.threads:
+            thread.start()
+
+    def answer(self) -> None:
+        with self.changed:
+            while not self.over:
+                self.answered = self.asked
+                self.changed.notify_all()
+                self.changed.wait()
+
+    def fill(self) -> None:
+        for number in itertools.count():
+            self.ready.put(number)
+            if self.over:
+                return
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        with self.changed:
+            self.asked += 1
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.answered == self.asked, timeout=10)
+        self.taken.append(self.ready.get(timeout=10))
+        return super().training_step(batch, index)
+
+    def on_fit_end(self) -> None:
+        with self.changed:
+            self.over = True
+            self.changed.notify_all()
+        self.ready.get()
+
+
+def test_the_trial_takes_nothing_from_other_threads() -> None:
+    module = Asking()
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    trainer(strategy, max_steps=6).fit(module, loader())
+    assert "batched" in strategy.report().notes[-1]
+    first = module.taken[0]
+    assert first >= 5  # the trial has taken some, which nobody can put back
+    assert module.taken == list(range(first, first + 6))
+
+
+def _warmed(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in (0.5, 0.25)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [2])
+
+
+@pytest.mark.parametrize("execution", ["auto", "sequential", "batched"])
+@pytest.mark.parametrize("of", [lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.5), _warmed])
+def test_schedulers_that_a_step_steps_make_one_step_for_each_batch(execution: Any, of: Callable[..., Any]) -> None:
+    class Stepping(Module):
+        def configure_optimizers(self) -> Any:
+            opt = adamw(self.parameters())
+            # Lightning itself never steps it.
+            return [opt], [{"scheduler": of(opt), "frequency": 1000}]
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+            return super().training_step(batch, index)
+
+    def rates(strategy: Any) -> list[float]:
+        seen = Recorder(lambda t, _: t.optimizers[0].param_groups[0]["lr"])
+        t = trainer(strategy, max_steps=3, callbacks=[seen])
+        t.fit(Stepping(), loader())
+        assert "step" not in vars(t.lr_scheduler_configs[0].scheduler)
+        return seen.seen
+
+    assert rates(LTEStrategy(4, 3, rank=RANK, execution=execution)) == rates("auto")
+
+
+def test_the_trial_puts_back_what_a_step_does_to_param_groups() -> None:
+    class Building(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.built: Any = None
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            group: Any = self.optimizers().param_groups[0]  # type: ignore[union-attr]
+            group["lr"] /= 2
+            if self.built is None:
+                self.built = nn.Linear(CLASSES, CLASSES, dtype=torch.float64)
+                self.optimizers().add_param_group({"params": list(self.built.parameters())})  # type: ignore[union-attr]
+            return cross_entropy(self.built(self.net(batch[0])), batch[1])
+
+    module = Building()
+    strategy = LTEStrategy(4, 3, rank=RANK)
+    t = trainer(strategy, max_steps=2)
+    t.fit(module, loader())
+    assert "batched" in strategy.report().notes[-1]
+    groups = t.optimizers[0].param_groups
+    assert groups[0]["lr"] == 0.01 / 4
+    assert [p for group in groups[1:] for p in group["params"]] == list(module.built.parameters())
 
 
 def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it() -> None:

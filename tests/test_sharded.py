@@ -299,7 +299,8 @@ def test_it_has_what_the_file_has_and_plain_values_in_meta(fitted: str) -> None:
     one_file = torch.load(f"{fitted}.gathered", weights_only=True)
     directory = sharded.load(f"{fitted}.sharded", weights_only=True)
     assert one_file.keys() == directory.keys()
-    one_file["lte"]["generators"] = dict(enumerate(one_file["lte"]["generators"]))
+    for key in ("generators", "own"):
+        one_file["lte"][key] = dict(enumerate(one_file["lte"][key]))
     for key in one_file:
         assert_equal(read_all(directory[key]), one_file[key], key)
     assert torch.load(f"{fitted}.sharded/meta.pt", weights_only=True)["lte"]["heads"] == 4

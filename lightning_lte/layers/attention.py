@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, LayerState, acting_state, check_not_split, check_slices, computes_as
+from lightning_lte.layers.base import (
+    HeadedLayer,
+    LayerState,
+    acting_state,
+    check_not_split,
+    check_slices,
+    computes_as,
+    without_heads,
+)
 from lightning_lte.layers.linear import project
 
 _PARTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -76,9 +84,11 @@ class HeadedMultiheadAttention(HeadedLayer):
     ) -> tuple[Tensor, Tensor | None]:
         state = acting_state(self)
         if state is None:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            choices = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            plain: tuple[Tensor, Tensor | None] = without_heads(
+                HeadedMultiheadAttention, self, query, key, value, *choices
             )
+            return plain
         own: Any = self
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True says that attn_mask is causal, and needs attn_mask to be given.")

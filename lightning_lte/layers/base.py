@@ -200,6 +200,20 @@ def acting_state(layer: nn.Module) -> LayerState | None:
     return state
 
 
+def without_heads(headed: type[HeadedLayer], layer: nn.Module, *args: Any) -> Any:
+    """What the forward of a layer's own class computes.
+
+    Args:
+        headed: whose forward asks for it.
+        layer: with heads, or one that has left them: who has kept its bound `forward` (`layer.forward = wrapped(
+            layer.forward)`) calls that of `headed` for good.
+        *args: of the forward.
+    """
+    if isinstance(layer, headed):
+        return super(headed, layer).forward(*args)
+    return type(layer).forward(layer, *args)
+
+
 def original_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the user wrote."""
     cls = type(layer)

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Factors, Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as
+from lightning_lte.layers.base import (
+    HeadedLayer,
+    acting_state,
+    check_not_split,
+    check_slices,
+    computes_as,
+    without_heads,
+)
 from lightning_lte.layers.convolution import Geometry, channels_last
 from lightning_lte.layers.factored_convolution import convolved
 from lightning_lte.layers.linear import project
@@ -48,7 +55,8 @@ class HeadedConv(HeadedLayer):
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:
-            return super().forward(input)
+            y: Tensor = without_heads(HeadedConv, self, input)
+            return y
         own: Any = self
         n, kernel = state.count, own.kernel_size
         if state.head is None:

@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as
+from lightning_lte.layers.base import (
+    HeadedLayer,
+    acting_state,
+    check_not_split,
+    check_slices,
+    computes_as,
+    without_heads,
+)
 from lightning_lte.layers.convolution import Geometry
 from lightning_lte.layers.factored_convolution import convolved
 
@@ -42,7 +49,8 @@ class HeadedConvTranspose(HeadedLayer):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         state = acting_state(self)
         if state is None:
-            return super().forward(input, output_size)
+            y: Tensor = without_heads(HeadedConvTranspose, self, input, output_size)
+            return y
         own: Any = self
         kernel = own.kernel_size
         if state.head is None:

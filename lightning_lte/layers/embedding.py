@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, check_slices, computes_as, in_shape
+from lightning_lte.layers.base import (
+    HeadedLayer,
+    acting_state,
+    check_not_split,
+    check_slices,
+    computes_as,
+    in_shape,
+    without_heads,
+)
 from lightning_lte.product import (
     PairAndAnchors,
     are_plain,
@@ -59,7 +67,8 @@ class HeadedEmbedding(HeadedLayer):
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:
-            return super().forward(input)
+            y: Tensor = without_heads(HeadedEmbedding, self, input)
+            return y
         own: Any = self
         if state.head is None:
             check_slices(self, input, state.count, dims=1)

@@ -23,4 +23,4 @@ class HeadedGeometricLinear(HeadedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         # Here the argument is called x: it may be given by its name.
-        return super().forward(x)
+        return HeadedLinear.forward(self, x)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lte.heads import Matrices
-from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, computes_as
+from lightning_lte.layers.base import HeadedLayer, acting_state, check_not_split, computes_as, without_heads
 from lightning_lte.layers.linear import project
 
 
@@ -34,7 +34,8 @@ class HeadedConv1D(HeadedLayer):
     def forward(self, x: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:
-            return super().forward(x)
+            y: Tensor = without_heads(HeadedConv1D, self, x)
+            return y
         layer: Any = self
         factors, own = state.factors.get("weight"), state.stack("weight")
         weight = layer.weight if factors is None else factors.cast_base()

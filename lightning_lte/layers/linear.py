@@ -24,6 +24,7 @@ from lightning_lte.layers.base import (
     computes_as,
     in_shape,
     state_of,
+    without_heads,
 )
 
 
@@ -43,7 +44,7 @@ class HeadedLinear(HeadedLayer):
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None:
-            return self._merged(input)
+            return HeadedLinear._merged(self, input)  # self may have left its heads: see `without_heads`
         own: Any = self
         factors = state.factors.get("weight")
         if input.is_nested or input.layout != torch.strided:
@@ -58,7 +59,8 @@ class HeadedLinear(HeadedLayer):
         factors = None if state is None else state.factors.get("weight")
         rounded = None if factors is None else factors.rounded
         if rounded is None or own._parameters.get("weight") is not rounded.weight:
-            return super().forward(input)
+            y: Tensor = without_heads(HeadedLinear, self, input)
+            return y
         weight = rounded.merged() if rounded.released else own.weight.to(input.device)
         return functional.linear(input, weight, own.bias)
 

@@ -27,6 +27,7 @@ from lightning_lte.layers.base import (
     check_not_split,
     check_slices,
     computes_as,
+    without_heads,
 )
 from lightning_lte.product import are_plain
 
@@ -60,7 +61,8 @@ class HeadedNorm(HeadedLayer):
     def forward(self, input: Tensor) -> Tensor:
         state = acting_state(self)
         if state is None or (state.head is not None and not state.factors):
-            return super().forward(input)
+            plain: Tensor = without_heads(HeadedNorm, self, input)
+            return plain
         own: Any = self
         if state.head is None:
             check_slices(self, input, state.count)

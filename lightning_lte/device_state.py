@@ -1,0 +1,100 @@
+"""What optimizers keep on one device alone: all but the tensors that have a row for each head, or for each device.
+
+That is numbers, settings that an optimizer finds by itself, and containers of tensors, such as past gradients or a
+preconditioner for each dimension. Devices need not agree in any of it, and none of it can be dealt out anew.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lte.shards import whole
+
+State = dict[str, Any]
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+
+
+def device_state(
+    held: Mapping[str, nn.Parameter], states: Mapping[Tensor, Any], groups: Sequence[Mapping[str, Any]]
+) -> State:
+    """What an optimizer keeps on this device alone.
+
+    Args:
+        held: what it trains, by name.
+        states: of what it trains.
+        groups: its param groups; parameters and their names are left out.
+
+    Returns:
+        "states", "shapes" of the parameters that they belong to, and "groups".
+    """
+    own: State = {}
+    for name, param in held.items():
+        own[name] = {key: _on_cpu(value) for key, value in states.get(param, {}).items() if is_own(value)}
+    own = {name: kept for name, kept in own.items() if kept}
+    settings = [
+        {k: _on_cpu(v) for k, v in g.items() if k not in ("params", "param_names") and _is_plain(v)} for g in groups
+    ]
+    return {"states": own, "shapes": {name: list(held[name].shape) for name in own}, "groups": settings}
+
+
+def is_own(value: Any) -> bool:
+    """Whether an entry of an optimizer's state is a device's own, and can be kept."""
+    return not isinstance(value, Tensor) and _is_plain(value)
+
+
+def goes_on(param: nn.Parameter, name: str, own: Mapping[str, Any], same_devices: bool) -> bool:
+    """Whether a parameter can have again what an optimizer kept of it, wherever that was.
+
+    Numbers may be another device's; containers of tensors belong to the very heads of one device.
+    """
+    containers = [value for value in own["states"].get(name, {}).values() if _has_tensors(value)]
+    return not containers or (same_devices and own["shapes"][name] == list(param.shape))
+
+
+def taken(param: nn.Parameter, name: str, own: Mapping[str, Any]) -> State:
+    """What an optimizer kept of a parameter, where the parameter is."""
+    kept: State = own["states"].get(name, {})
+    return {key: _each(value, lambda tensor: tensor.to(param.device, copy=True)) for key, value in kept.items()}
+
+
+def with_own_settings(groups: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> list[State]:
+    """Param groups of the first device with the settings that another one had."""
+    return [{**group, **_placed(kept, group)} for group, kept in zip(groups, own["groups"], strict=False)]
+
+
+def _placed(kept: Mapping[str, Any], group: Mapping[str, Any]) -> State:
+    return {k: v.to(group[k].device) if isinstance(group.get(k), Tensor) else v for k, v in kept.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is made of what `torch.load(..., weights_only=True)` reads."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) in (dict, OrderedDict):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    return isinstance(value, Tensor) or type(value) in _PLAIN
+
+
+def _has_tensors(value: Any) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, Tensor) or any(map(_has_tensors, inner))
+
+
+def _on_cpu(value: Any) -> Any:
+    return _each(value, lambda tensor: whole(tensor.detach()).cpu())
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A value with each of the tensors in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return type(value)((key, _each(inner, change)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_each(inner, change) for inner in value)
+    return value
