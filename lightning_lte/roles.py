@@ -17,8 +17,7 @@ from lightning_lte.layers.base import made_class
 from lightning_lte.layers.embedding import HeadedEmbedding
 from lightning_lte.report import listed
 from lightning_lte.shards import local, users_class
-
-_HOOKED = "gradient hooks are registered on it"
+from lightning_lte.trial import HOOKED
 
 _BASES = (
     nn.Linear,
@@ -130,7 +129,7 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
         remedy = "Lower `rank`, or change target_modules or exclude_modules."
         learning = [role for role in roles if role.kind != "untouched" and role.param.requires_grad]
         untied = [role for role in learning if len(role.owners) == 1]
-        if untied and all(role.reason == _HOOKED for role in untied):
+        if untied and all(role.reason == HOOKED for role in untied):
             remedy = (
                 "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some"
                 " for log='gradients' and log='all'; give log=None."
@@ -203,7 +202,7 @@ def _role(
     if twins:
         return role("replica", "tied: shares its storage with " + " and ".join(twins))
     if param._backward_hooks or param._post_accumulate_grad_hooks:
-        return role("replica", _HOOKED)
+        return role("replica", HOOKED)
     matrices = _matrices(owner, config)
     if isinstance(matrices, str):
         return role("replica", matrices)
