@@ -19,6 +19,11 @@ from lightning_lte.report import listed
 from lightning_lte.shards import local, users_class
 from lightning_lte.trial import HOOKED
 
+REMOVE_HOOKS = (
+    "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some for"
+    " log='gradients' and log='all'; give log=None."
+)
+
 _BASES = (
     nn.Linear,
     nn.Conv1d,
@@ -130,10 +135,7 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
         learning = [role for role in roles if role.kind != "untouched" and role.param.requires_grad]
         untied = [role for role in learning if len(role.owners) == 1]
         if untied and all(role.reason == HOOKED for role in untied):
-            remedy = (
-                "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some"
-                " for log='gradients' and log='all'; give log=None."
-            )
+            remedy = REMOVE_HOOKS
         raise ValueError(
             f"LTE needs at least one weight that can be factored; found none among {len(roles)} parameters. {remedy}"
             f" The reasons were:\n{seen}"

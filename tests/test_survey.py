@@ -849,6 +849,16 @@ def test_hooks_on_parameters_that_are_registered_while_training_runs(heads: int,
     assert not torch.equal(after["net.out.bias"], module.before["net.out.bias"])
 
 
+def test_hooks_on_all_parameters_are_refused_with_their_removal_as_the_remedy() -> None:
+    class Watched(Module):
+        def on_train_start(self) -> None:
+            for param in self.parameters():
+                param.register_hook(lambda g: None)
+
+    with pytest.raises(RuntimeError, match=r"gradient hooks are registered on it.*Remove the hooks.*log=None"):
+        train(Watched(), heads=4)
+
+
 OUTER = [
     partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
     partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
