@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lte.heads import Factors
 from lightning_lte.report import excluding, listed
 from lightning_lte.shards import local
-from lightning_lte.trial import USED, WRITTEN, checksum
+from lightning_lte.trial import HOOKED, USED, WRITTEN, checksum, has_hooks
 
 
 @dataclass
@@ -108,6 +108,8 @@ class Guard:
             reason = WRITTEN if w.name in changed else USED if w.param.grad is not None else None
             if settling and w.factors is not None and w.factors.trial is not None:
                 reason = w.factors.trial.conclude() or reason
+            if has_hooks(w.param, None if w.factors is None else w.factors.trial):
+                reason = HOOKED
             if w.module._parameters.get(w.key) is not w.param:
                 reason = "another tensor was put in its place"
             if reason is not None:

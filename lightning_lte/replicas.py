@@ -66,6 +66,9 @@ class Replica:
         assert self.stack is not None
         if self.stack.grad is not None:
             mean = self.stack.grad.mean(0)
+            for hook in (self.param._backward_hooks or {}).values():
+                changed = hook(mean)  # of the user's, who has registered it since
+                mean = mean if changed is None else changed
             self.param.grad = mean if self.param.grad is None else self.param.grad + mean
         self.stack = None
 

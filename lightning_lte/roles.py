@@ -17,8 +17,12 @@ from lightning_lte.layers.base import made_class
 from lightning_lte.layers.embedding import HeadedEmbedding
 from lightning_lte.report import listed
 from lightning_lte.shards import local, users_class
+from lightning_lte.trial import HOOKED
 
-_HOOKED = "gradient hooks are registered on it"
+REMOVE_HOOKS = (
+    "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some for"
+    " log='gradients' and log='all'; give log=None."
+)
 
 _BASES = (
     nn.Linear,
@@ -130,11 +134,8 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
         remedy = "Lower `rank`, or change target_modules or exclude_modules."
         learning = [role for role in roles if role.kind != "untouched" and role.param.requires_grad]
         untied = [role for role in learning if len(role.owners) == 1]
-        if untied and all(role.reason == _HOOKED for role in untied):
-            remedy = (
-                "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some"
-                " for log='gradients' and log='all'; give log=None."
-            )
+        if untied and all(role.reason == HOOKED for role in untied):
+            remedy = REMOVE_HOOKS
         raise ValueError(
             f"LTE needs at least one weight that can be factored; found none among {len(roles)} parameters. {remedy}"
             f" The reasons were:\n{seen}"
@@ -203,7 +204,7 @@ def _role(
     if twins:
         return role("replica", "tied: shares its storage with " + " and ".join(twins))
     if param._backward_hooks or param._post_accumulate_grad_hooks:
-        return role("replica", _HOOKED)
+        return role("replica", HOOKED)
     matrices = _matrices(owner, config)
     if isinstance(matrices, str):
         return role("replica", matrices)

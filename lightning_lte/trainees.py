@@ -16,9 +16,10 @@ from lightning_lte.heads import Factors
 from lightning_lte.injection import eject, inject
 from lightning_lte.optimizers import check_modes, wrapped_optimizers
 from lightning_lte.report import Report
+from lightning_lte.roles import REMOVE_HOOKS
 from lightning_lte.running_statistics import RunningStatistics
 from lightning_lte.substitution import Substitution
-from lightning_lte.trial import WRITTEN, Trial
+from lightning_lte.trial import HOOKED, WRITTEN, Trial
 
 
 class Trainees:
@@ -241,6 +242,7 @@ class Trainees:
                 f"LTE needs at least one weight that can be factored; none is left after the first steps, as all are"
                 f" used or written elsewhere: {why}. Train this module with another strategy; or, if the loss has a"
                 " penalty on the parameters, leave that to the optimizer's weight_decay."
+                + (f" {REMOVE_HOOKS}" if any(reasons[f.name] == HOOKED for f in chosen) else "")
                 + ("" if any(f.took_part for f in chosen) else " (Forwards have to run inside `explorer.heads()`.)")
             )
         self._before_demotion(chosen)

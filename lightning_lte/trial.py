@@ -11,6 +11,7 @@ from lightning_lte.product import is_batched
 USED = "it is used outside its layer, too"
 ASKED_FOR = "something asks for its gradient with torch.autograd.grad"
 WRITTEN = "something else than merges writes to it"
+HOOKED = "gradient hooks are registered on it"
 
 # Elements of a weight that a checksum takes at a time, as int64: they fit in a core's cache, and elsewhere in 256 MiB.
 PIECE, PIECE_ELSEWHERE = 2**17, 2**25
@@ -84,6 +85,8 @@ class Trial:
             self.reason = ASKED_FOR
         elif self._is_written():
             self.reason = WRITTEN
+        elif has_hooks(self.weight, self):
+            self.reason = HOOKED
         elif through_layer is None or not _close(gradient.detach(), through_layer):
             self.reason = USED
         else:
@@ -110,6 +113,12 @@ class Trial:
     def _is_written(self) -> bool:
         # Writes to `weight.data` go past autograd and show in the bits alone.
         return self.weight._version != self._version or int(checksum(self.weight)) != self._sum
+
+
+def has_hooks(param: Tensor, trial: Trial | None) -> bool:
+    """Whether anyone but a trial has registered hooks on a parameter's gradient."""
+    hooks = {*(param._backward_hooks or ()), *(param._post_accumulate_grad_hooks or ())}
+    return bool(hooks - (set() if trial is None else {handle.id for handle in trial._handles}))
 
 
 def checksum(weight: Tensor) -> Tensor:

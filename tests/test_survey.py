@@ -822,6 +822,43 @@ def test_hooks_on_parameters_keep_their_meaning() -> None:
     assert torch.equal(module.net.first.bias, before["net.first.bias"])
 
 
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched"), (4, "sequential")])
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_hooks_on_parameters_that_are_registered_while_training_runs(heads: int, execution: Any, at: int) -> None:
+    kept = torch.ones(WIDTH, 1, dtype=torch.float64)
+    kept[:5] = 0
+
+    class Masking(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            step = self.trainer.global_step
+            if step == at:
+                self.net.second.weight.register_hook(lambda g: g * kept)
+                self.net.first.bias.register_hook(lambda g: g * 0)
+                self.net.out.bias.register_hook(lambda g: None)
+            # The step in which it is found adds what the heads had learned before.
+            if step == (at + 1 if at else 0):
+                self.before = clone(self.state_dict())
+
+    module = Masking(optimizer=partial(torch.optim.SGD, lr=0.1))
+    strategy = train(module, heads=heads, execution=execution)
+    assert role(strategy, "net.second.weight") == ("replica", "gradient hooks are registered on it")
+    after = module.state_dict()
+    assert torch.equal(after["net.second.weight"][:5], module.before["net.second.weight"][:5])
+    assert not torch.equal(after["net.second.weight"][5:], module.before["net.second.weight"][5:])
+    assert torch.equal(after["net.first.bias"], module.before["net.first.bias"])
+    assert not torch.equal(after["net.out.bias"], module.before["net.out.bias"])
+
+
+def test_hooks_on_all_parameters_are_refused_with_their_removal_as_the_remedy() -> None:
+    class Watched(Module):
+        def on_train_start(self) -> None:
+            for param in self.parameters():
+                param.register_hook(lambda g: None)
+
+    with pytest.raises(RuntimeError, match=r"gradient hooks are registered on it.*Remove the hooks.*log=None"):
+        train(Watched(), heads=4)
+
+
 OUTER = [
     partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
     partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
