@@ -81,7 +81,7 @@ def test_a_buffer_that_nobody_writes_to_does_not_travel() -> None:
     assert explorer.execution == "sequential"  # as a center is one of the whole batch
     assert explorer.buffers.found().keys() == {"center"}
 
-    state = explorer.local_state()
+    state = explorer.state_dict()
     state["buffers"] = [{name: buffer.clone() for name, buffer in net.named_buffers()}]  # as of several devices
     other = Centered().double()
     other.load_state_dict(net.state_dict())

@@ -246,8 +246,17 @@ class Words(nn.Module):
         return self.out(self.block(self.words((x.abs() * 6).long().clamp(0, 11))).mean(1))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("kind", [Images, Sequences, Words])
+class Deep(Words):
+    """In half precision, rounding adds up over the layers to several percent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoder(block, 12, nn.LayerNorm(32), enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("kind", [Images, Sequences, Words, Deep])
 def test_heads_share_the_forward(kind: type[nn.Module], precision: Any) -> None:
     t = fitted(Module(make_net(kind).float(), sgd), batches(), precision=precision)
     assert "in one forward (batched): proved" in str(t.strategy.report())

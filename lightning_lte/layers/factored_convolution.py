@@ -260,7 +260,9 @@ def _gradients(
     together = not whole and len(x) == count and own.geometry.groups == 1
     parts, learned = [], []
     for head, (own_x, own_gradient) in enumerate(zip(x.chunk(count), gradient.chunk(count), strict=True)):
-        each = x.new_empty(ctx.shape) if effective is None else next(effective)
+        each = None
+        if for_x or whole:
+            each = x.new_empty(ctx.shape) if effective is None else next(effective)
         of_part, of_whole = own.geometry.backward(own_gradient, own_x, each, for_x, whole)
         parts.append(of_part)
         own_A, own_B = A[head : head + 1], B[head : head + 1]
