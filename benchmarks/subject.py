@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ class Subject:
     _batch: Callable[[int], Any]
 
     @classmethod
+    @cache
     def of(cls, name: str, depth: int | None = None) -> Subject:
-        """The one of a name.
+        """The one of a name. A file is read once.
 
         Raises:
             ValueError: there is none, a function is missing, or the model takes no depth; with the remedy.
@@ -60,12 +62,15 @@ class Subject:
                 f"no model of timm's has the name {name!r}; timm.list_models() has those there are. For a model of your"
                 " own give the path of a Python file, which ends in .py"
             )
-        chosen: dict[str, Any] = {} if depth is None else {"depth": depth}
-        try:
-            with torch.device("meta"):
-                timm.create_model(name, **chosen)
-        except TypeError:
-            raise ValueError(f"--depth is for models that take one, as ViTs do; received {depth} for {name}") from None
+        chosen: dict[str, Any] = {}
+        if depth is not None:
+            chosen["depth"] = depth
+            try:
+                with torch.device("meta"):
+                    timm.create_model(name, **chosen)
+            except TypeError:
+                message = f"--depth is for models that take one, as ViTs do; received {depth} for {name}"
+                raise ValueError(message) from None
         return cls(name, depth, _cross_entropy, lambda: timm.create_model(name, **chosen), lambda n: _images(name, n))
 
     @property

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from lightning_lte.writes import written
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -67,30 +69,30 @@ class Widened(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.is_view:  # and has to stay one
             return func(*args, **kwargs)
-        written = _written(func, args, kwargs)
+        outputs = written(func, args, kwargs)
         if func.namespace != "aten":  # knows what its own dtypes are for
             wide_args, wide_kwargs = args, kwargs
         else:
             # Few operations read another dtype than that of what they write to.
-            target = written[0].dtype if written and written[0].is_floating_point() else torch.float32
-            wide_args, wide_kwargs = tree_map(partial(self._widened, target, written), (args, kwargs))
+            target = outputs[0].dtype if outputs and outputs[0].is_floating_point() else torch.float32
+            wide_args, wide_kwargs = tree_map(partial(self._widened, target, outputs), (args, kwargs))
         try:
             return func(*wide_args, **wide_kwargs)
         except (NotImplementedError, RuntimeError, TypeError):
-            if written or self._half is None:
+            if outputs or self._half is None:
                 raise
             self.narrow = True
             narrow_args, narrow_kwargs = tree_map(partial(_narrowed, self._half), (args, kwargs))
             return func(*narrow_args, **narrow_kwargs)
 
-    def _widened(self, target: torch.dtype, written: list[Tensor], value: Any) -> Any:
+    def _widened(self, target: torch.dtype, outputs: list[Tensor], value: Any) -> Any:
         """An argument of an operation, which is to read `target`."""
         if isinstance(value, torch.dtype) and value in HALF:
             self._half = value
             return torch.float32
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != target:
             for dtype in HALF:
-                if dtype in (value.dtype, target) and all(value is not own for own in written):
+                if dtype in (value.dtype, target) and all(value is not own for own in outputs):
                     self._half = dtype
                     return value.to(target)
         return value
@@ -98,14 +100,3 @@ class Widened(TorchDispatchMode):
 
 def _narrowed(half: torch.dtype, value: Any) -> Any:
     return value.to(half) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    found: list[Tensor] = []
-    if func._schema.is_mutable:
-        for where, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[where] if where < len(args) else kwargs.get(argument.name)
-                found += [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
-    return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lte import product
 from lightning_lte.config import Init
+from lightning_lte.float32 import HALF
 from lightning_lte.growth import spread
 from lightning_lte.rounded import Rounded
 from lightning_lte.span import span
@@ -140,7 +141,7 @@ class Factors:
         self.trained = {"B": self.B} if freeze_a else {"A": self.A, "B": self.B}
         self.anchor_A = self.A.detach().clone() if keep and not freeze_a else None
         self.anchor_B = self.B.detach().clone() if keep else None
-        half = weight.dtype in (torch.float16, torch.bfloat16)
+        half = weight.dtype in HALF
         self.remainder = torch.zeros_like(self.shard, dtype=torch.float32) if half else None
         self.rounded: Rounded | None = None
         self.error: Tensor | None = None

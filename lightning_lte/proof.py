@@ -82,16 +82,10 @@ def reason_against_batched(
             ):
                 with heads(), Determined():
                     seen, loss = _watch(module, partial(step, batch), len(parts), left_out)
-                seen_alone, losses = [], []
-                for number, part in enumerate(parts):
-                    again()
-                    with head(number), Determined():
-                        seen_part, loss_part = _watch(module, partial(step, part), 1, left_out)
-                    seen_alone.append(seen_part)
-                    losses.append(loss_part)
+                alone = _watch_each(module, step, parts, head, again, left_out)
                 half = any(x.dtype in HALF for _, x in seen) or (widened is not None and widened.narrow)
                 tolerance = _HALF_TOLERANCE if half else _TOLERANCE
-                reason = _compare_inputs(module, seen, seen_alone, tolerance, left_out)
+                reason = _compare_inputs(module, seen, [own for own, _ in alone], tolerance, left_out)
                 if reason is not None:
                     return reason
             break
@@ -102,6 +96,7 @@ def reason_against_batched(
         except Exception as error:
             if widened is None or not widened.used:
                 return f"it could not be tried: {type(error).__name__}: {error}"
+    losses = [own for _, own in alone]
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
         return "the step returned no loss on the first batch"
     if not all(own is not None and bool(own.isfinite()) for own in (loss, *losses)):
@@ -151,6 +146,23 @@ def _watch(module: nn.Module, run: Callable[[], Any], count: int, left_out: set[
     finally:
         for layer in watched:
             del layer.__dict__["forward"]
+
+
+def _watch_each(
+    module: nn.Module,
+    step: Callable[[Any], Tensor | None],
+    parts: Sequence[Any],
+    head: Callable[[int], AbstractContextManager[None]],
+    again: Callable[[], None],
+    left_out: set[nn.Module],
+) -> list[tuple[_Seen, Any]]:
+    """`_watch` each head alone on its slice, from the same start."""
+    found = []
+    for number, part in enumerate(parts):
+        again()
+        with head(number), Determined():
+            found.append(_watch(module, partial(step, part), 1, left_out))
+    return found
 
 
 def _is_mapped(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lte.buffers import put_back_
+from lightning_lte.writes import written
 
 # Containers with more items are data, and taken to be constant.
 _MOST_ITEMS = 10_000
@@ -65,23 +66,20 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
             again()
 
 
-@contextmanager
-def groups_untouched(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+def groups_untouched(optimizers: Iterable[Optimizer]) -> AbstractContextManager[None]:
     """Undo what a block does to param groups: to their settings, and to which parameters are in them."""
-    memo: set[int] = set()
-    kept = [_kept(own.param_groups, memo) for own in optimizers]
-    try:
-        yield
-    finally:
-        for restore in kept:
-            restore()
+    return _undone([own.param_groups for own in optimizers], set())
+
+
+def schedulers_untouched(schedulers: Iterable[Any], optimizers: Iterable[Optimizer]) -> AbstractContextManager[None]:
+    """Undo what a block does to schedulers, and not what it does to the optimizers that they know."""
+    return _undone(schedulers, set(map(id, optimizers)))
 
 
 @contextmanager
-def schedulers_untouched(schedulers: Iterable[Any], optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Undo what a block does to schedulers, and not what it does to the optimizers that they know."""
-    memo = set(map(id, optimizers))
-    kept = [_kept(own, memo) for own in schedulers]
+def _undone(values: Iterable[Any], memo: set[int]) -> Iterator[None]:
+    """Put values back as they are now, but for what `memo` has the ids of."""
+    kept = [_kept(value, memo) for value in values]
     try:
         yield
     finally:
@@ -107,19 +105,10 @@ class _CopyOnWrite(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for where, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[where] if where < len(args) else kwargs.get(argument.name)  # `out` comes by its name
-                    for tensor in value if isinstance(value, list | tuple) else (value,):
-                        self._keep(tensor)
-        return func(*args, **kwargs)
-
-    def _keep(self, tensor: Any) -> None:
-        if isinstance(tensor, Tensor):
-            address = _address(tensor)
+        for address in map(_address, written(func, args, kwargs)):
             if address in self._in_place and address not in self._copies:
                 self._copies[address] = [data.clone() for data in self._in_place[address]]
+        return func(*args, **kwargs)
 
     def restore(self) -> None:
         for param, data in self._data:

@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lte.config import LTEConfig, matches
+from lightning_lte.float32 import HALF
 from lightning_lte.heads import Matrices
 from lightning_lte.layers import headed_class
 from lightning_lte.layers.base import made_class
 from lightning_lte.layers.embedding import HeadedEmbedding
 from lightning_lte.report import listed
 from lightning_lte.shards import local, users_class
-from lightning_lte.trial import HOOKED
+from lightning_lte.trial import HOOKED, has_hooks
 
 REMOVE_HOOKS = (
     "Remove the hooks: they would see no gradients of weights that heads train. wandb.watch registers some for"
@@ -146,7 +147,7 @@ def decide(module: nn.Module, trained: Collection[nn.Parameter], config: LTEConf
             f"base={config.base!r} is for factored weights of linear layers in float32; found none. Give"
             f" base='float32', or a Trainer whose precision leaves weights as they are. What can be factored:\n{seen}"
         )
-    half = [r.name for r in roles if r.kind == "factored" and r.param.dtype in (torch.float16, torch.bfloat16)]
+    half = [r.name for r in roles if r.kind == "factored" and r.param.dtype in HALF]
     if half and config.freeze_a and config.payload == "factors" and config.wire != "float32":
         raise ValueError(
             "Of weights in half precision frozen factors are sent in full precision alone, as some of what rounding"
@@ -203,7 +204,7 @@ def _role(
         return role("replica", "tied: shared by " + " and ".join(o.module_name or "the module" for o in owners))
     if twins:
         return role("replica", "tied: shares its storage with " + " and ".join(twins))
-    if param._backward_hooks or param._post_accumulate_grad_hooks:
+    if has_hooks(param):
         return role("replica", HOOKED)
     matrices = _matrices(owner, config)
     if isinstance(matrices, str):

@@ -13,10 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_lte.float32 import HALF
 from lightning_lte.layers import headed_class
 from lightning_lte.report import listed
 from lightning_lte.shards import is_shared_out, like, whole
 from lightning_lte.transport import Transport
+from lightning_lte.trial import has_hooks
 
 # With torch 2.9 `fully_shard` counts a write to a weight where there was none. What lies between was not tried.
 OLDEST_TORCH = "2.14"
@@ -137,13 +139,12 @@ def check(module: nn.Module, units: list[nn.Module]) -> None:
             f" are none; received torch {torch.__version__}. Update torch, or give shard=1."
         )
     made = {n: p for n, p in module.named_parameters() if not (is_lazy(p) or p.is_meta)}
-    half = (torch.float16, torch.bfloat16)
     odd: dict[str, list[str]] = {
         "lazy or on the meta device": [n for n, _ in module.named_parameters() if n not in made],
         "without dimensions (make them torch.zeros(1))": [n for n, p in made.items() if not p.dim()],
         "not contiguous": [n for n, p in made.items() if not p.is_contiguous()],
-        "in half precision": [n for n, p in made.items() if p.dtype in half],
-        "with hooks": [n for n, p in made.items() if p._backward_hooks or p._post_accumulate_grad_hooks],
+        "in half precision": [n for n, p in made.items() if p.dtype in HALF],
+        "with hooks": [n for n, p in made.items() if has_hooks(p)],
         "used in several blocks": _tied(module, units),
         "shared out already": [n for n, p in made.items() if is_shared_out(p)],
     }

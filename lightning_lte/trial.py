@@ -115,8 +115,8 @@ class Trial:
         return self.weight._version != self._version or int(checksum(self.weight)) != self._sum
 
 
-def has_hooks(param: Tensor, trial: Trial | None) -> bool:
-    """Whether anyone but a trial has registered hooks on a parameter's gradient."""
+def has_hooks(param: Tensor, trial: Trial | None = None) -> bool:
+    """Whether anyone has registered hooks on a parameter's gradient, but for its trial."""
     hooks = {*(param._backward_hooks or ()), *(param._post_accumulate_grad_hooks or ())}
     return bool(hooks - (set() if trial is None else {handle.id for handle in trial._handles}))
 
