@@ -27,7 +27,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 from torch.utils.weak import TensorWeakRef
 
 from lightning_lte.float32 import HALF
-from lightning_lte.thin import times_thin, transposed_times_thin
+from lightning_lte.thin import times, times_thin, transposed_times_thin
 
 # A, B and their anchors.
 PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -35,6 +35,8 @@ PairAndAnchors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 Reader = Callable[[torch.dtype], Tensor]
 
 _T = TypeVar("_T", Tensor, Tensor | None)
+
+_NOTHING = nullcontext()
 
 # What looks on while a forward keeps results for torch.utils.checkpoint, and while it runs again.
 _SELECTIVE = _CachingTorchDispatchMode, _CachedTorchDispatchMode
@@ -116,7 +118,7 @@ def _checkpoints_selectively() -> bool:
 
 def cast(tensor: _T) -> _T:
     """What autocast makes of a factor of a product, or of a bias; the tensor itself where there is no autocast."""
-    if tensor is None or tensor.dtype not in _CASTABLE or not _autocasts(tensor.device.type):
+    if tensor is None or not _autocasts(tensor.device.type) or tensor.dtype not in _CASTABLE:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -159,13 +161,15 @@ def is_captured(device: torch.device) -> bool:
 
 
 def _autocasts(device_type: str) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     # The second question is an error for devices that have none, such as meta; the first takes longer than it.
     available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else _NOTHING
 
 
 def is_batched(gradient: Tensor) -> bool:
@@ -264,8 +268,8 @@ def keep(
 
 def kept_by(ctx: Any) -> tuple[Any, Any, PairAndAnchors, Any]:
     """The input, the weight, the factors and A x, as a forward gave them to `keep`."""
-    x, weight, *factors, inner = ctx.saved_tensors
-    return x, weight, tuple(factors) if ctx.again is None else ctx.again(), inner
+    x, weight, A, B, anchor_A, anchor_B, inner = ctx.saved_tensors
+    return x, weight, (A, B, anchor_A, anchor_B) if ctx.again is None else ctx.again(), inner
 
 
 class _Product(torch.autograd.Function):
@@ -300,24 +304,24 @@ class _Product(torch.autograd.Function):
         added = bias.unsqueeze(1) if ctx.per_head else bias  # type: ignore[union-attr]
         inner: Tensor | None = None
         if ctx.folds:
-            for heads, _, out, effective in _effective(weight, factors, scale):
+            for piece, effective in _effective(weight, factors, scale):
                 if added is None:
-                    torch.bmm(rows[heads], effective.mT, out=y[heads, :, out])
+                    torch.bmm(piece.of_heads(rows), effective.mT, out=piece.of_outputs(y))
                 else:
-                    own = added[heads, :, out] if ctx.per_head else added[out]
-                    torch.baddbmm(own, rows[heads], effective.mT, out=y[heads, :, out])
+                    own = piece.of_outputs(added) if ctx.per_head else piece.of_weight(added)
+                    torch.baddbmm(own, piece.of_heads(rows), effective.mT, out=piece.of_outputs(y))
         else:
-            if added is None:
-                y.zero_()
-            else:
+            if added is not None:
                 y.copy_(added)
-            pieces = _Pieces(rows, A)  # x A^T
-            for heads, part, out, pairs in _pairs(factors, x.dtype, whole="A"):
-                by_A = [torch.bmm(rows[heads], first.mT) for first, _ in pairs]
-                for own, (_, second) in zip(by_A, pairs, strict=True):
-                    y[heads, :, out].baddbmm_(own, second.mT, alpha=scale)
-                pieces.put(heads, part, by_A[0])
-            inner = pieces.whole
+            by_A = _Gathered(rows, A)  # x A^T
+            for piece in _pieces(factors, A.shape[-2] * (B.shape[-2] + A.shape[-1])):
+                own, total = piece.of_heads(rows), piece.of_outputs(y)
+                for number, (first, second) in enumerate(piece.pairs(x.dtype, whole="A")):
+                    through = torch.bmm(own, first.mT)
+                    total.baddbmm_(through, second.mT, beta=0 if added is None and number == 0 else 1, alpha=scale)
+                    if number == 0:
+                        by_A.put(piece, through)
+            inner = by_A.whole
             # The largest comes last, so that in half precision it is rounded once.
             flat = whole.view(-1, whole.shape[-1])
             torch.addmm(flat, rows.reshape(-1, rows.shape[-1]), weight.mT, out=flat)
@@ -361,25 +365,28 @@ class _Product(torch.autograd.Function):
                 of_x = torch.matmul(gradient, weight) + ctx.scale * (delta if A.dim() == 3 else delta.sum(1))
         elif for_x and ctx.folds:
             of_x = x.new_empty(x.shape)
-            for heads, part, out, effective in _effective(weight, factors, ctx.scale):
-                of_x[heads].baddbmm_(gradient[heads, :, out], effective, beta=min(part, 1))
+            for piece, effective in _effective(weight, factors, ctx.scale):
+                own_x = piece.of_heads(of_x)
+                own_x.baddbmm_(piece.of_outputs(gradient), effective, beta=min(piece.part, 1))
         elif for_x:
-            of_x = x.new_zeros(x.shape)
-            pieces = _Pieces(x, A)
-            for heads, part, out, pairs in _pairs(factors, x.dtype, whole="B"):
-                by_B = [times_thin(gradient[heads, :, out], second) for _, second in pairs]
-                for through, (first, _) in zip(by_B, pairs, strict=True):
-                    of_x[heads].baddbmm_(through, first, alpha=ctx.scale)
-                pieces.put(heads, part, by_B[0])
-            learning = pieces.whole
+            of_x = x.new_empty(x.shape)
+            by_B = _Gathered(x, A)
+            for piece in _pieces(factors, A.shape[-2] * (B.shape[-2] + A.shape[-1])):
+                own_x, own_gradient = piece.of_heads(of_x), piece.of_outputs(gradient)
+                for number, (first, second) in enumerate(piece.pairs(x.dtype, whole="B")):
+                    through = times_thin(own_gradient, second)
+                    own_x.baddbmm_(through, first, beta=min(piece.part + number, 1), alpha=ctx.scale)
+                    if number == 0:
+                        by_B.put(piece, through)
+            learning = by_B.whole
             # Last, as in the forward.
             flat = of_x.view(-1, of_x.shape[-1])
             torch.addmm(flat, gradient.view(-1, gradient.shape[-1]), weight, out=flat)
         if for_A:
             learning = times_thin(own, B.to(x.dtype)) if learning is None else learning
-            of_A = (learning if half else learning * size).mT @ wide
+            of_A = times((learning if half else learning * size).mT, wide)
         if for_B:
-            inner = wide @ A.mT.to(x.dtype) if inner is None else inner
+            inner = times(wide, A.mT.to(x.dtype)) if inner is None else inner
             of_B = transposed_times_thin(own, inner if half else inner * size)
         if half:
             # In the dtype of the factors: float16 has room for the gradients of a scaled loss, and for no more.
@@ -397,30 +404,63 @@ def _of_heads(x: Tensor, count: int) -> Tensor:
     )
 
 
-class _Pieces:
-    """What is made for some heads and one part at a time, put together: (n, [p,] rows, rank).
+class _Piece:
+    """Some of the heads, and one part of W's rows: what is worked on at a time.
+
+    Args:
+        heads: which; None for all of them, with all of W's rows. To choose all takes as long as a small product.
+        part: of W's rows.
+        out: where these rows are.
+        factors: of these heads and this part, (heads, rank, in) and (heads, out, rank), and so the anchors.
+    """
+
+    __slots__ = ("factors", "heads", "out", "part")
+
+    def __init__(self, heads: slice | None, part: int, out: slice, factors: PairAndAnchors) -> None:
+        self.heads, self.part, self.out, self.factors = heads, part, out, factors
+
+    def of_heads(self, rows: Tensor) -> Tensor:
+        """(heads, rows, .) of (n, rows, .)."""
+        return rows if self.heads is None else rows[self.heads]
+
+    def of_outputs(self, y: Tensor) -> Tensor:
+        """(heads, rows, out) of (n, rows, all of W's rows)."""
+        return y if self.heads is None else y[self.heads, :, self.out]
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """(out, ...) of (all of W's rows, ...)."""
+        return weight if self.heads is None else weight[self.out]
+
+    def pairs(self, dtype: torch.dtype, whole: Literal["A", "B"]) -> list[tuple[Tensor, Tensor]]:
+        """`pairs` of its factors in a dtype. A forward wants A whole and a backward B, so that the first pair is the
+        one whose product gradients are made of, too: A x, or B^T times what comes back."""
+        found = pairs(*self.factors, whole=whole)
+        return found if found[0][0].dtype == dtype else [(first.to(dtype), second.to(dtype)) for first, second in found]
+
+
+class _Gathered:
+    """What is made piece by piece, put together.
 
     Args:
         rows: (n, rows, .).
         A: (n, [p,] rank, in).
 
     Attributes:
-        whole: all of it.
+        whole: (n, [p,] rows, rank); None as long as nothing was put in.
     """
-
-    whole: Tensor
 
     def __init__(self, rows: Tensor, A: Tensor) -> None:
         self._rows, self._A = rows, A
+        self.whole: Tensor | None = None
 
-    def put(self, heads: slice, part: int, piece: Tensor) -> None:
-        """Put a piece (heads, rows, rank) into its place."""
-        if self._A.dim() == 3 and piece.shape[0] == self._A.shape[0]:
-            self.whole = piece
+    def put(self, piece: _Piece, made: Tensor) -> None:
+        """Put what was made for a piece, (heads, rows, rank), into its place."""
+        if piece.heads is None:
+            self.whole = made
             return
-        if not hasattr(self, "whole"):
-            self.whole = self._rows.new_empty(*self._A.shape[:-2], self._rows.shape[1], self._A.shape[-2])
-        self.whole[heads if self._A.dim() == 3 else (heads, part)] = piece
+        if self.whole is None:
+            self.whole = made.new_empty(*self._A.shape[:-2], self._rows.shape[1], self._A.shape[-2])
+        self.whole[piece.heads if self._A.dim() == 3 else (piece.heads, piece.part)] = made
 
 
 def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, anchored: bool) -> bool:
@@ -432,31 +472,16 @@ def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, an
     return (3 if anchored else 2) * rows * (out_features + in_features) >= 4 * out_features * in_features
 
 
-def _pairs(
-    factors: PairAndAnchors, dtype: torch.dtype, whole: Literal["A", "B"]
-) -> Iterator[tuple[slice, int, slice, list[tuple[Tensor, Tensor]]]]:
-    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and `pairs` in
-    `dtype`.
-
-    A forward wants A whole and a backward B, so that the first pair is the one whose product gradients are made of,
-    too: A x, or B^T times what comes back.
-    """
+def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[_Piece, Tensor]]:
+    """For each piece its rows of W + s * (B A - B' A') for each of its heads, (heads, out, in)."""
     A, B, *_ = factors
-    for heads, part, out, chosen in _pieces(factors, A.shape[-2] * (B.shape[-2] + A.shape[-1])):
-        yield heads, part, out, [(first.to(dtype), second.to(dtype)) for first, second in pairs(*chosen, whole=whole)]
+    for piece in _pieces(factors, B.shape[-2] * A.shape[-1]):
+        first, second = stacked(*piece.factors)
+        yield piece, torch.baddbmm(piece.of_weight(weight), second, first, alpha=scale)
 
 
-def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[slice, int, slice, Tensor]]:
-    """For some heads at a time, and each part: which heads and which part, where its rows of W are, and these rows of
-    W + s * (B A - B' A') for each of the heads."""
-    A, B, *_ = factors
-    for heads, part, out, chosen in _pieces(factors, B.shape[-2] * A.shape[-1]):
-        first, second = stacked(*chosen)
-        yield heads, part, out, torch.baddbmm(weight[out].expand(len(first), -1, -1), second, first, alpha=scale)
-
-
-def _pieces(factors: PairAndAnchors, numbers: int) -> Iterator[tuple[slice, int, slice, PairAndAnchors]]:
-    """Which heads are worked on at a time, which part, where its rows of W are, and their factors, of three dimensions.
+def _pieces(factors: PairAndAnchors, numbers: int) -> Iterator[_Piece]:
+    """What is worked on at a time.
 
     Args:
         factors: (n, rank, in) and (n, out, rank), or (n, p, rank, in) and (n, p, out / p, rank), and so the anchors.
@@ -465,15 +490,15 @@ def _pieces(factors: PairAndAnchors, numbers: int) -> Iterator[tuple[slice, int,
     A, B, *_ = factors
     count, parts, size = A.shape[0], 1 if A.dim() == 3 else A.shape[1], B.shape[-2]
     of_one = numbers * A.element_size()
-    if A.device.type == "cpu":
+    if A.is_cpu:
         together = max(1, _CACHE // of_one) * torch.get_num_threads()
     else:
         together = max(1, _ROOM // of_one)
-    if A.dim() == 3 and count <= together:  # to choose all takes as long as a small product
-        yield slice(count), 0, slice(size), factors
+    if A.dim() == 3 and count <= together:
+        yield _Piece(None, 0, slice(size), factors)
         return
     for first in range(0, count, together):
         heads = slice(first, first + together)
         for part in range(parts):
             chosen = tuple(None if t is None else t[heads] if A.dim() == 3 else t[heads, part] for t in factors)
-            yield heads, part, slice(part * size, (part + 1) * size), chosen  # type: ignore[misc]
+            yield _Piece(heads, part, slice(part * size, (part + 1) * size), chosen)  # type: ignore[arg-type]

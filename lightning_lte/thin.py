@@ -15,20 +15,25 @@ _THIN = 32
 
 def times_thin(left: Tensor, thin: Tensor) -> Tensor:
     """left @ thin: (..., rows, rank), for (..., rows, in) and (..., in, rank)."""
-    return left @ (thin.mT.contiguous().mT if _helps(left, thin) else thin)
+    return times(left, thin.mT.contiguous().mT if _helps(left, thin) else thin)
 
 
 def transposed_times_thin(left: Tensor, thin: Tensor) -> Tensor:
     """left^T @ thin: (..., in, rank), for (..., rows, in) and (..., rows, rank)."""
-    return (thin.mT @ left).mT.contiguous() if _helps(left, thin) else left.mT @ thin
+    return times(thin.mT, left).mT.contiguous() if _helps(left, thin) else times(left.mT, thin)
+
+
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, which takes longer to find out what to do than a small product of (n, ., .) takes."""
+    return torch.bmm(left, right) if left.dim() == right.dim() == 3 else left @ right
 
 
 def _helps(left: Tensor, thin: Tensor) -> bool:
     """Whether to transpose, which takes as long as the product itself where there are no more rows than columns."""
     rows, rank = left.shape[-2], thin.shape[-1]
     return (
-        left.device.type == "cpu"
-        and left.dtype in (torch.float32, torch.float64)
-        and rank * left.element_size() <= _THIN
+        left.is_cpu
         and rank < rows
+        and rank * left.element_size() <= _THIN
+        and left.dtype in (torch.float32, torch.float64)
     )
