@@ -92,7 +92,7 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
     if not are_plain(*tensors):
         return False
     dtypes = {t.dtype for t in tensors}
-    if _autocasts(x.device.type):
+    if autocasts(x.device.type):
         return dtypes <= _CASTABLE and torch.get_autocast_dtype(x.device.type) in HALF
     return len(dtypes) == 1 and x.is_floating_point()
 
@@ -118,7 +118,7 @@ def _checkpoints_selectively() -> bool:
 
 def cast(tensor: _T) -> _T:
     """What autocast makes of a factor of a product, or of a bias; the tensor itself where there is no autocast."""
-    if tensor is None or not _autocasts(tensor.device.type) or tensor.dtype not in _CASTABLE:
+    if tensor is None or not autocasts(tensor.device.type) or tensor.dtype not in _CASTABLE:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -141,7 +141,7 @@ class SharedCast:
             tensor: to cast.
             version: changes when its values do.
         """
-        if not _autocasts(tensor.device.type) or not are_plain(tensor):
+        if not autocasts(tensor.device.type) or not are_plain(tensor):
             return tensor
         if is_captured(tensor.device):
             return tensor  # replays would read the copy of now, whatever is written to W since
@@ -160,7 +160,7 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _autocasts(device_type: str) -> bool:
+def autocasts(device_type: str) -> bool:
     if not torch._C._is_any_autocast_enabled():
         return False
     # The second question is an error for devices that have none, such as meta; the first takes longer than it.
@@ -169,7 +169,7 @@ def _autocasts(device_type: str) -> bool:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else _NOTHING
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else _NOTHING
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lte.config import LTEConfig
 from lightning_lte.heads import Factors, Matrices
 from lightning_lte.injection import inject
-from lightning_lte.layers import headed_class
+from lightning_lte.layers import headed_class, norm
 from lightning_lte.layers.base import HeadedLayer, LayerState, enter, leave, original_class, state_of
 from lightning_lte.layers.convolution import Geometry, convolve, side_by_side
 from lightning_lte.switch import Switch
@@ -454,7 +454,9 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("case", NORMS)
 @pytest.mark.parametrize("own", OWN[1:], ids=str)
-def test_norms(case: str, own: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_norms(case: str, own: tuple[str, ...], at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "_takes_long_in_calls", lambda *_: at_once)
     make, shape = NORMS[case]
     layer = make()
     own = tuple(name for name in own if getattr(layer, name, None) is not None)
@@ -463,7 +465,11 @@ def test_norms(case: str, own: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("case", NORMS)
 @pytest.mark.parametrize("own", [("weight", "bias"), ("bias",)], ids=str)
-def test_norms_keep_no_more_than_their_input_and_have_all_derivatives(case: str, own: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_norms_keep_no_more_than_their_input_and_have_all_derivatives(
+    case: str, own: tuple[str, ...], at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm, "_takes_long_in_calls", lambda *_: at_once)
     make, shape = NORMS[case]
     layer = make().double()
     stacks = {key: stack(*p.shape, seed=i) for i, (key, p) in enumerate(layer.named_parameters()) if key in own}
@@ -868,8 +874,11 @@ def test_attributes_that_users_set_to_one_number(attribute: str) -> None:
     ],
     ids=["layer", "group"],
 )
-def test_on_a_cpu_norms_of_heads_are_torchs_own_operation(layer: Any, operation: Any) -> None:
+def test_on_a_cpu_large_norms_of_heads_are_torchs_own_operation(
+    layer: Any, operation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is scaled apart, and normalised once more in the backward, takes up to eight times as long there."""
+    monkeypatch.setattr(norm, "_takes_long_in_calls", lambda *_: False)
     switch = Switch(COUNT)
     stacks = {key: nn.Parameter(torch.randn(COUNT, *p.shape)) for key, p in layer.named_parameters()}
     headed(layer, LayerState(switch, stacks=stacks))
@@ -884,3 +893,35 @@ def test_on_a_cpu_norms_of_heads_are_torchs_own_operation(layer: Any, operation:
     with switch.at("all"), Scaled():
         layer(torch.randn(2 * COUNT, 4, 3, requires_grad=True)).square().sum().backward()
     assert scaled == COUNT * [True]
+
+
+@pytest.mark.parametrize(("heads", "samples", "normalised"), [(32, 32, 1), (4, 2048, 4), (2, 2, 2)])
+def test_small_layer_norms_of_many_heads_are_normalised_at_once(heads: int, samples: int, normalised: int) -> None:
+    """On a CPU the calls for each head take longer than the arithmetic of a few samples."""
+    layer, switch = nn.LayerNorm(16), Switch(heads)
+    stacks = {key: nn.Parameter(torch.randn(heads, 16)) for key in ("weight", "bias")}
+    headed(layer, LayerState(switch, stacks=stacks))
+    calls: list[Any] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with switch.at("all"), Calls():
+        layer(torch.randn(samples, 16, requires_grad=True)).square().sum().backward()
+    assert calls.count(torch.ops.aten.native_layer_norm.default) == normalised
+
+
+# torch's own instance norm takes none.
+@pytest.mark.parametrize("case", [case for case in NORMS if case != "instance"])
+def test_norms_of_no_samples(case: str) -> None:
+    make, shape = NORMS[case]
+    layer, switch = make(), Switch(COUNT)
+    stacks = {key: nn.Parameter(torch.randn(COUNT, *p.shape)) for key, p in layer.named_parameters()}
+    headed(layer, LayerState(switch, stacks=stacks))
+    x = torch.randn(0, *shape, requires_grad=True)
+    with switch.at("all"):
+        layer(x).sum().backward()
+    assert x.grad is not None
+    assert all(own.grad is not None and not own.grad.any() for own in stacks.values())
