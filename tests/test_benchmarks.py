@@ -390,6 +390,54 @@ def test_a_model_of_ones_own_has_three_functions(tmp_path: Path) -> None:
         Subject.of(str(path), depth=2)
 
 
+IN_MAPPINGS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Batch:
+    x: Tensor
+
+
+def model():
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+
+
+def batch(samples):
+    return Batch(torch.randn(samples, 16))
+
+
+def loss(model, batch):
+    return {"loss": model(batch.x).square().mean(), "samples": len(batch.x)}
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_model_of_ones_own_may_have_batches_of_its_own_class_and_its_loss_in_a_mapping(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mappings.py"
+    path.write_text(IN_MAPPINGS)
+    step, timed = name == "step", [] if name == "memory" else ["--rounds", "1"]
+    choices = ["--batch", "4", "--heads", "2", "--ranks" if step else "--rank", "2", *timed]
+    COMMANDS[name](["--models" if step else "--model", str(path), *choices])
+    assert "| mappings, batch 4, heads 2, rank 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("found", ["model(batch.x)", "None", "{'other': 1}"])
+def test_a_loss_that_is_none_is_named(found: str, tmp_path: Path) -> None:
+    path = tmp_path / "mappings.py"
+    path.write_text(IN_MAPPINGS.rpartition("return")[0] + f"return {found}\n")
+    subject, device = Subject.of(str(path)), torch.device("cpu")
+    with pytest.raises(ValueError, match=r"`loss` of .*mappings.py must return a tensor with one number.*; received"):
+        subject.loss(subject.model(device, 0), subject.batch(2, device, 0))
+
+
 def test_a_subject_is_the_same_for_the_same_seed() -> None:
     subject, device = Subject.of("test_vit"), torch.device("cpu")
     one, same, other = (subject.model(device, seed) for seed in (0, 0, 1))
