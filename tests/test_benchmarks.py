@@ -15,7 +15,7 @@ from benchmarks import base, execution, links, memory, network, training
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.bound import Arithmetic, Use, multiply_adds, uses
 from benchmarks.namespaces import bits_per_second
-from benchmarks.released import ReleasedLinear
+from benchmarks.released import ReleasedLinear, as_released
 from benchmarks.subject import Subject
 from benchmarks.table import HEADER, Row, table
 from benchmarks.times import IN_A_ROW, LEAD, Seconds, in_a_row, timed
@@ -124,6 +124,20 @@ def test_the_table_of_memory_counts_what_is_there() -> None:
     assert (fed_back["read"], fed_back["kept"]) == (others + 2 * numbers, numbers + 4 * rows)
     for held in (plain, whole, sharded, fed_back):
         assert held["factors"] == plain["factors"] > 0 and held["replicas"] == plain["replicas"] > 0
+
+
+def test_the_released_formulation_leaves_attention_s_own_layer_to_it() -> None:
+    """nn.MultiheadAttention reads the weight of its output and never calls the layer."""
+
+    def make() -> torch.nn.Module:
+        return torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    model = make()
+    explorer = Explorer(model, torch.optim.AdamW(model.parameters()), LTEConfig(2, rank=2))
+    released = as_released(make, explorer, 2, 2.0)
+    kinds = {name for name, layer in released.named_modules() if isinstance(layer, ReleasedLinear)}
+    assert kinds == {"linear1", "linear2"}
+    released(torch.randn(4, 3, 16)).sum().backward()
 
 
 def test_the_table_of_accuracy_compares_runs_of_the_same_seed() -> None:
