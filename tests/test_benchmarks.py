@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Iterator
@@ -138,6 +139,42 @@ def test_the_released_formulation_leaves_attention_s_own_layer_to_it() -> None:
     kinds = {name for name, layer in released.named_modules() if isinstance(layer, ReleasedLinear)}
     assert kinds == {"linear1", "linear2"}
     released(torch.randn(4, 3, 16)).sum().backward()
+
+
+SEVERAL = """
+import torch
+from torch import nn
+
+
+def model():
+    return nn.Sequential(nn.Conv2d(4, 16, 3), nn.NORM(16), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 4, 3))
+
+
+def batch(samples):
+    return torch.randn(samples, 4, 8, 8)
+
+
+def loss(model, x):
+    return model(x).square().mean()
+"""
+
+
+@pytest.mark.parametrize("norm", ["Identity", "BatchNorm2d"])
+def test_copies_for_each_head_count_as_weights_and_none_is_as_large_as_a_weight(norm: str, tmp_path: Path) -> None:
+    """Also where heads take turns, as with batch norm."""
+    path = tmp_path / "several.py"
+    path.write_text(SEVERAL.replace("NORM", norm))
+    names = {"model": str(path), "batch": 32, "heads": 8, "rank": 3, "devices": 1, "seed": 0}
+    options = argparse.Namespace(**names)
+    full, own = (memory.count(way, options) for way in ("full rank", "reset"))
+    replicas = sum(p.numel() for p in Subject.of(str(path)).model(torch.device("cpu"), 0).parameters())
+    replicas -= 2 * 16 * 4 * 9  # of which heads have factors: the first and the last
+    assert own["weights"] - full["weights"] == 4 * 8 * replicas
+    assert own["largest of a head over its weight"] == 3 * 16 * 9 / (16 * 4 * 9)
+    assert own["in turns"] == (norm == "BatchNorm2d")
+    within = full["activations"] + own["rank-sized activations"]
+    # In turns batch norm keeps its statistics once for each head.
+    assert own["activations"] <= within + (0 if norm == "Identity" else 8 * 2 * 16 * 4)
 
 
 def test_the_table_of_accuracy_compares_runs_of_the_same_seed() -> None:
