@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,8 @@ class _Products(TorchDispatchMode):
 def multiply_adds(step: Callable[[], object]) -> int:
     """What a step takes as it runs, by torch's counter. Attention is counted as plain products.
 
-    But for gradients of grouped convolutions' weights: torch (2.14) counts them as if there were one group.
+    But for gradients of grouped convolutions' weights, which torch (2.14) counts as if there were one group, and for
+    recurrent layers in one operation, which it does not count.
     """
 
     def of_gradients(*args: Any, out_val: object) -> int:
@@ -144,10 +145,28 @@ def multiply_adds(step: Callable[[], object]) -> int:
         return 2 * sum(args[-1][:2]) * _of_each_gradient(*args)
 
     of_gradients._get_raw = True  # type: ignore[attr-defined]
-    counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: of_gradients})
+    recurrent = {
+        aten.mkldnn_rnn_layer: _of_recurrent(2),
+        aten.mkldnn_rnn_layer_backward: _of_recurrent(4),
+        aten._cudnn_rnn: _of_recurrent(2),
+        aten._cudnn_rnn_backward: _of_recurrent(4),
+    }
+    counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: of_gradients, **recurrent})
     with sdpa_kernel(SDPBackend.MATH), counter:
         step()
     return int(counter.get_total_flops()) // 2
+
+
+def _of_recurrent(each: int) -> Callable[..., int]:
+    """Operations of recurrent layers, `each` for every token and number of their matrices."""
+
+    def operations(x: Tensor, *args: Any, out_val: object, **_: object) -> int:
+        # oneDNN's are given one by one, cuDNN's in a list; biases have one dimension, and states are no weights.
+        weights = args[0] if isinstance(args[0], Sequence) else args[:2]
+        return each * (x.numel() // x.shape[-1]) * sum(w.numel() for w in weights if w.dim() == 2)
+
+    operations._get_raw = True  # type: ignore[attr-defined]
+    return operations
 
 
 def _of_each_gradient(grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> int:

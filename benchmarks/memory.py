@@ -42,6 +42,7 @@ from benchmarks.step import Heads, Plain
 from benchmarks.subject import Subject
 from benchmarks.table import Row, setting, table
 from lightning_lte import Transport
+from lightning_lte.execution import run
 from lightning_lte.sharding import Sharding, blocks
 from lightning_lte.shards import local
 
@@ -88,9 +89,13 @@ def count(way: str, options: Any) -> Counts:
     for _ in range(STEPS):
         trained.step(batch)
     factors: list[Any] = []
+    copies: list[Tensor] = []  # of replicas of which each head has its own
     if isinstance(trained, Heads):
         trained.explorer.merge()
         factors = list(trained.explorer.injection.factors.values())
+        copies = [r.stack for r in trained.explorer.injection.replicas if r.stack is not None]
+        counts["weights"] += _bytes(copies)
+        counts["in turns"] = float(trained.explorer.execution == "sequential")
     for _ in range(STEPS):
         trained.step(batch)
     counts["peak of steps and merges"] = _peak(device) - before
@@ -101,10 +106,10 @@ def count(way: str, options: Any) -> Counts:
     counts["moments"] = _bytes(t for state in states.values() for t in state.values() if isinstance(t, Tensor))
     counts["moments of factored weights"] = _bytes(t for f in factors for t in states.get(f.weight, {}).values())
     own = [t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None]
-    counts |= _of_a_step(trained, batch, [*model.parameters(), *model.buffers(), *own])
+    counts |= _of_a_step(trained, batch, [*model.parameters(), *model.buffers(), *own, *copies])
     counts["gradients of factored weights"] = _bytes(f.weight.grad for f in factors if f.weight.grad is not None)
     counts["largest of a head over its weight"] = max(
-        (t.numel() / f.weight.numel() for f in factors for t in (f.A, f.B)), default=0.0
+        (t.numel() / f.count / f.weight.numel() for f in factors for t in (f.A, f.B)), default=0.0
     )
     if factors and alone:
         found = uses(trained.explorer.injection, model, lambda: subject.loss(model, batch))  # type: ignore[union-attr]
@@ -136,17 +141,7 @@ def _make(way: str, subject: Subject, options: Any, device: torch.device, rank: 
         Sharding(model, transport, device)
     after_merge: Any = what
     heads = max(options.heads, transport.world_size)
-    return Heads(
-        model,
-        subject.loss,
-        device,
-        heads,
-        options.rank,
-        after_merge,
-        options.seed,
-        execution="batched",
-        transport=transport,
-    )
+    return Heads(model, subject.loss, device, heads, options.rank, after_merge, options.seed, transport=transport)
 
 
 def ways(options: Any) -> list[str]:
@@ -170,13 +165,17 @@ def _of_a_step(trained: Plain | Heads, batch: Any, held: Iterable[Tensor]) -> Co
 
     with saved_tensors_hooks(pack, lambda t: t):
         if isinstance(trained, Heads):
-            with trained.explorer.heads():
-                loss = trained.loss(trained.model, batch)
+            loss = run(trained.explorer, lambda own: trained.loss(trained.model, own), batch)
         else:
             loss = trained.loss(trained.model, batch)
     activations = sum(t.untyped_storage().nbytes() for t in kept.values())
     kept.clear()
-    loss.backward()
+    if isinstance(trained, Heads):
+        with trained.explorer.backward():
+            loss.backward()
+        trained.explorer.after_backward()
+    else:
+        loss.backward()
     params = {p for group in trained.optimizer.param_groups for p in group["params"]} | set(trained.model.parameters())
     return {"activations": float(activations), "gradients": _bytes(p.grad for p in params if p.grad is not None)}
 
@@ -250,6 +249,7 @@ def rows_of(way: str, own: Counts, full: Counts, options: Any) -> list[Row]:
     """What a device with heads holds, over what full rank does."""
     name = Subject.of(options.model).name
     what = f"{name}, batch {options.batch}, heads {options.heads}, rank {options.rank}, {way}"
+    what += ", in turns" if own["in turns"] else ""
     whole = full["weights"] + full["gradients"] + full["moments"]
     held = own["held"]
     sharded = whole / DEVICES + 2 * full["largest block"]

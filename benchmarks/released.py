@@ -47,8 +47,8 @@ class ReleasedLinear(nn.Module):
 
 
 def as_released(make: Callable[[], nn.Module], explorer: Explorer, rank: int, scale: float) -> nn.Module:
-    """A model with released layers for the linear layers that an explorer has given heads to. All else is trained as it
-    is, once for all heads.
+    """A model with released layers for the linear layers that an explorer has given heads to. All else, attention's own
+    weights too, is trained as it is, once for all heads.
 
     Args:
         make: makes the model.
@@ -57,10 +57,11 @@ def as_released(make: Callable[[], nn.Module], explorer: Explorer, rank: int, sc
         scale: s.
     """
     model = make()
+    # Not those whose weight another layer reads, such as the output of nn.MultiheadAttention.
     chosen = {
         role.owner.module_name
         for weight, role in explorer.injection.roles.items()
-        if weight in explorer.injection.factors
+        if weight in explorer.injection.factors and role.owner.layer is role.owner.module
     }
     for name, layer in list(model.named_modules()):
         if name in chosen and isinstance(layer, nn.Linear):

@@ -6,13 +6,14 @@ A model of your own is a Python file with three functions, whose path stands for
     def batch(samples: int) -> Any                     # as a loader gives it, with so many samples
     def loss(model: nn.Module, batch: Any) -> Tensor   # a mean over samples
 
-For a LightningModule, `loss` returns what `training_step` does.
+For a LightningModule, `loss` returns what `training_step` does: the loss, or a mapping that has it under "loss".
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,6 +97,7 @@ def _functions(path: Path) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location(f"benchmarks.subject.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle ask there
     spec.loader.exec_module(module)
     missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
@@ -103,7 +105,19 @@ def _functions(path: Path) -> dict[str, Any]:
             f"the file of a model has the functions {', '.join(FUNCTIONS)}, see benchmarks/subject.py; {path} has no"
             f" {', '.join(missing)}"
         )
-    return {"loss": module.loss, "_model": module.model, "_batch": module.batch}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        output = module.loss(model, batch)
+        found = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            received = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(output)[:100]
+            raise ValueError(
+                f'`loss` of {path} must return a tensor with one number, or a mapping that has it under "loss";'
+                f" received {received}. Return a mean over samples"
+            )
+        return found
+
+    return {"loss": loss, "_model": module.model, "_batch": module.batch}
 
 
 def _images(name: str, samples: int) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,43 @@ def test_errors_are_no_larger_without_anchors(precision: str) -> None:
     assert (heads / formula).max() < 1.1, (heads / formula).tolist()
 
 
+def errors_of_looking_up(dtype: torch.dtype, learned: float, seed: int) -> Tensor:
+    """Relative errors of an embedding with heads, and of tables of effective weights in the same dtype: (2,)."""
+    torch.manual_seed(seed)
+    layer = nn.Embedding(60, 40, dtype=dtype)
+    f = Factors("layer", layer.weight, rank=6, scale=2.0, count=2, first=0, seed=seed, init="orthogonal", keep=True)
+    assert f.anchor_A is not None and f.anchor_B is not None
+    with torch.no_grad():
+        f.anchor_B.normal_(0, 0.1)
+        f.A.add_(learned * torch.randn_like(f.A))
+        f.B.copy_(f.anchor_B + 0.1 * learned * torch.randn_like(f.B))
+    kind = headed_class(layer)
+    assert kind is not None
+    switch = Switch(2)
+    enter(layer, kind, LayerState(switch, {"weight": f}))
+    index = torch.randint(60, (2, 30))
+    parts = [t.detach() for t in (f.weight, f.A, f.B, f.anchor_A, f.anchor_B)]
+
+    def formula(wide: torch.dtype) -> Tensor:
+        W, A, B, anchor_A, anchor_B = (t.to(wide) for t in parts)
+        tables = W + f.scale * (B @ A - anchor_B @ anchor_A)
+        return torch.stack([table[i] for table, i in zip(tables, index, strict=True)]).double()
+
+    exact = formula(torch.float64)
+    with switch.at("all"):
+        heads = layer(index).detach().double()
+    return torch.stack([(y - exact).norm() / exact.norm() for y in (heads, formula(dtype))])
+
+
+@pytest.mark.parametrize("learned", [0.1, 1e-3])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_what_is_looked_up_is_no_less_exact_than_in_tables_of_the_formula(precision: str, learned: float) -> None:
+    """(W + s (B A - B' A'))[i], in the same precision."""
+    dtype, _ = ARITHMETIC[precision]
+    heads, formula = torch.stack([errors_of_looking_up(dtype, learned, seed) for seed in range(6)]).mean(0)
+    assert heads < 1.1 * formula, (float(heads), float(formula))
+
+
 # ---- whole runs
 
 
