@@ -1,5 +1,5 @@
 """Fused optimizers go through a parameter, its gradient and its moments number by number, as they lie in memory. On a
-GPU they refuse what lies otherwise than its parameter; on a CPU they take the wrong numbers together, without a word."""
+GPU they refuse what lies otherwise than its parameter; on a CPU they take the wrong numbers together, unseen."""
 
 from __future__ import annotations
 
