@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lte import device_state
 from lightning_lte.buffers import put_back_
-from lightning_lte.optimizers import COUNTS, place_counts
+from lightning_lte.optimizers import COUNTS, laid_out, place_counts
 from lightning_lte.report import listed
 from lightning_lte.rows import Rows
 from lightning_lte.shards import like, put_, whole
@@ -283,7 +283,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
                 counts = own.dim() == 0 and (param.dim() > 0 or key in COUNTS)
                 own = own.clone() if counts else own.to(param.device).clone()
-                here[key] = like(param, own)
+                here[key] = laid_out(like(param, own), param)
             if own_kept:
                 here |= device_state.taken(param, name, own_kept)
             place_counts(optimizer, param, here)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lte.optimizers import magnitudes
+from lightning_lte.optimizers import laid_out, magnitudes
 
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
@@ -98,7 +98,7 @@ def grow(explorer: Explorer, heads: int) -> None:
             explorer.split_replicas()
         for replica, gradient in in_place:
             if replica.stack is not None:
-                replica.stack.grad = gradient.expand_as(replica.stack).clone()
+                replica.stack.grad = laid_out(gradient.expand_as(replica.stack), replica.stack)
     elif config.execution == "auto" and explorer.execution == "batched":
         # What is proved for some slices of a batch is proved for these.
         explorer.execution = "auto"

@@ -297,6 +297,17 @@ def place_counts(optimizer: Optimizer, param: nn.Parameter, state: dict[str, Any
                 state[key] = state[key].to(device=param.device, dtype=torch.float32 if key == "step" else None)
 
 
+def laid_out(value: Tensor, param: Tensor) -> Tensor:
+    """A gradient or a moment in the strides of its parameter, as one in channels last has its own.
+
+    Fused optimizers go through all of them number by number as they lie in memory: on a GPU they refuse what lies
+    otherwise, and on a CPU they take the wrong numbers together, without a word.
+    """
+    if value.shape != param.shape or value.layout != torch.strided or value.stride() == param.stride():
+        return value
+    return torch.empty_like(param, dtype=value.dtype).copy_(value)
+
+
 def first_state(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> dict[str, Any]:
     """What an optimizer knows of a parameter when it is constructed, as Adagrad does; most make it later.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lte.heads import Factors
-from lightning_lte.optimizers import MakeOptimizer, place_counts
+from lightning_lte.optimizers import MakeOptimizer, laid_out, place_counts
 
 
 class OuterOptimizer:
@@ -31,7 +31,7 @@ class OuterOptimizer:
         param, optimizer = self._of(f)
         if left != 1:
             param.data.mul_(left)
-        param.grad = -delta.to(param.dtype)
+        param.grad = laid_out(-delta.to(param.dtype), param)
         optimizer.step()
         f.write(param.detach())
         # Only the state lasts: a copy of every weight is not kept.
@@ -54,7 +54,7 @@ class OuterOptimizer:
             if f.name in states:
                 param, optimizer = self._of(f)
                 optimizer.state[param] = state = {
-                    k: v.to(param.device, copy=True) if isinstance(v, Tensor) and v.dim() else v
+                    k: laid_out(v.to(param.device, copy=True), param) if isinstance(v, Tensor) and v.dim() else v
                     for k, v in states[f.name].items()
                 }
                 place_counts(optimizer, param, state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lte.heads import finite_rows, of_good
+from lightning_lte.optimizers import laid_out
 from lightning_lte.roles import Owner
 from lightning_lte.shards import local, with_part
 from lightning_lte.transport import Transport
@@ -69,7 +70,7 @@ class Replica:
             for hook in (self.param._backward_hooks or {}).values():
                 changed = hook(mean)  # of the user's, who has registered it since
                 mean = mean if changed is None else changed
-            self.param.grad = mean if self.param.grad is None else self.param.grad + mean
+            self.param.grad = laid_out(mean, self.param) if self.param.grad is None else self.param.grad + mean
         self.stack = None
 
     def show(self, head: int | None) -> None:

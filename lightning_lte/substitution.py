@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lte.optimizers import first_state
+from lightning_lte.optimizers import first_state, laid_out
 
 
 @dataclass
@@ -271,7 +271,7 @@ def _start_state(
     """
     if former is not None and state and param.shape[1:] == former.shape and param.dim() == former.dim() + 1:
         optimizer.state[param] = {
-            key: value.expand(len(param), *value.shape).clone()
+            key: laid_out(value.expand(len(param), *value.shape).clone(), param)
             if isinstance(value, Tensor) and value.shape == former.shape and key != "step"
             else copy.copy(value)
             for key, value in state.items()

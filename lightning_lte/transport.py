@@ -173,9 +173,11 @@ class Transport:
         """Concatenate along dimension 0 the tensors of all devices, in the order of ranks; all have one shape."""
         if self.world_size == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        self.bytes_sent += tensor.nbytes * (self.world_size - 1)
+        # Backends send memory as it lies, and need not look into strides.
+        sent = tensor.contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(parts, sent, group=self.group)
+        self.bytes_sent += sent.nbytes * (self.world_size - 1)
         return torch.cat(parts)
 
     def any_within(self, flags: Tensor) -> Tensor:

@@ -46,6 +46,18 @@ def test_buckets_close_before_they_overflow(
     assert [[t.nbytes for t in bucket] for bucket in buckets(of_sizes(*sizes))] == expected
 
 
+def test_what_backends_send_and_receive_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that looks at memory alone would give the numbers of a transposed tensor in another order."""
+
+    def all_gather(parts: list[Tensor], tensor: Tensor, group: Any = None) -> None:
+        for part in parts:
+            part.as_strided((part.numel(),), (1,)).copy_(tensor.as_strided((tensor.numel(),), (1,)))
+
+    monkeypatch.setattr(transport.dist, "all_gather", all_gather)
+    transposed = torch.arange(12.0).view(3, 4).mT
+    assert torch.equal(Transport(2).stack(transposed), torch.cat([transposed] * 2))
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(DTYPES)), max_size=12))
 def test_every_tensor_is_in_one_bucket_of_its_dtype(wanted: list[tuple[int, torch.dtype]]) -> None:
     tensors = [torch.zeros(size, dtype=dtype) for size, dtype in wanted]
