@@ -10,7 +10,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lte.shards import whole
 
@@ -20,7 +22,10 @@ _PLAIN = (bool, int, float, complex, str, type(None))
 
 
 def device_state(
-    held: Mapping[str, nn.Parameter], states: Mapping[Tensor, Any], groups: Sequence[Mapping[str, Any]]
+    held: Mapping[str, nn.Parameter],
+    states: Mapping[Tensor, Any],
+    groups: Sequence[Mapping[str, Any]],
+    of_all: Mapping[str, Any],
 ) -> State:
     """What an optimizer keeps on this device alone.
 
@@ -28,9 +33,10 @@ def device_state(
         held: what it trains, by name.
         states: of what it trains.
         groups: its param groups; parameters and their names are left out.
+        of_all: its `state_of_all`.
 
     Returns:
-        "states", "shapes" of the parameters that they belong to, and "groups".
+        "states", "shapes" of the parameters that they belong to, "groups", and "of_all".
     """
     own: State = {}
     for name, param in held.items():
@@ -39,7 +45,22 @@ def device_state(
     settings = [
         {k: _on_cpu(v) for k, v in g.items() if k not in ("params", "param_names") and _is_plain(v)} for g in groups
     ]
-    return {"states": own, "shapes": {name: list(held[name].shape) for name in own}, "groups": settings}
+    shapes = {name: list(held[name].shape) for name in own}
+    whole_state = {key: _on_cpu(value) for key, value in of_all.items()}
+    return {"states": own, "shapes": shapes, "groups": settings, "of_all": whole_state}
+
+
+def state_of_all(optimizer: Optimizer) -> State:
+    """What an optimizer keeps in its state under a name, for all that it trains: MADGRAD's count of steps, for one."""
+    state: Any = optimizer.state
+    return {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+
+
+def put_state_of_all(optimizer: Optimizer, own: Mapping[str, Any]) -> None:
+    """Give it that again."""
+    state: Any = optimizer.state
+    for key, value in own.get("of_all", {}).items():  # older checkpoints have none
+        state[key] = _each(value, torch.clone)
 
 
 def is_own(value: Any) -> bool:

@@ -273,7 +273,9 @@ def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Opt
     # are not copied, but exchanged for the one given.
     held = [p for own in like.param_groups for p in own["params"]]
     memo: dict[int, Any] = {id(p): param for p in held}
-    memo[id(like.state)] = defaultdict(dict)
+    # What it keeps for all parameters, under names, may be there from the start.
+    of_all = {key: copy.deepcopy(value, memo) for key, value in like.state.items() if not isinstance(key, Tensor)}
+    memo[id(like.state)] = defaultdict(dict, of_all)
     twin: Optimizer = copy.deepcopy(like, memo)
     # Optimizers leave out what they hold beside groups and states when they are copied. Hooks, and a `step` that a
     # scheduler has wrapped, are to stay out: they would be called.
