@@ -21,7 +21,7 @@ from lightning_lte.buffers import put_back_
 from lightning_lte.optimizers import COUNTS, place_counts
 from lightning_lte.report import listed
 from lightning_lte.rows import Rows
-from lightning_lte.shards import like, put_, whole
+from lightning_lte.shards import is_shared_out, like, put_, whole
 
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
@@ -284,13 +284,23 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 own = own if param in stacked and of_heads else own[0]
                 # Counts of steps stay where the optimizer made them: on the CPU, unless it is fused or capturable.
                 counts = own.dim() == 0 and (param.dim() > 0 or key in COUNTS)
-                own = own.clone() if counts else own.to(param.device).clone()
-                here[key] = like(param, own)
+                here[key] = like(param, own.clone() if counts else _laid_out(own.to(param.device), param))
             if own_kept:
                 here |= device_state.taken(param, name, own_kept)
             place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
     return averaged, anew
+
+
+def _laid_out(moment: Tensor, param: nn.Parameter) -> Tensor:
+    """A copy that lies in memory as the parameter does, if it has a number for each of its numbers.
+
+    Optimizers make their moments so. Products of matrices round otherwise in another layout, and kernels for many
+    tensors at once take none that differ.
+    """
+    if moment.shape != param.shape or is_shared_out(param) or param.layout != torch.strided:
+        return moment.clone()
+    return torch.empty_like(param, dtype=moment.dtype).copy_(moment)
 
 
 def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State] | None:
