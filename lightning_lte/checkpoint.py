@@ -274,7 +274,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                     continue
                 [(whose, rows)] = value.items()
                 # What a device trained in place has moments of its shape, and these are of each of its heads.
-                of_heads = whose == "heads" or (not had_heads and rows.dim() == param.dim() and key not in COUNTS)
+                in_place = rows[:1].shape[1:] == param.shape[1:] and key not in COUNTS
+                of_heads = whose == "heads" or (not had_heads and in_place)
                 if name in of_some and key in COUNTS:
                     rows = torch.stack([rows[having[0]]] * layout.world_size)  # others have counted nothing
                 copies = explorer.count if param in stacked and of_heads else 1

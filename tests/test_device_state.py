@@ -72,6 +72,18 @@ class Counting(Past):
         return float(group["lr"] / (1 + state["k"] + state["steps"]))
 
 
+class Summing(Past):
+    """Keeps a tensor that is of another shape than the parameter and has as many dimensions less one."""
+
+    def _rate(self, group: dict[str, Any], param: nn.Parameter) -> float:
+        assert param.grad is not None
+        sums = param.grad.abs().sum(-1)
+        state = self.state[param]
+        state["sums"] = sums + state["sums"] if "sums" in state else sums
+        assert state["sums"].shape == sums.shape
+        return float(group["lr"] / (1 + state["sums"].sum()))
+
+
 class Mixing(Counting):
     """The same, and the heads of a device would train each other."""
 
@@ -101,6 +113,8 @@ def fit(
         (torch.optim.LBFGS, 1, 1),
         (Searching, 2, 2),
         (Counting, 1, 4),
+        (Summing, 1, 1),
+        (Summing, 2, 2),
         (Counting, 2, 2),
     ],
 )
