@@ -251,7 +251,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
         held = explorer.substitution.held(optimizer)
         own_kept = None if own_states is None else own_states[number]
         if own_kept:
-            device_state.put_state_of_all(optimizer, own_kept)
+            device_state.put_what_is_of_all(optimizer, own_kept)
         for name in held.keys() - saved_fields.keys():
             explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
@@ -504,7 +504,7 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
                 fields[name] = {key: _saved(param, value, param in stacked) for key, value in kept.items()}
         optimizers.append(fields)
         groups = explorer.substitution.plain_state(optimizer)["param_groups"]
-        own.append(device_state.device_state(held, states, groups, device_state.state_of_all(optimizer)))
+        own.append(device_state.device_state(held, states, groups, optimizer))
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     decaying = factors if explorer.config.decays_weights else ()

@@ -72,6 +72,47 @@ class Counting(Past):
         return float(group["lr"] / (1 + state["k"] + state["steps"]))
 
 
+class Noting(Past):
+    """Counts its steps in an attribute, which its own state_dict has, as that of StableSPAM does."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return super().step(closure)
+
+    def _rate(self, group: dict[str, Any], param: nn.Parameter) -> float:
+        return float(group["lr"] / (1 + self.steps))
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.steps = state_dict["steps"]
+
+
+def hooked(params: Iterable[nn.Parameter]) -> Noting:
+    """The same by hooks."""
+
+    class Hooked(Noting):
+        state_dict = Past.state_dict
+        load_state_dict = Past.load_state_dict
+
+    def add(own: Any, state: dict[str, Any]) -> None:
+        state["steps"] = own.steps
+
+    def take(own: Any, state: dict[str, Any]) -> None:
+        own.steps = state["steps"]
+
+    optimizer = Hooked(params)
+    optimizer.register_state_dict_post_hook(add)
+    optimizer.register_load_state_dict_pre_hook(take)
+    return optimizer
+
+
 class Summing(Past):
     """Keeps a tensor that is of another shape than the parameter and has as many dimensions less one."""
 
@@ -116,6 +157,9 @@ def fit(
         (Summing, 1, 1),
         (Summing, 2, 2),
         (Counting, 2, 2),
+        (Noting, 1, 4),
+        (Noting, 2, 2),
+        (hooked, 1, 4),
     ],
 )
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, devices: int, heads: int, kind: str) -> None:
@@ -146,7 +190,8 @@ def test_what_an_optimizer_keeps_under_names_is_no_reason_to_believe_it() -> Non
 def test_numbers_go_on_anywhere_and_tensors_with_the_heads_they_belong_to() -> None:
     param = nn.Parameter(torch.ones(2, 3))
     states: Any = {param: {"moment": torch.ones(2, 3), "count": 3, "past": (torch.ones(2, 3), None), "odd": object()}}
-    own = device_state({"w": param, "b": nn.Parameter(torch.ones(2))}, states, [{"params": [param], "lr": 0.1}], {})
+    held = {"w": param, "b": nn.Parameter(torch.ones(2))}
+    own = device_state(held, states, [{"params": [param], "lr": 0.1}], Past([param]))
     assert own["shapes"] == {"w": [2, 3]} and own["groups"] == [{"lr": 0.1}]
     assert taken(param, "w", own)["count"] == 3 and taken(param, "b", own) == {}
     torch.testing.assert_close(taken(param, "w", own)["past"], (torch.ones(2, 3), None))
