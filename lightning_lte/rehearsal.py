@@ -370,7 +370,7 @@ def _kept(value: Any, memo: set[int]) -> Restore:
             return partial(_refill_set, value, set(value))
         return partial(_refill_list, value, [_kept(v, memo) for v in value])
     if isinstance(value, tuple) and not _is_constant(value):
-        return partial(_after, [_kept(v, memo) for v in value], value)
+        return partial(_after, [_kept(v, memo) for v in tuple.__iter__(value)], value)
     if isinstance(value, torch.Generator):
         return partial(_call_and_return, value, value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -394,7 +394,9 @@ def _kept(value: Any, memo: set[int]) -> Restore:
 def _is_constant(container: Any) -> bool:
     if isinstance(container, np.ndarray):
         return not container.flags.writeable or (container.ndim > 0 and len(container) > _MOST_ITEMS)
-    return len(container) > _MOST_ITEMS
+    # Classes of the user's own may have another length, or none.
+    kind: Any = next(kind for kind in (dict, list, deque, set, tuple) if isinstance(container, kind))
+    return bool(kind.__len__(container) > _MOST_ITEMS)
 
 
 def _is_users(value: Any) -> bool:
