@@ -274,8 +274,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                     continue
                 [(whose, rows)] = value.items()
                 # What a device trained in place has moments of its shape, and these are of each of its heads.
-                in_place = rows[:1].shape[1:] == param.shape[1:] and key not in COUNTS
-                of_heads = whose == "heads" or (not had_heads and in_place)
+                of_heads = whose == "heads" or (not had_heads and key not in COUNTS and _has_shape_of(param, rows))
                 if name in of_some and key in COUNTS:
                     rows = torch.stack([rows[having[0]]] * layout.world_size)  # others have counted nothing
                 copies = explorer.count if param in stacked and of_heads else 1
@@ -291,6 +290,11 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
             place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
     return averaged, anew
+
+
+def _has_shape_of(param: nn.Parameter, rows: Tensor | Rows) -> bool:
+    """Whether there is a number for each of a head's; a row is read for it."""
+    return rows[:1].shape[1:] == param.shape[1:]
 
 
 def _laid_out(moment: Tensor, param: nn.Parameter) -> Tensor:
