@@ -25,7 +25,7 @@ def copied(batch: Any) -> Any:
 
     def copied_leaf(_: Path, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return leaf
+            return leaf.clone() if _is_table(leaf) else leaf
         return _in_class_of(leaf, leaf.detach().clone().requires_grad_(leaf.requires_grad))
 
     return _map(copied_leaf, batch, (), set())
@@ -43,7 +43,8 @@ class Layout:
 
     Tensors have them along dimension 0; lists and tuples that are as long as the batch, such as images of different
     sizes, captions or targets, have one for each sample. Mappings, sequences, named tuples and dataclasses may be
-    nested. Numbers, strings, None and tensors without dimensions belong to all samples.
+    nested, and so may tables of tensors (`TensorDict`, `tensorclass`), which are cut as one. Numbers, strings, None and
+    tensors without dimensions belong to all samples.
 
     A list of tensors of different sizes may hold samples, or the parts of a batch, such as [inputs, targets] or the
     levels of a pyramid. It counts as one of samples where the loader's batch size or other tensors say so, and beside
@@ -96,6 +97,10 @@ class Layout:
         runs = _runs(index)
 
         def take(path: Path, leaf: Any) -> Any:
+            if path in self._rows and _is_table(leaf):
+                # Of tensors of its own: a step may write to it.
+                parts = [leaf[run] for run in runs]
+                return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
             if path in self._rows:
                 # Autograd is to take slices for tensors of their own: a step may write to one that others lie beside.
                 whole = leaf if leaf.requires_grad else _unshared(leaf)
@@ -136,10 +141,10 @@ class Layout:
 
     def _length(self, path: Path, leaf: Any) -> int | None:
         if path in self._rows:
-            return _size(leaf) if isinstance(leaf, Tensor) and leaf.dim() else -1
+            return _size(leaf) if _has_rows(leaf) else -1
         if path in self._items:
             return len(leaf)
-        return -1 if isinstance(leaf, Tensor) and leaf.dim() else None
+        return -1 if _has_rows(leaf) else None
 
 
 def _runs(index: Sequence[int]) -> list[slice]:
@@ -160,10 +165,10 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
     items: set[Path] = set()
 
     def read(value: Any, path: Path) -> bool:
+        if _has_rows(value):
+            rows.add(path)
+            return _size(value) == samples
         if isinstance(value, Tensor):
-            if value.dim():
-                rows.add(path)
-                return _size(value) == samples
             return True
         children = _children(value)
         if children is None:
@@ -206,8 +211,25 @@ def _has_an_item_for_each(value: Any, samples: int) -> bool:
     return _is_list_of_mappings(value) or not sizes <= {samples}
 
 
-def _size(tensor: Tensor) -> int:
-    """Rows of a tensor; -1 of one that can't be cut along dimension 0, as it is sparse or nested."""
+def _is_table(value: Any) -> bool:
+    """Whether tensors that have dimensions in common are one value, as in a `TensorDict` or a `tensorclass`.
+
+    A `TensorDict` without such dimensions is a mapping like any other.
+    """
+    if isinstance(value, Tensor) or not hasattr(type(value), "batch_size"):
+        return False
+    common = value.batch_size
+    return isinstance(common, torch.Size) and (len(common) > 0 or not isinstance(value, Mapping))
+
+
+def _has_rows(value: Any) -> bool:
+    return _is_table(value) or (isinstance(value, Tensor) and value.dim() > 0)
+
+
+def _size(tensor: Any) -> int:
+    """Rows of a tensor or a table; -1 of one that can't be cut: sparse, nested, or with nothing in common."""
+    if _is_table(tensor):
+        return tensor.batch_size[0] if tensor.batch_size else -1
     return -1 if tensor.is_nested or tensor.layout != torch.strided else tensor.shape[0]
 
 
@@ -222,6 +244,8 @@ def _in_class_of(whole: Tensor, part: Tensor) -> Tensor:
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
     """The parts of a container, or None for something else."""
+    if _is_table(value):
+        return None
     if isinstance(value, Mapping):
         return list(value.items())
     if _is_list(value) or (isinstance(value, tuple) and hasattr(value, "_fields")):
@@ -250,7 +274,7 @@ def _lengths(batch: Any) -> tuple[set[int], set[int], set[int]]:
     targets: set[int] = set()
 
     def look(value: Any, outermost: bool) -> None:
-        if isinstance(value, Tensor) and value.dim():
+        if _has_rows(value):
             tensors.add(_size(value))
         if _is_list(value) and not outermost:
             lists.add(len(value))
@@ -305,11 +329,11 @@ def _mapping_like(value: Any, old: dict[Any, Any], new: dict[Any, Any]) -> Any:
 
 def _described(batch: Any) -> str:
     leaves = [leaf for _, leaf in _leaves(batch)]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    tensors = [leaf for leaf in leaves if _has_rows(leaf)]
     lengths = sorted({_size(tensor) for tensor in tensors} - {-1})
     uncut = sorted({_layout(tensor) for tensor in tensors if _size(tensor) == -1})
     plain = (Tensor, str, bytes, int, float, bool, complex, np.generic, type(None))
-    unknown = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)})
+    unknown = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain) and not _is_table(leaf)})
     found = [f"tensors with dimension 0 of sizes {lengths}"] if lengths else []
     found += [f"{' and '.join(uncut)} tensors"] if uncut else []
     found = found or ["no tensors"]
@@ -317,5 +341,7 @@ def _described(batch: Any) -> str:
     return " and ".join(found)
 
 
-def _layout(tensor: Tensor) -> str:
+def _layout(tensor: Any) -> str:
+    if _is_table(tensor):
+        return f"{type(tensor).__name__} (batch_size {list(tensor.batch_size)}) of"
     return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")

@@ -250,6 +250,8 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
     ):
         held = explorer.substitution.held(optimizer)
         own_kept = None if own_states is None else own_states[number]
+        if own_kept:
+            device_state.put_what_is_of_all(optimizer, own_kept)
         for name in held.keys() - saved_fields.keys():
             explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
@@ -272,7 +274,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                     continue
                 [(whose, rows)] = value.items()
                 # What a device trained in place has moments of its shape, and these are of each of its heads.
-                of_heads = whose == "heads" or (not had_heads and rows.dim() == param.dim() and key not in COUNTS)
+                of_heads = whose == "heads" or (not had_heads and key not in COUNTS and _has_shape_of(param, rows))
                 if name in of_some and key in COUNTS:
                     rows = torch.stack([rows[having[0]]] * layout.world_size)  # others have counted nothing
                 copies = explorer.count if param in stacked and of_heads else 1
@@ -289,6 +291,11 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
             place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
     return averaged, anew
+
+
+def _has_shape_of(param: nn.Parameter, rows: Tensor | Rows) -> bool:
+    """Whether there is a number for each of a head's; a row is read for it."""
+    return rows[:1].shape[1:] == param.shape[1:]
 
 
 def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State] | None:
@@ -491,7 +498,7 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
                 fields[name] = {key: _saved(param, value, param in stacked) for key, value in kept.items()}
         optimizers.append(fields)
         groups = explorer.substitution.plain_state(optimizer)["param_groups"]
-        own.append(device_state.device_state(held, states, groups))
+        own.append(device_state.device_state(held, states, groups, optimizer))
     factors = injection.factors.values()
     several = explorer.transport.world_size > 1
     decaying = factors if explorer.config.decays_weights else ()

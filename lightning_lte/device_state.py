@@ -10,8 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightning_lte.optimizers import wrapped_optimizers
 from lightning_lte.shards import whole
 
 State = dict[str, Any]
@@ -20,7 +23,10 @@ _PLAIN = (bool, int, float, complex, str, type(None))
 
 
 def device_state(
-    held: Mapping[str, nn.Parameter], states: Mapping[Tensor, Any], groups: Sequence[Mapping[str, Any]]
+    held: Mapping[str, nn.Parameter],
+    states: Mapping[Tensor, Any],
+    groups: Sequence[Mapping[str, Any]],
+    optimizer: Optimizer,
 ) -> State:
     """What an optimizer keeps on this device alone.
 
@@ -28,9 +34,12 @@ def device_state(
         held: what it trains, by name.
         states: of what it trains.
         groups: its param groups; parameters and their names are left out.
+        optimizer: it.
 
     Returns:
-        "states", "shapes" of the parameters that they belong to, and "groups".
+        "states", "shapes" of the parameters that they belong to, "groups", and what it keeps for all of them: "of_all"
+        in its state, under names, such as MADGRAD's count of steps, and "besides" elsewhere, where its own `state_dict`
+        has more than torch's, or hooks of it add to that.
     """
     own: State = {}
     for name, param in held.items():
@@ -39,7 +48,35 @@ def device_state(
     settings = [
         {k: _on_cpu(v) for k, v in g.items() if k not in ("params", "param_names") and _is_plain(v)} for g in groups
     ]
-    return {"states": own, "shapes": {name: list(held[name].shape) for name in own}, "groups": settings}
+    shapes = {name: list(held[name].shape) for name in own}
+    state: Any = optimizer.state
+    of_all = {key: _on_cpu(value) for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+    besides = {key: _on_cpu(value) for key, value in _besides(optimizer).items()}
+    return {"states": own, "shapes": shapes, "groups": settings, "of_all": of_all, "besides": besides}
+
+
+def _besides(optimizer: Optimizer) -> State:
+    # Those that wrap another one may not be constructed as torch's.
+    hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
+    if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
+        return {}
+    if wrapped_optimizers(optimizer):
+        return {}  # the state of the one inside is not in checkpoints, as the report says
+    own = optimizer.state_dict()
+    return {key: value for key, value in own.items() if key not in ("state", "param_groups") and _is_plain(value)}
+
+
+def put_what_is_of_all(optimizer: Optimizer, own: Mapping[str, Any]) -> None:
+    """Give an optimizer again what it kept for all that it trains."""
+    # Older checkpoints have neither.
+    of_all, besides = (_each(own.get(key, {}), torch.clone) for key in ("of_all", "besides"))
+    state: Any = optimizer.state
+    if besides:
+        # In its own way. What it has of parameters comes elsewhere, and others know its groups.
+        groups = optimizer.param_groups
+        optimizer.load_state_dict({**besides, "state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.state, optimizer.param_groups = state, groups
+    state.update(of_all)
 
 
 def is_own(value: Any) -> bool:

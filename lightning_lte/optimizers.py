@@ -1,4 +1,7 @@
-"""Which optimizers can train heads, and step base weights at merges."""
+"""Which optimizers can train heads, and step base weights at merges.
+
+What they are asked, twins of them answer. Some draw random numbers as they step, which the user's own go on without.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+
+from lightning_lte.rehearsal import streams_untouched
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -189,6 +194,7 @@ def check_writes(optimizers: Iterable[Optimizer]) -> None:
             )
 
 
+@streams_untouched()
 def _kept(optimizer: Optimizer, gradients: Tensor, wanted: Callable[[Tensor, Tensor], bool]) -> set[str] | None:
     """Names of tensors in a twin's state after steps on these gradients, those that are wanted, given also what was
     trained; None where none can be made."""
@@ -254,6 +260,7 @@ def _moved(setting: Any) -> Any:
     return tuple(map(_moved, setting)) if type(setting) is tuple else setting  # betas, for instance
 
 
+@streams_untouched()
 def _trained(
     like: Optimizer, group: Mapping[str, Any], start: torch.Tensor, gradients: list[Any], taken: float = 0.0
 ) -> torch.Tensor:
@@ -273,7 +280,9 @@ def _twin(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> Opt
     # are not copied, but exchanged for the one given.
     held = [p for own in like.param_groups for p in own["params"]]
     memo: dict[int, Any] = {id(p): param for p in held}
-    memo[id(like.state)] = defaultdict(dict)
+    # What it keeps for all parameters, under names, may be there from the start.
+    of_all = {key: copy.deepcopy(value, memo) for key, value in like.state.items() if not isinstance(key, Tensor)}
+    memo[id(like.state)] = defaultdict(dict, of_all)
     twin: Optimizer = copy.deepcopy(like, memo)
     # Optimizers leave out what they hold beside groups and states when they are copied. Hooks, and a `step` that a
     # scheduler has wrapped, are to stay out: they would be called.
@@ -308,6 +317,7 @@ def laid_out(value: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
+@streams_untouched()
 def first_state(like: Optimizer, group: Mapping[str, Any], param: nn.Parameter) -> dict[str, Any]:
     """What an optimizer knows of a parameter when it is constructed, as Adagrad does; most make it later.
 

@@ -95,7 +95,7 @@ def reason_against_batched(
             return str(draws)
         except Exception as error:
             if widened is None or not widened.used:
-                return f"it could not be tried: {type(error).__name__}: {error}"
+                return "it could not be tried: " + f"{type(error).__name__}: {error}".removesuffix(": ")
     losses = [own for _, own in alone]
     if not all(isinstance(own, Tensor) and own.numel() == 1 for own in (loss, *losses)):
         return "the step returned no loss on the first batch"

@@ -40,9 +40,7 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
     memo: set[int] = set()
     modes = [(m, m.training) for m in module.modules()]
     kept = [_kept_module(m, memo) for m in module.modules()]
-    torch_stream, python_stream, numpy_stream = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    # Of all of them: weights may be on the CPU while their copies in low precision are elsewhere.
-    device_streams = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    streams = _kept_streams()
 
     with _CopyOnWrite(module.parameters()) as parameters:
 
@@ -50,10 +48,8 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
         def again() -> None:
             # All of them, whatever one of the user's own containers raises.
             with ExitStack() as stack:
-                stack.callback(torch.cuda.set_rng_state_all, device_streams)
-                stack.callback(np.random.set_state, numpy_stream)
-                stack.callback(random.setstate, python_stream)
-                stack.callback(torch.set_rng_state, torch_stream)
+                for restore in streams:
+                    stack.callback(restore)
                 stack.callback(parameters.restore)
                 for restore in reversed(kept):
                     stack.callback(restore)
@@ -64,6 +60,28 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
             for m, training in modes:
                 m.training = training
             again()
+
+
+@contextmanager
+def streams_untouched() -> Iterator[None]:
+    """Undo what a block draws."""
+    streams = _kept_streams()
+    try:
+        yield
+    finally:
+        for restore in streams:
+            restore()
+
+
+def _kept_streams() -> list[Restore]:
+    # Of all devices: weights may be on the CPU while their copies in low precision are elsewhere.
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [
+        partial(torch.cuda.set_rng_state_all, devices),
+        partial(np.random.set_state, np.random.get_state()),
+        partial(random.setstate, random.getstate()),
+        partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
 
 
 def groups_untouched(optimizers: Iterable[Optimizer]) -> AbstractContextManager[None]:
@@ -352,7 +370,7 @@ def _kept(value: Any, memo: set[int]) -> Restore:
             return partial(_refill_set, value, set(value))
         return partial(_refill_list, value, [_kept(v, memo) for v in value])
     if isinstance(value, tuple) and not _is_constant(value):
-        return partial(_after, [_kept(v, memo) for v in value], value)
+        return partial(_after, [_kept(v, memo) for v in tuple.__iter__(value)], value)
     if isinstance(value, torch.Generator):
         return partial(_call_and_return, value, value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -376,7 +394,9 @@ def _kept(value: Any, memo: set[int]) -> Restore:
 def _is_constant(container: Any) -> bool:
     if isinstance(container, np.ndarray):
         return not container.flags.writeable or (container.ndim > 0 and len(container) > _MOST_ITEMS)
-    return len(container) > _MOST_ITEMS
+    # Classes of the user's own may have another length, or none.
+    kind: Any = next(kind for kind in (dict, list, deque, set, tuple) if isinstance(container, kind))
+    return bool(kind.__len__(container) > _MOST_ITEMS)
 
 
 def _is_users(value: Any) -> bool:

@@ -206,6 +206,8 @@ def _role(
         return role("replica", "tied: shares its storage with " + " and ".join(twins))
     if has_hooks(param):
         return role("replica", HOOKED)
+    if is_of_own_class(param):
+        return role("replica", f"a {type(param).__name__}, whose class may mean what factors would not keep to")
     matrices = _matrices(owner, config)
     if isinstance(matrices, str):
         return role("replica", matrices)
@@ -228,6 +230,15 @@ def _role(
     unrounded = _unrounded(param, owner, fast)
     precision = config.base if unrounded is None else f"not {config.base}: {unrounded}"
     return replace(role("factored", f"{reason}, {precision}", matrices, rank), rounds=unrounded is None)
+
+
+def is_of_own_class(param: nn.Parameter) -> bool:
+    """Whether a parameter is of a class that somebody has made of `nn.Parameter`.
+
+    Optimizers may know the class: geoopt's keep a `ManifoldParameter` on its manifold. What is trained in its place, be
+    it factors or a copy for each head, would be of no such class.
+    """
+    return type(param) is not nn.Parameter and issubclass(type(param), nn.Parameter)
 
 
 def _unrounded(param: nn.Parameter, owner: Owner, fast: Collection[nn.Module]) -> str | None:

@@ -186,7 +186,8 @@ class Substitution:
         """The state of everything that an optimizer trains, whether it rests or not."""
         number = self.optimizers.index(optimizer)
         self._forget_if_reset(number)
-        return {**optimizer.state, **self._states[number]}
+        shown = {param: state for param, state in optimizer.state.items() if isinstance(param, Tensor)}
+        return {**shown, **self._states[number]}
 
     def set_state(self, optimizer: Optimizer, param: nn.Parameter, state: dict[str, Any]) -> None:
         """Give a parameter the state it had in a checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +48,60 @@ def test_structures_are_measured_and_kept(batch: Any) -> None:
     assert layout.size(batch) == 6
     parts = layout.split(batch, 3)
     assert len(parts) == 3 and all(type(part) is type(batch) and layout.size(part) == 2 for part in parts)
+
+
+class Table:
+    """Tensors with dimensions in common, as tensordict's `tensorclass` has them: assigning one leaves the others."""
+
+    def __init__(self, batch_size: list[int], **columns: torch.Tensor) -> None:
+        self._size, self.columns = torch.Size(batch_size), columns
+
+    @property
+    def batch_size(self) -> torch.Size:
+        return self._size
+
+    def __getitem__(self, rows: slice) -> Table:
+        cut = {name: column[rows] for name, column in self.columns.items()}
+        return Table([len(next(iter(cut.values()))), *self._size[1:]], **cut)
+
+    def clone(self) -> Table:
+        return Table(list(self._size), **{name: column.clone() for name, column in self.columns.items()})
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Table:
+        assert function is torch.cat
+        tables = args[0]
+        columns = {name: torch.cat([table.columns[name] for table in tables]) for name in tables[0].columns}
+        return Table([sum(table.batch_size[0] for table in tables)], **columns)
+
+
+class TableOfKeys(Table, Mapping):  # type: ignore[type-arg]
+    """The same, and a mapping, as `TensorDict` is."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return self._size[0]
+
+
+@pytest.mark.parametrize("kind", [Table, TableOfKeys])
+def test_tables_of_tensors_are_cut_as_one(kind: Any) -> None:
+    batch = {"in": kind([6], x=numbers(6), y=torch.zeros(6, 3)), "weight": torch.ones(6)}
+    layout = Layout(batch)
+    assert layout.size(batch) == 6
+    parts = layout.split(batch, 3)
+    assert [part["in"].batch_size for part in parts] == [(2,)] * 3
+    assert [part["in"].columns["x"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    parts[1]["in"].columns["x"] += 1
+    copied(batch)["in"].columns["x"] += 1
+    assert batch["in"].columns["x"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert layout.filled_up(batch, 4)["in"].columns["x"].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
+def test_tables_that_have_no_dimension_in_common_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"received Table \(batch_size \[\]\) of tensors"):
+        Layout(Table([], x=numbers(6)))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, checkpoint
 from tests.modules import (
+    IN,
     RANK,
     Module,
     Net,
@@ -116,6 +117,29 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
             assert_equal(own, other, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+class Transposed(Net):
+    """A net with a parameter that lies in memory column by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.eye(IN, dtype=torch.float64).T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.turn)
+
+
+def test_moments_lie_in_memory_as_before(tmp_path: Path) -> None:
+    strides = []
+    for steps, resume in ((2, None), (3, str(tmp_path / "step=2.ckpt"))):
+        module = Module(make_net(Transposed), adamw)
+        keep = ModelCheckpoint(str(tmp_path), filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        look = Recorder(lambda t, m: t.optimizers[0].state[m.net.turn]["exp_avg"].stride())
+        t = trainer(LTEStrategy(1, 3, rank=RANK), max_steps=steps, callbacks=[keep, look], enable_checkpointing=True)
+        t.fit(module, Slices(1, 0), ckpt_path=resume)
+        strides.append(look.seen[-1])
+    assert strides == [(1, IN), (1, IN)]
 
 
 OUTER = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import timm.optim
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
-from lightning_lte.optimizers import acts_per_element, check_optimizers
+from lightning_lte.optimizers import acts_per_element, check_optimizers, decays_apart, magnitudes, moments
 from tests.modules import RANK, Module, Net, adamw, backward, loader, make_data, make_net, sgd, train_step, trainer
 
 
@@ -113,6 +115,32 @@ def test_updates_that_mix_elements_are_refused_for_several_heads_only(make: Any)
     check_optimizers([optimizer], 1)
     with pytest.raises(ValueError, match=f"received {type(optimizer).__name__}.*one head per device"):
         check_optimizers([optimizer], 4)
+
+
+class Drawing(torch.optim.Optimizer):
+    """Steps with noise, from every random stream, as PSGD's preconditioners do; and draws as it is made."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.01})
+        self._draw()
+
+    def _draw(self) -> float:
+        return float(torch.rand(())) + random.random() + float(np.random.rand())
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad * self._draw()
+
+
+def test_trying_an_optimizer_draws_nothing_from_the_users_streams() -> None:
+    optimizer = Drawing(params())
+    expected = []
+    for ask in (lambda _: None, acts_per_element, moments, magnitudes, decays_apart):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        ask(optimizer)
+        expected.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+    assert len(set(expected)) == 1
 
 
 def test_trying_an_optimizer_leaves_it_alone() -> None:

@@ -925,3 +925,8 @@ def test_norms_of_no_samples(case: str) -> None:
         layer(x).sum().backward()
     assert x.grad is not None
     assert all(own.grad is not None and not own.grad.any() for own in stacks.values())
+
+
+def test_small_layer_norms_take_inputs_in_any_strides() -> None:
+    x = random(2 * COUNT, 5, 4, seed=6).permute(0, 2, 1)
+    assert_each_head_computes_as_a_layer_of_its_own(nn.LayerNorm(5), (x,), own=("weight", "bias"))

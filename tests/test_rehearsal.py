@@ -91,6 +91,29 @@ def test_what_is_in_tuples_is_put_back() -> None:
     assert module.pair is pair and pair[0] == [1] and not pair[1].any()
 
 
+class Endless(tuple):
+    """A tuple without a length, as e3nn's `Irreps` are."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
+
+class Uncounted(dict):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_containers_with_a_length_of_their_own_hinder_nobody() -> None:
+    module = holding(pair=Endless([{"a": 1}, 2]), table=Uncounted(a=1))
+    with untouched(module):
+        next(tuple.__iter__(module.pair))["a"] = 5
+        module.table["a"] = 5
+    assert next(tuple.__iter__(module.pair)) == {"a": 1} and dict.__getitem__(module.table, "a") == 1
+
+
 def test_ordered_dicts_are_put_back_whole() -> None:
     cache = OrderedDict(first=1, second=2)
     module = holding(cache=cache)

@@ -1124,6 +1124,46 @@ def test_classes_that_cannot_be_extended_are_replicas() -> None:
     assert role(strategy, "net.first.weight") == ("replica", "Final can't be extended (final)")
 
 
+class OnSphere(nn.Parameter):
+    """A parameter of norm one, which its optimizer sees to, as geoopt's do with manifolds."""
+
+
+class SphericalSGD(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                if isinstance(p, OnSphere):
+                    p /= p.norm()
+        return loss
+
+
+class Spherical(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = OnSphere(torch.full((WIDTH,), WIDTH**-0.5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.first(x))) * self.gain
+        return self.out(torch.tanh(self.second(h)))
+
+
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "batched"), (4, "sequential")])
+def test_parameters_of_a_class_of_their_own_are_trained_in_place(heads: int, execution: Any) -> None:
+    net = make_net(Spherical)
+    net.second.weight = OnSphere(net.second.weight.detach() / net.second.weight.norm())
+    net.gain = OnSphere(net.gain.detach())
+    start = net.second.weight.detach().clone()
+    strategy = train(Module(net, partial(SphericalSGD, lr=0.1)), heads, execution=execution)
+    for name in ("net.second.weight", "net.gain"):
+        entry = strategy.report().entry(name)
+        assert (entry.role, entry.copies) == ("replica", 1) and "OnSphere" in entry.reason
+    for param in (net.second.weight, net.gain):
+        assert type(param) is OnSphere
+        torch.testing.assert_close(param.norm().item(), 1.0, rtol=1e-12, atol=0)
+    assert not torch.equal(net.second.weight, start)
+
+
 def test_layers_in_eval_mode_are_trained_as_ever() -> None:
     """transformers' from_pretrained leaves models in eval mode, and Lightning keeps them there."""
     states = []

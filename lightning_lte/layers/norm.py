@@ -159,7 +159,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.compute, ctx.autocast = compute, _autocast_of_now(x.device.type)
         ctx.shape = shape
-        y, mean, scale = torch.native_layer_norm(x, shape, None, None, eps)
+        y, mean, scale = torch.native_layer_norm(x.contiguous(), shape, None, None, eps)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.set_materialize_grads(False)
         _over(weight, y, shape).mul_(weight.unsqueeze(1))
@@ -176,7 +176,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
             return *_derived(ctx, (x, weight, bias), gradient), None, None, None
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         of_x = of_weight = of_bias = None
-        gradient = gradient.contiguous()
+        x, gradient = x.contiguous(), gradient.contiguous()
         if for_bias:
             of_bias = _over(bias, gradient, ctx.shape).sum(1)
         if for_x:
