@@ -162,9 +162,11 @@ class _ScaledLayerNorm(torch.autograd.Function):
         y, mean, scale = torch.native_layer_norm(x.contiguous(), shape, None, None, eps)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.set_materialize_grads(False)
-        _over(weight, y, shape).mul_(weight.unsqueeze(1))
-        if bias is not None:
-            _over(bias, y, shape).add_(bias.unsqueeze(1))
+        if bias is None:
+            _over(weight, y, shape).mul_(weight.unsqueeze(1))
+        else:
+            own = _over(max(weight, bias, key=len), y, shape)
+            torch.addcmul(bias.unsqueeze(1), own, weight.unsqueeze(1), out=own)
         return y
 
     @staticmethod
