@@ -45,10 +45,11 @@ def of_one_model(
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, processor time is measured")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    parser.add_argument("--quick", action="store_true", help="other defaults, which show in seconds that it works")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.model, options.depth, options.batch, options.heads, options.rounds = "test_vit", None, 4, 2, 2
+        parser.set_defaults(model="test_vit", batch=4, heads=2, rounds=2)
+        options = parser.parse_args(arguments)
     check(parser, options)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -315,14 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--after-merge", nargs="+", default=["keep", "reset"], choices=["keep", "reset"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="show that it works, in seconds")
+    parser.add_argument("--quick", action="store_true", help="other defaults, which show in seconds that it works")
     parser.add_argument(
         "--devices", type=int, default=1, help="processes that train together, on the CPU (default: %(default)s)"
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.model, options.batch, options.rank, options.after_merge = "test_vit", 2, 4, ["keep"]
+        parser.set_defaults(model="test_vit", batch=2, rank=4, after_merge=["keep"])
+        options = parser.parse_args(arguments)
     check(parser, options)
     if options.heads > 1 and options.devices > 1:
         parser.error(f"--heads is for one device; received {options.heads} with --devices {options.devices}")

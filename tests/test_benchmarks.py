@@ -339,6 +339,15 @@ def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureF
             assert "factored weights" not in line or line.endswith("| yes |")
 
 
+@pytest.mark.usefixtures("settings_of_torch")
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_quick_benchmark_takes_what_it_is_given(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    option = "--models" if name == "step" else "--model"
+    main([name, "--quick", "--threads", "1", option, "benchmarks/models/mlp.py", "--batch", "8"])
+    text = capsys.readouterr().out
+    assert "| mlp, batch 8, " in text and "test_vit" not in text
+
+
 @pytest.mark.timeout(600)  # twelve processes start one after the other
 @pytest.mark.usefixtures("settings_of_torch")
 def test_the_benchmark_of_memory_trains_in_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
