@@ -19,6 +19,7 @@ from lightning_lte.report import Entry, Report
 from lightning_lte.roles import Role, decide, is_of_own_class
 from lightning_lte.shards import SharedFactors, is_shared_out
 from lightning_lte.switch import Switch
+from lightning_lte.trial import has_hooks
 
 
 @dataclass
@@ -155,8 +156,7 @@ class Injection:
     def _add_replica(self, role: Role, in_turn: bool) -> None:
         owner = role.owner
         # Hooks on a parameter, a class of its own, and sparse gradients, are of the user's own parameter alone.
-        hooked = bool(role.param._backward_hooks or role.param._post_accumulate_grad_hooks)
-        shared = hooked or is_of_own_class(role.param) or getattr(owner.module, "sparse", False)
+        shared = has_hooks(role.param) or is_of_own_class(role.param) or getattr(owner.module, "sparse", False)
         # Scripted modules keep the parameters they were compiled with.
         shared = shared or any(isinstance(o.module, torch.jit.ScriptModule) for o in role.owners)
         replica = Replica(role.name, role.param, list(role.owners), shared, still=not role.param.requires_grad)

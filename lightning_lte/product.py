@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -252,6 +253,22 @@ class _ScaledGradientWithTangent(_ScaledGradient):
         return tangent.view_as(tangent)
 
 
+def backward_of(
+    gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[[Any, Tensor | None], tuple[Tensor | None, ...]]:
+    """The backward of a function: its gradients from one that came back, without autocast; none from functions that
+    stop gradients, if its forward says `set_materialize_grads(False)`."""
+
+    @wraps(gradients)
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with without_autocast(gradient.device.type):
+            return gradients(ctx, gradient)
+
+    return backward
+
+
 def keep(
     ctx: Any,
     x: Tensor,
@@ -331,14 +348,8 @@ class _Product(torch.autograd.Function):
         return whole
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 10
-        with without_autocast(gradient.device.type):
-            return _Product._gradients(ctx, gradient)
-
-    @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, factors, inner = kept_by(ctx)
         A, B, anchor_A, anchor_B = factors
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_lte.product import applies, cast, is_batched
+from lightning_lte.product import applies, backward_of, cast, is_batched
 
 _CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED: dict[int, Any] = {
@@ -164,9 +164,8 @@ class _Convolution(torch.autograd.Function):
         return geometry.convolve(side_by_side(x, count), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 5
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         x, weight = _kept_by(ctx)
         x = x if x is None else side_by_side(x, ctx.count)
@@ -187,9 +186,8 @@ class _EachConvolution(torch.autograd.Function):
         return _one_by_one(geometry, x, own, biases, last)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 5
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for_x, for_own, for_biases = ctx.needs_input_grad[:3]
         geometry: Geometry = ctx.geometry
         x, own = _kept_by(ctx)

@@ -34,6 +34,7 @@ from lightning_lte.product import (
     PairAndAnchors,
     are_plain,
     as_one,
+    backward_of,
     is_batched,
     keep,
     kept_by,
@@ -136,14 +137,8 @@ class _FactoredEmbedding(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 10
-        with without_autocast(gradient.device.type):
-            return None, *_FactoredEmbedding._gradients(ctx, gradient), *(None,) * 6
-
-    @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         index, _, (A, B, *_), _ = kept_by(ctx)
         _, for_weight, for_A, for_B = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or is_batched(gradient):
@@ -162,7 +157,7 @@ class _FactoredEmbedding(torch.autograd.Function):
         if for_weight:
             padding = -1 if ctx.padding_idx is None else ctx.padding_idx
             of_weight = _scattered(gradient, index, B.shape[1], padding)
-        return of_weight, of_A, of_B
+        return None, of_weight, of_A, of_B, *(None,) * 6
 
 
 def _in_tables(index: Tensor, tables: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from lightning_lte.product import (
     _CACHE,
     PairAndAnchors,
     as_one,
+    backward_of,
     cast,
     folds,
     is_batched,
@@ -41,7 +42,6 @@ from lightning_lte.product import (
     pairs,
     scaled_gradient,
     stacked,
-    without_autocast,
 )
 from lightning_lte.span import span
 
@@ -221,16 +221,14 @@ class _FactoredConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 9
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, factors, inner = kept_by(ctx)
         of_bias = gradient_of_bias(gradient) if ctx.needs_input_grad[2] else None
-        with without_autocast(gradient.device.type):
-            if torch.is_grad_enabled() or is_batched(gradient):
-                of_x, of_weight, of_A, of_B = _derived(ctx, gradient, x, weight, *factors)
-            else:
-                of_x, of_weight, of_A, of_B = _gradients(ctx, gradient, x, weight, factors, inner)
+        if torch.is_grad_enabled() or is_batched(gradient):
+            of_x, of_weight, of_A, of_B = _derived(ctx, gradient, x, weight, *factors)
+        else:
+            of_x, of_weight, of_A, of_B = _gradients(ctx, gradient, x, weight, factors, inner)
         return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
 
 

@@ -31,7 +31,7 @@ from lightning_lte.layers.base import (
     computes_as,
     without_heads,
 )
-from lightning_lte.product import are_plain, autocasts, is_batched
+from lightning_lte.product import are_plain, autocasts, backward_of, is_batched
 
 # Subclasses that compute the same by a forward of their own.
 _ALIKE = ("timm.layers.norm.LayerNorm",)
@@ -137,9 +137,8 @@ class _ScaledNorm(torch.autograd.Function):
         return whole
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 4
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *_derived(ctx, ctx.saved_tensors, gradient), None
 
 
@@ -170,9 +169,8 @@ class _ScaledLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:  # from functions that stop gradients
-            return (None,) * 6
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, scale = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(gradient):
             return *_derived(ctx, (x, weight, bias), gradient), None, None, None
