@@ -210,9 +210,9 @@ class Factors:
             return self.weight.detach()
         return self.trial.watched()
 
-    def cast_base(self) -> Tensor:
-        """`base` for an operation that autocast has in fewer bits."""
-        return self._cast(self.base(), self.shard._version)
+    def cast(self, base: Tensor) -> Tensor:
+        """`base`, or a view of it, for an operation that autocast has in fewer bits."""
+        return self._cast(base, self.shard._version)
 
     def end_trial(self) -> None:
         """Take W detached from now on."""
@@ -264,7 +264,7 @@ class Factors:
         with span("heads"):
             factors, again = self.acting_and_anchors(head, part)
             base = weight if self.rounded is None else self.rounded.reader()
-            return product.product(x, base, bias, *factors, self.scale, self.gradient_scale, again)
+            return product.product(x, base, bias, *factors, self.scale, self.gradient_scale, again, self.cast)
 
     def acting_and_anchors(
         self, head: int | Tensor | None = None, part: int | None = None

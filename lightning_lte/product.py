@@ -10,7 +10,8 @@ With few tokens per head, reading and writing factors takes as long as multiplyi
 anchors are written once, next to nothing else, and gradients come out in the size that optimizers are to see.
 
 In half precision, under autocast too, each gradient is one product, and so is rounded once. Differences are taken in
-the dtype of the factors. An effective weight is never made, as it would be rounded to nothing but W.
+the dtype of the factors. Of a W in half precision no effective weight is made: the sum would be rounded to W itself.
+Under autocast W is in float32 and rounded anyway, and so can be the sum, as a full-rank W is that has learned the same.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def product(
     scale: float,
     gradient_scale: int = 1,
     again: Callable[[], PairAndAnchors] | None = None,
+    shared_cast: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """y_h = W x_h + s * (B_h A_h - B'_h A'_h) x_h + b_h: (n, rows, out). Straight after a merge exactly W x_h + b_h.
 
@@ -76,11 +78,16 @@ def product(
         scale: s.
         gradient_scale: what the gradients of A and B are multiplied by; see `scaled_gradient`.
         again: gives A, B and the anchors once more, for a backward, in place of keeping them until then.
+        shared_cast: `cast` of the weight, in a copy that others may have, too; None for one of its own.
     """
     x, bias = cast(x), cast(bias)
-    weight = cast(weight) if isinstance(weight, Tensor) else weight
+    folded = False  # who doesn't hold W whole has no room for effective weights beside it
+    if isinstance(weight, Tensor):
+        rows = x.numel() // (x.shape[-1] * A.shape[0])
+        folded = folds(rows, weight.shape[0], weight.shape[1], weight.dtype, anchor_B is not None)
+        weight = weight if folded else cast(weight if shared_cast is None else shared_cast(weight))
     with without_autocast(x.device.type):
-        y: Tensor = _Product.apply(x, weight, bias, A, B, anchor_A, anchor_B, scale, gradient_scale, again)
+        y: Tensor = _Product.apply(x, weight, bias, A, B, anchor_A, anchor_B, scale, gradient_scale, again, folded)
     return y
 
 
@@ -125,15 +132,14 @@ def cast(tensor: _T) -> _T:
 
 
 class SharedCast:
-    """`cast` of a tensor, in one copy for all who keep it.
+    """`cast` of a tensor and of views of it, in one copy of each for all who keep it.
 
     Autocast itself has such copies of parameters, for as long as it lasts, where it may have some: Lightning says no. A
     tensor that is detached has none: each use would make one of its own, and keep it for its backward.
     """
 
     def __init__(self) -> None:
-        self._copy: Callable[[], Tensor | None] = lambda: None
-        self._made_of: Any = None
+        self._copies: dict[Any, tuple[Any, TensorWeakRef]] = {}
 
     def __call__(self, tensor: Tensor, version: int) -> Tensor:
         """What to multiply by in place of the tensor; itself where nothing is to be cast, or operations do it.
@@ -147,11 +153,13 @@ class SharedCast:
         if is_captured(tensor.device):
             return tensor  # replays would read the copy of now, whatever is written to W since
         dtype, inference = torch.get_autocast_dtype(tensor.device.type), torch.is_inference_mode_enabled()
+        view = tensor.storage_offset(), tensor.shape, tensor.stride()
         made_of = tensor.data_ptr(), version, tensor.requires_grad, dtype, inference
-        copy = self._copy() if made_of == self._made_of else None
+        before, kept = self._copies.get(view, (None, None))
+        copy = kept() if kept is not None and made_of == before else None
         if copy is None:
             copy = cast(tensor)
-            self._copy, self._made_of = TensorWeakRef(copy), made_of
+            self._copies[view] = made_of, TensorWeakRef(copy)
         return copy
 
 
@@ -305,6 +313,7 @@ class _Product(torch.autograd.Function):
         scale: float,
         gradient_scale: int,
         again: Callable[[], PairAndAnchors] | None,
+        folded: bool,
     ) -> Tensor:
         ctx.read = None if isinstance(base, Tensor) else base
         weight = base if isinstance(base, Tensor) else base(x.dtype)
@@ -313,15 +322,12 @@ class _Product(torch.autograd.Function):
         # Not functional.linear, which gives a view: what a function of ours returns as one, users can't write to.
         whole = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows, y = _of_heads(x, A.shape[0]), _of_heads(whole, A.shape[0])
-        # Who doesn't hold W whole has no room for effective weights beside it.
-        ctx.folds = ctx.read is None and folds(
-            rows.shape[1], weight.shape[0], weight.shape[1], x.dtype, anchor_B is not None
-        )
+        ctx.folds = folded
         ctx.per_head = bias is not None and bias.dim() == 2
         added = bias.unsqueeze(1) if ctx.per_head else bias  # type: ignore[union-attr]
         inner: Tensor | None = None
         if ctx.folds:
-            for piece, effective in _effective(weight, factors, scale):
+            for piece, effective in _effective(weight, factors, scale, x.dtype):
                 if added is None:
                     torch.bmm(piece.of_heads(rows), effective.mT, out=piece.of_outputs(y))
                 else:
@@ -373,10 +379,12 @@ class _Product(torch.autograd.Function):
             if for_x:
                 first, second = (t.to(x.dtype) for t in stacked(A, B, anchor_A, anchor_B))
                 delta = own @ second @ first
-                of_x = torch.matmul(gradient, weight) + ctx.scale * (delta if A.dim() == 3 else delta.sum(1))
+                of_x = torch.matmul(gradient, weight.to(x.dtype)) + ctx.scale * (
+                    delta if A.dim() == 3 else delta.sum(1)
+                )
         elif for_x and ctx.folds:
             of_x = x.new_empty(x.shape)
-            for piece, effective in _effective(weight, factors, ctx.scale):
+            for piece, effective in _effective(weight, factors, ctx.scale, x.dtype):
                 own_x = piece.of_heads(of_x)
                 own_x.baddbmm_(piece.of_outputs(gradient), effective, beta=min(piece.part, 1))
         elif for_x:
@@ -405,7 +413,7 @@ class _Product(torch.autograd.Function):
         if for_weight:
             # The largest of them comes last: only the first steps want it, and let it go at once.
             of_weight = gradient.reshape(-1, gradient.shape[-1]).mT @ x.flatten(0, 1)
-        return None if of_x is None else of_x.view(shape), of_weight, of_bias, of_A, of_B, None, None, None, None, None
+        return None if of_x is None else of_x.view(shape), of_weight, of_bias, of_A, of_B, *[None] * 6
 
 
 def _of_heads(x: Tensor, count: int) -> Tensor:
@@ -476,19 +484,35 @@ class _Gathered:
 
 def folds(rows: int, out_features: int, in_features: int, dtype: torch.dtype, anchored: bool) -> bool:
     """Whether a head has so many rows that its effective weight pays: 4/3 m n / (m + n) with anchors, 2 m n / (m + n)
-    without, by the count of multiply-adds. On a CPU both took the same time there, too. In half precision it never
-    does, as it would be rounded to nothing but W."""
+    without, by the count of multiply-adds. On a CPU both took the same time there, too. It never does where W, whose
+    `dtype` it is, is in half precision, as it would be rounded to nothing but W."""
     if dtype in HALF:
         return False
     return (3 if anchored else 2) * rows * (out_features + in_features) >= 4 * out_features * in_features
 
 
-def _effective(weight: Tensor, factors: PairAndAnchors, scale: float) -> Iterator[tuple[_Piece, Tensor]]:
-    """For each piece its rows of W + s * (B A - B' A') for each of its heads, (heads, out, in)."""
+def _effective(
+    weight: Tensor, factors: PairAndAnchors, scale: float, dtype: torch.dtype
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """For each piece its rows of W + s * (B A - B' A') for each of its heads, (heads, out, in), in a dtype."""
     A, B, *_ = factors
     for piece in _pieces(factors, B.shape[-2] * A.shape[-1]):
-        first, second = stacked(*piece.factors)
-        yield piece, torch.baddbmm(piece.of_weight(weight), second, first, alpha=scale)
+        yield piece, with_delta(piece.of_weight(weight), *stacked(*piece.factors), scale, dtype)
+
+
+def with_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """weight + s * B A, (n, out, in), for (n, rank, in) and (n, out, rank).
+
+    Args:
+        weight: (out, in), or (n, out, in), in float32 or better.
+        A, B: in the same dtype.
+        scale: s.
+        dtype: of the sum. Where it has fewer bits, the product has no more, and the sum is rounded from float32.
+    """
+    if dtype == weight.dtype:
+        return torch.baddbmm(weight, B, A, alpha=scale)
+    delta = torch.bmm(B.to(dtype), A.to(dtype))
+    return torch.add(weight, delta, alpha=scale, out=delta)
 
 
 def _pieces(factors: PairAndAnchors, numbers: int) -> Iterator[_Piece]:

@@ -77,10 +77,10 @@ class Convolutions(TorchDispatchMode):
         return sum(count for key, count in self._seen.items() if key[0] == "backward")
 
 
-def made(case: str, many: bool, keep: bool = True) -> tuple[Any, Any, Any, Tensor]:
+def made(case: str, many: bool, keep: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any, Tensor]:
     """A layer, a plain twin, its factors, and an input."""
     make, sizes, parts = LAYERS[case]
-    layer = make().double()
+    layer = make().to(dtype)
     with torch.no_grad():
         for seed, param in enumerate(layer.parameters()):
             param.copy_(random(*param.shape, seed=10 + seed))
@@ -89,7 +89,7 @@ def made(case: str, many: bool, keep: bool = True) -> tuple[Any, Any, Any, Tenso
     f.gradient_scale = COUNT
     headed(layer, LayerState(Switch(COUNT), {"weight": f}))
     layer._lte.switch.acting = "all"
-    x = random(COUNT, layer.in_channels, *sizes[many], seed=4)
+    x = random(COUNT, layer.in_channels, *sizes[many], seed=4).to(dtype)
     if layer.weight.dim() == 4 and not layer.weight.is_contiguous():
         x = x.contiguous(memory_format=torch.channels_last)
     return layer, plain, f, x.requires_grad_()
@@ -143,6 +143,33 @@ def test_value_and_gradients_are_those_of_the_literal_formula(case: str, many: b
     wanted = torch.autograd.grad(expected, [x, f.A, f.B], seed)
     for own, literal, size in zip(found, wanted, (1, COUNT, COUNT), strict=True):
         torch.testing.assert_close(own, size * literal)
+
+
+@per_layer
+@per_places
+@per_anchors
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_under_autocast_it_is_float64_but_for_its_rounding(
+    case: str, many: bool, keep: bool, differentiated: bool
+) -> None:
+    """With a weight that wants a gradient, as in the first steps."""
+
+    def found(dtype: torch.dtype, autocast: bool) -> list[Tensor]:
+        layer, _, f, x = made(case, many, keep, dtype)
+        f.base = lambda: layer.weight
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+            assert y.grad_fn.folds == (many and (case != "3d" or autocast))  # oneDNN has a fast kernel for bfloat16
+            loss = y.double().square().mean()
+            if differentiated:
+                loss = loss + torch.autograd.grad(loss, x, create_graph=True)[0].double().square().sum()
+            # Autocast is on in here, as it is where users call it in a training step.
+            return [y.detach(), *torch.autograd.grad(loss, [x, layer.weight, f.A, f.B])]
+
+    own, exact = found(torch.float32, True), found(torch.float64, False)
+    assert [t.dtype for t in own] == [torch.bfloat16, *[torch.float32] * 4]
+    for half, literal in zip(own, exact, strict=True):
+        assert float((half.double() - literal).norm() / literal.norm()) < 0.05
 
 
 @per_layer

@@ -285,8 +285,9 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("first_steps", [False, True])
 @per_way
 def test_under_autocast_a_weight_has_one_copy_for_all_its_uses(way: dict[str, Any], first_steps: bool) -> None:
-    """By heads that take turns, too: all of their forwards come before one backward."""
-    net, x = Recurrent(), torch.randn(8, 16, 5)
+    """By heads that take turns, too: all of their forwards come before one backward. (With more tokens than these there
+    are none.)"""
+    net, x = Recurrent(), torch.randn(4, 16, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     explorer = Explorer(net, optimizer, LTEConfig(merge_every=100, rank=1, **way))
     if not first_steps:
@@ -307,6 +308,24 @@ def test_under_autocast_a_weight_has_one_copy_for_all_its_uses(way: dict[str, An
             with explorer.heads() if turn is None else explorer.head(turn):
                 outputs.append(net(x))
     assert sorted(found.values()) == sorted(in_half)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_under_autocast_no_copy_of_a_weight_is_kept_where_there_are_many_tokens(heads: int) -> None:
+    """Full rank keeps one of each: effective weights are made for the moment, in the forward and in the backward."""
+    net = nn.Sequential(nn.Sigmoid(), nn.Linear(40, 64), nn.Sigmoid(), nn.Linear(64, 40))
+    x = torch.randn(64, 8, 40).requires_grad_()
+
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x)
+
+    full = kept(forward, list(net.parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    explorer = Explorer(net, optimizer, LTEConfig(heads, 100, rank=RANK, execution="batched"))
+    past_the_first_steps(explorer, optimizer, lambda: net(x))
+    with explorer.heads():
+        assert kept(forward, [*net.parameters(), *held(explorer)]) == full - 2 * 2 * 64 * 40
 
 
 def test_a_graph_that_is_kept_does_not_keep_the_weight_of_before_a_merge() -> None:

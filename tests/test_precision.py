@@ -35,6 +35,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (lambda: nn.Conv2d(16, 24, 3), (4, 16, 6, 6)),
     "groups": (lambda: nn.Conv1d(32, 48, 3, groups=2), (4, 32, 12)),
     "transposed convolution": (lambda: nn.ConvTranspose2d(16, 12, 2, stride=2), (4, 16, 4, 4)),
+    # So many rows and places that there are effective weights, but of those in half precision.
+    "linear, many rows": (lambda: nn.Linear(64, 48), (400, 64)),
+    "convolution, many places": (lambda: nn.Conv2d(64, 64, 3), (8, 64, 18, 18)),
+    "transposed convolution, many places": (lambda: nn.ConvTranspose2d(16, 12, 2, stride=2), (32, 16, 12, 12)),
 }
 # The dtype of the arithmetic, and whether parameters stay in float32 (autocast).
 ARITHMETIC = {
@@ -132,9 +136,10 @@ def test_errors_are_no_larger_than_those_of_the_formula_as_written(name: str, pr
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "16-true"])
-def test_errors_are_no_larger_without_anchors(precision: str) -> None:
+@pytest.mark.parametrize("name", ["linear", *(name for name in LAYERS if "many" in name)])
+def test_errors_are_no_larger_without_anchors(name: str, precision: str) -> None:
     """Where there is no difference of products to be lost, W x is the last to be added, so that it is rounded once."""
-    make, shape = LAYERS["linear"]
+    make, shape = LAYERS[name]
     heads, formula = torch.stack([errors(make, shape, precision, 0.1, seed, keep=False) for seed in range(6)]).mean(0)
     assert (heads / formula).max() < 1.1, (heads / formula).tolist()
 

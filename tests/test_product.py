@@ -250,5 +250,8 @@ def test_a_scaled_gradient_is_one_in_all_ways_to_differentiate() -> None:
 @pytest.mark.parametrize(("width", "together"), [(4096, 4), (32, 32), (16384, 1)])
 def test_off_the_cpu_effective_weights_are_made_within_bounds(width: int, together: int) -> None:
     factors = torch.empty(32, 1, 2, width, device="meta"), torch.empty(32, 1, width, 2, device="meta"), None, None
-    made = [own.shape for *_, own in module._effective(torch.empty(width, width, device="meta"), factors, 1.0)]
+    made = [
+        own.shape
+        for *_, own in module._effective(torch.empty(width, width, device="meta"), factors, 1.0, torch.float32)
+    ]
     assert made == [(together, width, width)] * (32 // together)

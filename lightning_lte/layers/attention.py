@@ -126,7 +126,7 @@ class HeadedMultiheadAttention(HeadedLayer):
             y = functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         y = y.transpose(1, 2).flatten(2)
         factors = state.factors.get("out_proj.weight")
-        weight = own.out_proj.weight if factors is None else factors.cast_base()
+        weight = own.out_proj.weight if factors is None else factors.base()
         own_weight, own_bias = state.stack("out_proj.weight"), state.stack("out_proj.bias")
         y = project(self, y, weight, own.out_proj.bias, factors, own_weight, own_bias)
 
@@ -139,7 +139,7 @@ def _projections(layer: Any, state: LayerState, *inputs: Tensor) -> Sequence[Ten
     """Queries, keys and values, (batch, length, embed_dim) each; of a packed projection also from one input for all."""
     if len(inputs) == 1:
         factors = state.factors.get("in_proj_weight")
-        weight = layer.in_proj_weight if factors is None else factors.cast_base()
+        weight = layer.in_proj_weight if factors is None else factors.base()
         own = state.stack("in_proj_weight"), state.stack("in_proj_bias")
         return project(layer, inputs[0], weight, layer.in_proj_bias, factors, *own).chunk(3, -1)
     biases, own_biases = _chunks(layer.in_proj_bias, 0), _chunks(state.stack("in_proj_bias"), 1)
@@ -148,12 +148,10 @@ def _projections(layer: Any, state: LayerState, *inputs: Tensor) -> Sequence[Ten
     all_factors = [state.factors.get(key) for key in keys]
     if packed:
         first = all_factors[0]
-        weights = _chunks(layer.in_proj_weight if first is None else first.cast_base(), 0)
+        weights = _chunks(layer.in_proj_weight if first is None else first.base(), 0)
         own_weights = _chunks(state.stack("in_proj_weight"), 1)
     else:
-        weights = [
-            getattr(layer, key) if f is None else f.cast_base() for key, f in zip(keys, all_factors, strict=True)
-        ]
+        weights = [getattr(layer, key) if f is None else f.base() for key, f in zip(keys, all_factors, strict=True)]
         own_weights = [state.stack(key) for key in keys]
     return [
         project(layer, x, weight, bias, factors, own_weight, own_bias, i if packed else None)

@@ -64,7 +64,7 @@ class HeadedConv(HeadedLayer):
         factors, own_bias = state.factors.get("weight"), state.stack("bias")
         if factors is not None and _takes_patches(own, input, n, factors, own.bias if own_bias is None else own_bias):
             last = channels_last(input, own.weight)
-            weight = factors.cast_base().flatten(1)
+            weight = factors.base().flatten(1)
             y = project(self, _patches(own, input, last), weight, own.bias, factors, None, own_bias)
             y = y.unflatten(1, _counts(own, input)).movedim(-1, 1)
             return y if last else y.contiguous()
@@ -104,7 +104,7 @@ def _takes_patches(layer: Any, x: Tensor, count: int, factors: Factors, bias: Te
     if x.device.type == "cpu" and applies:
         # What a call takes by itself is not in the count of rows that decides, so they are counted once more per head.
         m, rows = factors.matrices, len(x) // count * math.prod(_counts(layer, x))
-        return not folds(rows // count, m.out_features, m.in_features, x.dtype, factors.anchor_B is not None)
+        return not folds(rows // count, m.out_features, m.in_features, layer.weight.dtype, factors.anchor_B is not None)
     return count > 1 or applies
 
 

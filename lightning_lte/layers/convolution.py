@@ -84,7 +84,8 @@ class Geometry(NamedTuple):
 
     def is_slow(self, x: Tensor, weight: Tensor) -> bool:
         """Whether torch takes a kernel of its own on a CPU that is slow: in three dimensions, for one small sample."""
-        return len(self.stride) == 3 and _chosen(x, weight, None, *self) in _SLOW
+        # Under autocast x has fewer bits than the weight, which comes later.
+        return len(self.stride) == 3 and _chosen(x, torch.empty_like(weight, dtype=x.dtype), None, *self) in _SLOW
 
     def size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """How many places an output has in each direction, of a convolution that is not transposed."""

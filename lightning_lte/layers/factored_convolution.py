@@ -42,6 +42,7 @@ from lightning_lte.product import (
     pairs,
     scaled_gradient,
     stacked,
+    with_delta,
 )
 from lightning_lte.span import span
 
@@ -82,13 +83,17 @@ def through_heads(
         head: see `Factors.apply`.
     """
     with span("heads"):
-        weight = factors.cast_base()
+        weight = factors.base()
         pair_and_anchors, again = factors.acting_and_anchors(head)
         own = _Form(geometry, factors.matrices, weight.shape[2:], factors.scale, factors.gradient_scale)
         x = cast(x)  # once, for all convolutions of it
         if x.dim() != weight.dim() or not factors.applies(x, weight, bias):
-            return torch.add(convolve(geometry, x, weight, bias), own.delta(x, *pair_and_anchors), alpha=own.scale)
-        y: Tensor = _FactoredConvolution.apply(x, cast(weight), cast(bias), *pair_and_anchors, own, again)
+            y = convolve(geometry, x, factors.cast(weight), bias)
+            return torch.add(y, own.delta(x, *pair_and_anchors), alpha=own.scale)
+        A, _, _, anchor_B = pair_and_anchors
+        folded = own.folds(x, weight, anchor_B is not None, len(A))
+        weight = weight if folded else cast(factors.cast(weight))
+        y = _FactoredConvolution.apply(x, weight, cast(bias), *pair_and_anchors, own, again, folded)
         return y
 
 
@@ -158,22 +163,22 @@ class _Form:
         rows = len(x) // count * math.prod(size)
         m = self.matrices
         if x.device.type != "cpu":
-            return folds(rows, m.out_features, m.in_features, x.dtype, anchored)
+            return folds(rows, m.out_features, m.in_features, weight.dtype, anchored)
         calls = 0 if count == 1 else _CALLS * math.prod(self.kernel) // m.count
         thin = (3 if anchored else 2) * rows * (m.out_features + m.in_features)
-        return x.dtype not in HALF and thin >= 6 * m.out_features * m.in_features + calls
+        return weight.dtype not in HALF and thin >= 6 * m.out_features * m.in_features + calls
 
     def is_thin(self, x: Tensor, rank: int) -> bool:
         """Whether the gradient of a head's effective weight takes no longer than those of its factors alone.
 
-        It takes m n multiply-adds for each place. They take 2 r (m + n) in thin convolutions, on a CPU as if r were 16
-        at least.
+        It takes m n multiply-adds for each place. They take 2 r (m + n) in thin convolutions, on a CPU as if r were
+        what a register of 64 bytes holds, at least.
         """
         m, n = self.matrices.out_features, self.matrices.in_features
-        return 2 * (max(rank, 16) if x.device.type == "cpu" else rank) * (m + n) >= m * n
+        return 2 * (max(rank, 64 // x.element_size()) if x.device.type == "cpu" else rank) * (m + n) >= m * n
 
-    def effective(self, weight: Tensor, factors: PairAndAnchors) -> Iterator[Tensor]:
-        """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all."""
+    def effective(self, weight: Tensor, factors: PairAndAnchors, dtype: torch.dtype) -> Iterator[Tensor]:
+        """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all, in a dtype."""
         A, *_ = factors
         # Those of small weights together: each operation takes its time.
         together = 1 if A.dim() == 4 else max(1, _CACHE // (weight.numel() * weight.element_size()))
@@ -182,7 +187,7 @@ class _Form:
             first, second = (t.flatten(0, 1) if t.dim() == 4 else t for t in stacked(*chosen))  # type: ignore[arg-type]
             left, right = (first.mT, second.mT) if self.matrices.transposed else (second, first)
             base = weight.reshape(self.matrices.count, left.shape[1], -1)
-            whole = torch.baddbmm(base.expand(len(left), -1, -1), left, right, alpha=self.scale)
+            whole = with_delta(base.expand(len(left), -1, -1), right, left, self.scale, dtype)
             for own in whole.view(-1, *weight.shape):
                 yield in_format_of(weight, own)
 
@@ -200,12 +205,13 @@ class _FactoredConvolution(torch.autograd.Function):
         anchor_B: Tensor | None,
         own: _Form,
         again: Callable[[], PairAndAnchors] | None,
+        folded: bool,
     ) -> Tensor:
         factors, count = (A, B, anchor_A, anchor_B), len(A)
-        ctx.own, ctx.folds, ctx.shape = own, own.folds(x, weight, anchor_B is not None, count), weight.shape
+        ctx.own, ctx.folds, ctx.shape = own, folded, weight.shape
         inner = None
         if ctx.folds:
-            parts = zip(x.chunk(count), own.effective(weight, factors), strict=True)
+            parts = zip(x.chunk(count), own.effective(weight, factors, x.dtype), strict=True)
             y: Any = _joined([own.geometry.convolve(part, each, bias) for part, each in parts])
         else:
             first, second = as_one(pairs(*factors))  # with A itself first, so that A x comes with it
@@ -229,7 +235,7 @@ class _FactoredConvolution(torch.autograd.Function):
             of_x, of_weight, of_A, of_B = _derived(ctx, gradient, x, weight, *factors)
         else:
             of_x, of_weight, of_A, of_B = _gradients(ctx, gradient, x, weight, factors, inner)
-        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None
+        return of_x, of_weight, of_bias, of_A, of_B, None, None, None, None, None
 
 
 def _gradients(
@@ -251,8 +257,10 @@ def _gradients(
             delta, _ = own.by_A.of_heads(count).backward(of_inner, x, own.of_A(first), True, False)
             of_x.add_(below_each_other(delta, count), alpha=own.scale)
         return of_x, of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
-    _, of_weight = own.geometry.backward(gradient, x, weight, False, for_weight)
-    effective = None if weight is None else own.effective(weight, factors)
+    of_weight = None
+    if for_weight and weight is not None:
+        of_weight = own.geometry.backward(gradient, x, torch.empty_like(weight, dtype=x.dtype), False, True)[1]
+    effective = None if weight is None else own.effective(weight, factors, x.dtype)
     whole = any(ctx.needs_input_grad[3:5]) and own.is_thin(x, A.shape[-2])
     # One sample of each head is next to those of others where it lies.
     together = not whole and len(x) == count and own.geometry.groups == 1
@@ -267,11 +275,11 @@ def _gradients(
         if whole:
             learned.append(_of_whole(ctx, of_whole, own_A, own_B))
         elif not together:
-            inner = own.by_A.convolve(own_x, own.of_A(own_A), None)
+            inner = own.by_A.convolve(own_x, own.of_A(own_A).to(x.dtype), None)
             learned.append(_of_pair(ctx, own_gradient, own_x, inner, own_A, own_B))
     if together:
         x, gradient = side_by_side(x, count), side_by_side(gradient, count)
-        inner = own.by_A.of_heads(count).convolve(x, own.of_A(A), None)
+        inner = own.by_A.of_heads(count).convolve(x, own.of_A(A).to(x.dtype), None)
         return _joined(parts), of_weight, *_of_pair(ctx, gradient, x, inner, A, B)
     of_A, of_B = (_joined(each) for each in zip(*learned, strict=True))
     return _joined(parts), of_weight, of_A, of_B
@@ -296,7 +304,7 @@ def _of_whole(ctx: Any, of_whole: Tensor, A: Tensor, B: Tensor) -> list[Tensor |
     for_A, for_B = ctx.needs_input_grad[3:5]
     size = own.scale * own.gradient_scale
     left = A if own.matrices.transposed else B
-    matrices = of_whole.reshape(*A.shape[:-2], left.shape[-1 if own.matrices.transposed else -2], -1)
+    matrices = of_whole.to(A.dtype).reshape(*A.shape[:-2], left.shape[-1 if own.matrices.transposed else -2], -1)
     matrices = matrices.mT if own.matrices.transposed else matrices
     return [(B.mT @ matrices).mul_(size) if for_A else None, (matrices @ A.mT).mul_(size) if for_B else None]
 
@@ -315,7 +323,7 @@ def _derived(ctx: Any, gradient: Tensor, *saved: Tensor | None) -> list[Tensor |
     with torch.enable_grad():
         y = ctx.own.scale * ctx.own.delta(x, A, B, *anchors)
         if weight is not None:
-            y = y + convolve(ctx.own.geometry, x, weight)
+            y = y + convolve(ctx.own.geometry, x, weight.to(x.dtype))
     asked = [t for t, w in zip(inputs, wanted, strict=True) if t is not None and w]
     found = iter(torch.autograd.grad(y, asked, gradient, create_graph=twice))
     return [next(found) if w else None for w in wanted[:4]]

@@ -38,5 +38,5 @@ class HeadedConv1D(HeadedLayer):
             return y
         layer: Any = self
         factors, own = state.factors.get("weight"), state.stack("weight")
-        weight = layer.weight if factors is None else factors.cast_base()
+        weight = layer.weight if factors is None else factors.base()
         return project(self, x, weight.mT, layer.bias, factors, None if own is None else own.mT, state.stack("bias"))

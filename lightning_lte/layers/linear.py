@@ -49,7 +49,7 @@ class HeadedLinear(HeadedLayer):
         factors = state.factors.get("weight")
         if input.is_nested or input.layout != torch.strided:
             return _of_one_head(self, input, factors)
-        weight = own.weight if factors is None or factors.rounded is not None else factors.cast_base()
+        weight = own.weight if factors is None or factors.rounded is not None else factors.base()
         return project(self, input, weight, own.bias, factors, state.stack("weight"), state.stack("bias"))
 
     def _merged(self, input: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _of_one_head(layer: Any, x: Tensor, factors: Factors | None) -> Tensor:
     if A.dim() == 3:  # parts of a projection, each of which has factors of its own
         A, B = A.flatten(0, 1), torch.block_diag(*B)
     y = functional.linear(functional.linear(x, A), B)
-    return functional.linear(x, factors.cast_base(), layer.bias) + factors.scale * y
+    return functional.linear(x, factors.cast(factors.base()), layer.bias) + factors.scale * y
 
 
 def project(
@@ -129,7 +129,7 @@ def project(
         bias = None
     if factors is not None:
         rounded = factors.rounded
-        y = functional.linear(rows, weight, bias) if rounded is None else rounded.product(rows, bias)
+        y = functional.linear(rows, factors.cast(weight), bias) if rounded is None else rounded.product(rows, bias)
         y = factors.apply(y, rows, state.head, part)
     elif own_weight is not None:
         y = rows @ own_weight.mT
