@@ -447,6 +447,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer of timm": (lambda: timm.layers.LayerNorm(4), (5, 4)),
     "layer without bias": (lambda: nn.LayerNorm(4, bias=False), (4,)),
     "root mean square": (lambda: nn.RMSNorm(4), (5, 4)),
+    "root mean square of two dimensions": (lambda: nn.RMSNorm((2, 3), eps=0.1), (5, 2, 3)),
     "group": (lambda: nn.GroupNorm(2, 4), (4, 3, 2)),
     "instance": (lambda: nn.InstanceNorm2d(4, affine=True), (4, 3, 2)),
 }

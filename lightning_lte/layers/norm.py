@@ -77,7 +77,11 @@ class HeadedNorm(HeadedLayer):
             return compute(input, weight, bias)
         if _takes_long_in_calls(input, state.count) and self._is_layer_norm_in_one_dtype(input, weight, bias):
             return cast(Tensor, _ScaledLayerNorm.apply(input, weight, bias, compute, own.normalized_shape, own.eps))
-        if input.is_cpu and not isinstance(self, nn.RMSNorm):
+        if isinstance(self, nn.RMSNorm):
+            if input.dtype == weight.dtype and input.dtype not in HALF:
+                eps = torch.finfo(input.dtype).eps if own.eps is None else own.eps
+                return cast(Tensor, _ScaledRMSNorm.apply(input, weight, compute, eps))
+        elif input.is_cpu:
             return self._one_by_one(input, weight, bias, state.count)
         return cast(Tensor, _ScaledNorm.apply(input, weight, bias, compute))
 
@@ -190,6 +194,49 @@ class _ScaledLayerNorm(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
+class _ScaledRMSNorm(torch.autograd.Function):
+    """What `_ScaledNorm` is, with the gradients of a root mean square norm written out. On CPUs, where torch puts it
+    together from plain operations, that takes less than half of the time of torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, compute: Callable[..., Tensor], eps: float) -> Tensor:
+        ctx.compute, ctx.autocast = partial(compute, bias=None), _autocast_of_now(x.device.type)
+        ctx.set_materialize_grads(False)
+        rows = _rows_over(weight, x)
+        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        scale = scale.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        # Not as a view: see `_ScaledNorm`.
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.mul(rows, scale, out=_rows_over(weight, y)).mul_(weight.flatten(1).unsqueeze(1))
+        return y
+
+    @staticmethod
+    @backward_of
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(gradient):
+            return *_derived(ctx, (x, weight), gradient), None, None
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        of_x = of_weight = None
+        rows, gradient = _rows_over(weight, x), _rows_over(weight, gradient)
+        own = weight.flatten(1)
+        product = gradient * rows
+        if for_weight:
+            of_weight = torch.bmm(scale.mT, product).view(weight.shape)
+        if for_x:
+            # Of the scale, which depends on all of a row.
+            through = torch.bmm(product, own.unsqueeze(2)).mul_(scale.pow(3)).div_(-rows.shape[-1])
+            of_x = torch.mul(gradient, own.unsqueeze(1), out=product).mul_(scale).addcmul_(rows, through).view(x.shape)
+        return of_x, of_weight, None, None
+
+
+def _rows_over(own: Tensor, y: Tensor) -> Tensor:
+    """`_over` with what is normalised in one dimension: (n or 1, ., numbers of one weight)."""
+    numbers = own[0].numel()
+    return y.reshape(len(own), y.numel() // (len(own) * numbers), numbers)
+
+
 def _over(own: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """y (batch, ..., *shape) with the samples that share a weight or bias, own (n or 1, *shape), below each other:
     (n or 1, ., *shape)."""
@@ -197,21 +244,20 @@ def _over(own: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _derived(ctx: Any, inputs: Sequence[Tensor | None], gradient: Tensor) -> list[Tensor | None]:
-    """The gradients of x, weight and bias that autograd finds for `ctx.compute`, which runs once more.
+    """The gradients of inputs that autograd finds for `ctx.compute`, which runs once more.
 
     Args:
         ctx: of a forward.
-        inputs: x, weight and bias.
+        inputs: what it computes from, x first: the first that the forward got.
         gradient: that came back.
     """
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs_input_grad[: len(inputs)]
     # A derivative of this one has to see where all comes from.
     twice = torch.is_grad_enabled()
     if not twice:
         inputs = [t if t is None else t.detach().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
-    x, weight, bias = inputs
     with torch.enable_grad(), ctx.autocast():
-        y = ctx.compute(x, weight, bias)
+        y = ctx.compute(*inputs)
     chosen: list[Any] = list(compress(inputs, wanted))
     found = iter(torch.autograd.grad(y, chosen, gradient, create_graph=twice))
     return [next(found) if w else None for w in wanted]
