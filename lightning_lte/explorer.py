@@ -69,8 +69,9 @@ class Explorer(Merging):
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
-            refuse; the module and the optimizers are as they were then.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_writes`, `Decay`, `inject` and
+            `check_modes` refuse, or a `shard` that the transport and the parameters don't have; the module and the
+            optimizers are as they were then.
     """
 
     def __init__(
@@ -197,7 +198,11 @@ class Explorer(Merging):
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Let heads act in a backward, where activation checkpointing runs forwards; see `follow_backward`, too."""
+        """Let heads act in a backward, where activation checkpointing runs forwards; see `follow_backward`, too.
+
+        Raises:
+            RuntimeError: heads took turns, and one has written in place to what the backward of an earlier one needs.
+        """
         switch = self.injection.switch
         batched = self.execution == "batched" and not self.full_rank
         try:

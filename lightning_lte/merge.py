@@ -78,11 +78,11 @@ class Merge:
         step: optimizer steps done.
         merges: merges done before this one.
         measure: whether to compute the norm and the disagreement.
-        exact: whether it travels in full precision, and with all that rounding took before: no other merge follows.
-        device: where it is computed; None for that of the factors.
         others: factors of weights that merge at other times. A head is bad if they are not finite, too; it starts anew
             in all of them, by `restart_elsewhere`.
         other_replicas: likewise replicas. All heads take their mean then, ahead of time, with `replicas="merge"`.
+        exact: whether it travels in full precision, and with all that rounding took before: no other merge follows.
+        device: where it is computed; None for that of the factors.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from lightning_lte.transport import Transport
 
 
 class Replica:
-    """A parameter that every worker trains by itself.
+    """A trainable parameter that is not factored: each head, or each device, trains its own.
 
     Attributes:
         name: in the user's module.

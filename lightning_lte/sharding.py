@@ -49,7 +49,7 @@ class Sharding:
         steps: names of methods of the module that use parameters as its forward does.
 
     Raises:
-        ValueError: what can't be shared out; the module is as it was then.
+        RuntimeError, ValueError: see `check`; the module is as it was then.
     """
 
     def __init__(

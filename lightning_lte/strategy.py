@@ -87,10 +87,10 @@ class HeadsStrategy(Resumable):
 
         Trainer(strategy=LTEStrategy(heads=32, merge_every=10))
 
-    In `fit`, each linear layer's weight W gets `heads` pairs of factors, dealt out over the devices. The optimizers
-    train these, each head on its own slice of the data, and every `merge_every` steps the mean of what the heads have
-    learned is added to W. Between merges devices don't communicate. See `LTEConfig` for the symbols and reasons behind
-    the arguments.
+    In `fit`, each weight W that is large enough, of linear layers, convolutions, embeddings and attention, gets `heads`
+    pairs of factors, dealt out over the devices. The optimizers train these, each head on its own slice of the data,
+    and every `merge_every` steps the mean of what the heads have learned is added to W. Between merges devices don't
+    communicate. See `LTEConfig` for the symbols and reasons behind the arguments.
 
     Args:
         heads: N, over all devices, a multiple of their number; at the start. None means one per device, or with `shard`
@@ -146,7 +146,8 @@ class HeadsStrategy(Resumable):
             for `broadcast_buffers=False`, which leaves each device its own buffers, if not its running statistics.
 
     Raises:
-        TypeError, ValueError: see `LTEConfig`.
+        TypeError, ValueError, ModuleNotFoundError: see `LTEConfig`; and for arguments that neither this class nor
+            `DDPStrategy` has, and a `checkpoint` that is neither of the two.
     """
 
     strategy_name = "lte"
