@@ -28,7 +28,7 @@ _UNSCALE = GradScaler.unscale_
 
 
 @contextmanager
-def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None = None) -> Iterator[None]:
+def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None) -> Iterator[None]:
     """Exchange the functions while the block runs, in torch and in all modules that have imported them by name.
 
     Where heads are meant, `clip_grad_norm_` knows the 2-norm alone, and raises ValueError for others.

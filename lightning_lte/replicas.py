@@ -28,9 +28,7 @@ class Replica:
             and merges have nothing to do with it.
     """
 
-    def __init__(
-        self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool = False, still: bool = False
-    ) -> None:
+    def __init__(self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool, still: bool = False) -> None:
         self.name, self.param, self.owners, self.shared, self.still = name, param, owners, shared, still
         self.stack: nn.Parameter | None = None
         # What the module shows in the turn of a head: parameters of their own on the storage of the stack, since user
