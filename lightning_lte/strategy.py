@@ -706,7 +706,10 @@ class HeadsStrategy(Resumable):
             RuntimeError: outside `fit`.
         """
         if self._explorer is None:
-            raise RuntimeError("There are heads to merge only while `trainer.fit` runs.")
+            raise RuntimeError(
+                "There are heads to merge only while `trainer.fit` runs; received a call of merge() outside of it. Call"
+                " it in a hook of the LightningModule or of a callback."
+            )
         record = self._explorer.merge(self.measure)
         self._after_merge(record)
         return record
