@@ -520,7 +520,7 @@ class Explorer(Merging):
             self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
-        self._stir(state.get("moving", ()))  # checkpoints of before have none
+        self._stir(state.get("moving", ()))  # older checkpoints have none
         self.late = self._stirred(self.late)
         self._still.accept_writes()
         # The weights are those of the state, whoever wrote them, and its merges are counted anew.
