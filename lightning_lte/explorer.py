@@ -270,7 +270,7 @@ class Explorer(Merging):
         if self.transport.devices == 1 and self._takes_all(found):
             return
         with self.transport.meeting(f"the look at the first gradients {self.where}"):
-            self._demote(self.transport.union(found, self.transport.timeout_s))
+            self._demote(self.transport.union(found))
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
@@ -464,7 +464,7 @@ class Explorer(Merging):
             names += [r.name for r in self.injection.replicas if any(r.stack is own for own in state.stacks.values())]
             reasons.update({name: "its layer's input is not the batch" for name in names})
         with self.transport.meeting("the trial of the first batch"):
-            reasons = self.transport.union(reasons, self.transport.timeout_s)
+            reasons = self.transport.union(reasons)
         if reasons:
             self.make_replicas(reasons)
 
@@ -479,7 +479,7 @@ class Explorer(Merging):
             return self._closed
         moved = self._still.changed()
         if self._watched_still():
-            moved = set(self.transport.union(dict.fromkeys(moved, WRITTEN), self.transport.timeout_s))
+            moved = set(self.transport.union(dict.fromkeys(moved, WRITTEN)))
         return checkpoint.local_state(self, moved=moved)
 
     @property
@@ -609,11 +609,11 @@ class Explorer(Merging):
         self.requeue |= bool(flags["requeue"].any())
         if self.transport.devices > 1:
             told = bool(flags["buffers"].any())
-            written = self.transport.union(self.buffers.found(), self.transport.timeout_s) if told else {}
+            written = self.transport.union(self.buffers.found()) if told else {}
             self.buffers.take_first(self.transport, written)
         if late.any():
             found, self.late = self.late, {}
-            self._demote(self._stirred(self.transport.union(found, self.transport.timeout_s)))
+            self._demote(self._stirred(self.transport.union(found)))
 
     def _demote(self, reasons: dict[str, str]) -> None:
         self._refuse_if_shared_out(reasons)

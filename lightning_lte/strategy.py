@@ -414,7 +414,7 @@ class HeadsStrategy(Resumable):
         # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
         logs = {str(self.global_rank): "logs"} if trainer.loggers else {}
         with self._transport.meeting("the start of training"):
-            self.measure = bool(self._transport.union(logs, self._transport.timeout_s))
+            self.measure = bool(self._transport.union(logs))
         self._manual = None
         self._share_device()
         explorer.on_growth = self._share_device
