@@ -249,6 +249,7 @@ class HeadsStrategy(Resumable):
         self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
         self._interrupted = self._apart = False
         self._samples_known = False
+        # Whether merges compute norms, as a device logs them: all of them agree on it, and `LTECallback` reads it.
         self.measure = True
 
     # ---- what users and the callback look at
