@@ -47,7 +47,9 @@ MEMORY: list[tuple[Base, BaseCopy]] = [
 
 def main(arguments: list[str] | None = None) -> None:
     """See the module's description."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     quality = commands.add_parser("quality", help="accuracy of the Fashion-MNIST example")
     quality.add_argument("--data", default="data", help="folder of Fashion-MNIST (default: %(default)s)")

@@ -289,7 +289,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(args: Sequence[str] | None = None) -> list[Row]:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.execution", description=__doc__)
     parser.add_argument("--batch", type=int, default=16, help="samples, a multiple of all heads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--models", nargs="+", default=["vit_small_patch32_224", "resnet18"], help=NAMED)

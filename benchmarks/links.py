@@ -196,7 +196,9 @@ def measured_step_s(name: str, batch: int, rank: int, steps: int = 5) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.links", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vit_small_patch32_224", help="of timm's")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--step-s", type=float, help="seconds of a step's computation; without it, measured here")

@@ -34,7 +34,9 @@ _OVERHEAD_ON_THE_WIRE = 66 / 1448
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.network", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", default="100mbit", help="of the link, each way, as tc takes it; 'none' for no limit")
     parser.add_argument("--latency-ms", type=float, default=50.0, help="longest wait in the queue of the link")
     parser.add_argument("--model", default="vit_small_patch32_224", help="of timm's")

@@ -224,7 +224,9 @@ def soak(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="how often (20)")
     parser.add_argument("--steps", type=int, help="steps of the run (8 for each kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")

@@ -72,7 +72,7 @@ class Watch(Callback):
 
 def main(args: Sequence[str] | None = None) -> dict[str, Outcome]:
     """Run both and print how they compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m examples.demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=60, help="epochs of either run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, help="cumulative batch (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="default: %(default)s")

@@ -17,7 +17,7 @@ from lightning_lte.execution import run
 
 def main(args: Sequence[str] | None = None) -> float:
     """Train a ViT on scikit-learn's digits through 8 heads and return its accuracy on data it has not seen."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m examples.plain_loop", description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)

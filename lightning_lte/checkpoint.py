@@ -116,7 +116,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     _restore_flights(explorer, state["flights"], layout, merged)
     merged["replica"] += [name for name in averaged if name not in merged["replica"]]
     explorer.guard.accept_writes()
-    explorer.late = dict(state.get("late", {}))  # checkpoints of before have none
+    explorer.late = dict(state.get("late", {}))  # older checkpoints have none
     kept, devices = explorer.statistics.copies(), state["devices"]
     left_out = [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(devices) else []
     told = _told(devices, layout.world_size, merged, left_out)
@@ -300,7 +300,7 @@ def _has_shape_of(param: nn.Parameter, rows: Tensor | Rows) -> bool:
 
 def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State] | None:
     """What each optimizer kept on a device alone, on the one that held the first head of device `rank`; None in
-    checkpoints of before, which have what it kept on the first one among all else."""
+    older checkpoints, which have what it kept on the first one among all else."""
     if "own" not in state:
         return None
     own: list[State] = state["own"][_Layout(state["heads"], world_size, rank).device_of_first_head(len(state["own"]))]
@@ -555,7 +555,7 @@ def _description(factors: Factors) -> dict[str, Any]:
 
 
 def _parts(rows: Tensor | Rows) -> int:
-    """How many matrices have factors of their own in one weight, from B of its heads, for checkpoints of before."""
+    """How many matrices have factors of their own in one weight, from B of its heads, for older checkpoints."""
     return rows[:1].shape[1] if rows.dim() == 4 else 1
 
 

@@ -16,7 +16,8 @@ class Clock:
     Attributes:
         step: optimizer steps done.
         merges: merges done.
-        last_merge: the value of `step` when a merge was last due, 0 before the first.
+        last_merge: the value of `step` when a merge was last due; before the first 0, or the step after which heads
+            began.
         groups_left: groups of weights that have not merged since then; 0 where all merge together.
         last_whole: the value of `step` when all weights had just been merged.
     """

@@ -155,6 +155,7 @@ class LTEConfig:
 
     Raises:
         TypeError, ValueError: a value that can't be, with the rule, the value and the remedy.
+        ModuleNotFoundError: `base="nf4"` without bitsandbytes.
     """
 
     heads: int

@@ -94,7 +94,7 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
     verdict = "batched" if reason is None else "sequential"
     transport = explorer.transport
     with transport.meeting("the trial of the first batch"):
-        verdicts = transport.union({str(transport.rank): verdict}, transport.timeout_s)
+        verdicts = transport.union({str(transport.rank): verdict})
     if set(verdicts.values()) == {"batched"}:
         explorer.share_layers(left_out)
         explorer.go_batched("proved on the first batch")

@@ -69,8 +69,9 @@ class Explorer(Merging):
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
-            refuse; the module and the optimizers are as they were then.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_writes`, `Decay`, `inject` and
+            `check_modes` refuse, or a `shard` that the transport and the parameters don't have; the module and the
+            optimizers are as they were then.
     """
 
     def __init__(
@@ -197,7 +198,11 @@ class Explorer(Merging):
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Let heads act in a backward, where activation checkpointing runs forwards; see `follow_backward`, too."""
+        """Let heads act in a backward, where activation checkpointing runs forwards; see `follow_backward`, too.
+
+        Raises:
+            RuntimeError: heads took turns, and one has written in place to what the backward of an earlier one needs.
+        """
         switch = self.injection.switch
         batched = self.execution == "batched" and not self.full_rank
         try:
@@ -265,7 +270,7 @@ class Explorer(Merging):
         if self.transport.devices == 1 and self._takes_all(found):
             return
         with self.transport.meeting(f"the look at the first gradients {self.where}"):
-            self._demote(self.transport.union(found, self.transport.timeout_s))
+            self._demote(self.transport.union(found))
 
     def before_step(self) -> None:
         """Settle roles and gradients where optimizers step without `after_backward`, as in manual optimization."""
@@ -459,7 +464,7 @@ class Explorer(Merging):
             names += [r.name for r in self.injection.replicas if any(r.stack is own for own in state.stacks.values())]
             reasons.update({name: "its layer's input is not the batch" for name in names})
         with self.transport.meeting("the trial of the first batch"):
-            reasons = self.transport.union(reasons, self.transport.timeout_s)
+            reasons = self.transport.union(reasons)
         if reasons:
             self.make_replicas(reasons)
 
@@ -474,7 +479,7 @@ class Explorer(Merging):
             return self._closed
         moved = self._still.changed()
         if self._watched_still():
-            moved = set(self.transport.union(dict.fromkeys(moved, WRITTEN), self.transport.timeout_s))
+            moved = set(self.transport.union(dict.fromkeys(moved, WRITTEN)))
         return checkpoint.local_state(self, moved=moved)
 
     @property
@@ -515,7 +520,7 @@ class Explorer(Merging):
             self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
-        self._stir(state.get("moving", ()))  # checkpoints of before have none
+        self._stir(state.get("moving", ()))  # older checkpoints have none
         self.late = self._stirred(self.late)
         self._still.accept_writes()
         # The weights are those of the state, whoever wrote them, and its merges are counted anew.
@@ -604,11 +609,11 @@ class Explorer(Merging):
         self.requeue |= bool(flags["requeue"].any())
         if self.transport.devices > 1:
             told = bool(flags["buffers"].any())
-            written = self.transport.union(self.buffers.found(), self.transport.timeout_s) if told else {}
+            written = self.transport.union(self.buffers.found()) if told else {}
             self.buffers.take_first(self.transport, written)
         if late.any():
             found, self.late = self.late, {}
-            self._demote(self._stirred(self.transport.union(found, self.transport.timeout_s)))
+            self._demote(self._stirred(self.transport.union(found)))
 
     def _demote(self, reasons: dict[str, str]) -> None:
         self._refuse_if_shared_out(reasons)

@@ -12,11 +12,7 @@ from lightning_lte.transport import Transport
 
 
 def scale_gradient(param: nn.Parameter, factor: Callable[[], int]) -> None:
-    """Multiply every gradient that reaches `param` by what `factor` returns then.
-
-    n local heads share the mean of their losses, so each head's gradient comes out n times smaller than that of its own
-    loss. It is put right here, before optimizers, clipping or gradient scalers see it.
-    """
+    """Multiply every gradient that reaches `param` by what `factor` returns then; see `product.scaled_gradient`."""
 
     def scaled(gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else gradient * factor()  # None from functions that stop gradients

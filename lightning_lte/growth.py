@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lte.optimizers import laid_out, magnitudes
+from lightning_lte.optimizers import laid_out, magnitude_names
 
 if TYPE_CHECKING:
     from lightning_lte.explorer import Explorer
@@ -75,7 +75,7 @@ def grow(explorer: Explorer, heads: int) -> None:
     factor, alone = heads // config.heads, explorer.count == 1
     explorer.collect_gradients()
     explorer.rest()
-    kept = [magnitudes(optimizer) for optimizer in explorer.optimizers]
+    kept = [magnitude_names(optimizer) for optimizer in explorer.optimizers]
     factors = {p for f in explorer.injection.factors.values() for p in f.trained.values()}
     in_place = [(r, r.param.grad) for r in explorer.injection.replicas if r.stack is None and r.param.grad is not None]
     exchanged = explorer.injection.grow(factor, heads)

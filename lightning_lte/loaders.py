@@ -15,7 +15,7 @@ def first_layout(batch: Any, loader: Any, count: int, combined: type) -> Layout:
     Args:
         batch: the first one.
         loader: of the training; a DataLoader, or what Lightning makes one of, such as several.
-        count: n, local heads.
+        count: n, local heads, where they are most.
         combined: Lightning's CombinedLoader.
 
     Raises:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ class Lockstep:
         check_parts(self._explorer, parts)
         self._per_head = self._explorer.per_head
         gradients, flags, attributes = self._take()
-        self._turns = [_Turn(head, lambda part=part: step(part)) for head, part in enumerate(parts)]  # type: ignore[misc]
+        self._turns = [_Turn(head, partial(step, part)) for head, part in enumerate(parts)]
         try:
             for turn in self._turns:
                 turn.flags, turn.attributes = flags, attributes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lte.config import LTEConfig
-from lightning_lte.heads import Factors, Pair, finite_rows
+from lightning_lte.heads import Factors, finite_rows
 from lightning_lte.moments import States, elementwise_moments, moments_of, prune_moments, zero_moments
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.payload import Payload, grouped
@@ -78,11 +78,11 @@ class Merge:
         step: optimizer steps done.
         merges: merges done before this one.
         measure: whether to compute the norm and the disagreement.
-        exact: whether it travels in full precision, and with all that rounding took before: no other merge follows.
-        device: where it is computed; None for that of the factors.
         others: factors of weights that merge at other times. A head is bad if they are not finite, too; it starts anew
             in all of them, by `restart_elsewhere`.
         other_replicas: likewise replicas. All heads take their mean then, ahead of time, with `replicas="merge"`.
+        exact: whether it travels in full precision, and with all that rounding took before: no other merge follows.
+        device: where it is computed; None for that of the factors.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Merge:
         for f in self.factors:
             if f.merging_from is not None and f.shard._version != f.merging_from:
                 f.anchored = "float32"
-                _settle(f, states, self._config, None, self.number, f.merging)
+                _settle(f, states, self._config, None, self.number)
 
     def _find_good(self, states: States) -> None:
         self._settle_interrupted(states)
@@ -293,7 +293,7 @@ class Merge:
             else:
                 outer.step(f, delta, self._left_of[f.name])
             f.anchored = payload.wire_of(f)
-            _settle(f, states, self._config, bad, self.number, f.merging)
+            _settle(f, states, self._config, bad, self.number)
 
     # ---- all else
 
@@ -455,14 +455,12 @@ def _finite(factors: Sequence[Factors], replicas: Replicas, states: States, devi
     return torch.stack([none, *(own.to(device) for own in checks)]).all(0)
 
 
-def _settle(
-    f: Factors, states: States, config: LTEConfig, bad: Tensor | None, merges: int, merged: Pair | None = None
-) -> None:
+def _settle(f: Factors, states: States, config: LTEConfig, bad: Tensor | None, merges: int) -> None:
     """Let heads go on from the merged weight: new anchors, or a reset; `bad` heads, (n,) bool, start anew.
 
-    Args:
-        merged: what was merged, where it is not the factors as they are now.
+    What was merged is in `Factors.merging`, where it is not the factors as they are now.
     """
+    merged = f.merging
     f.settle(merged)
     if bad is not None:
         _restart(f, states, bad, merges)

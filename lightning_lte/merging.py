@@ -17,7 +17,7 @@ from lightning_lte.decay import Decay
 from lightning_lte.flight import Flight
 from lightning_lte.heads import Factors
 from lightning_lte.merge import Merge, MergeRecord, combined, verify
-from lightning_lte.optimizers import check_optimizers, check_writes, moments
+from lightning_lte.optimizers import check_optimizers, check_writes, moment_names
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.replicas import Replicas
 from lightning_lte.rounded import Rounded
@@ -48,8 +48,7 @@ class Merging(Trainees):
         groups: parameter -> number of the group that it merges with.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
-            refuse.
+        TypeError, ValueError: see `Explorer`.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Merging(Trainees):
         self._reduced: set[nn.Parameter] = set()
         self.merging = False
         # Names of moments of each optimizer, once they are asked for.
-        self._moments: list[set[str] | None] | None = None
+        self._moment_names: list[set[str] | None] | None = None
 
     def give_back(self) -> None:
         self._leave_decay()
@@ -366,10 +365,10 @@ class Merging(Trainees):
 
     def _states(self) -> dict[Tensor, Any]:
         """Moments, by what optimizers train."""
-        if self._moments is None:
-            self._moments = [moments(optimizer) for optimizer in self.optimizers]
+        if self._moment_names is None:
+            self._moment_names = [moment_names(optimizer) for optimizer in self.optimizers]
         found: dict[Tensor, Any] = {}
-        for optimizer, names in zip(self.optimizers, self._moments, strict=True):
+        for optimizer, names in zip(self.optimizers, self._moment_names, strict=True):
             for p, state in self.substitution.states(optimizer).items():
                 found[p] = state if names is None else {key: value for key, value in state.items() if key in names}
         return found

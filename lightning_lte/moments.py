@@ -18,7 +18,7 @@ def moments_of(param: nn.Parameter, states: States, rows: int) -> list[Tensor]:
 
     Args:
         param: what it trains.
-        states: see above.
+        states: moments in the optimizers, by what they train.
         rows: heads that have a row of the parameter each. Of a head alone, moments may have other shapes (Adafactor's).
     """
     # The step count of a scalar parameter has its shape, too.

@@ -149,7 +149,7 @@ def acts_per_element(optimizer: Optimizer) -> bool:
     return True
 
 
-def magnitudes(optimizer: Optimizer) -> set[str] | None:
+def magnitude_names(optimizer: Optimizer) -> set[str] | None:
     """Names of what an optimizer keeps for each element that says how large its gradients are, or its steps: second
     moments and the like, which are never negative.
 
@@ -159,7 +159,7 @@ def magnitudes(optimizer: Optimizer) -> set[str] | None:
     return _kept(optimizer, _drawn(4, *_TRIED), lambda v, _: v.shape == _TRIED and bool((v >= 0).all()))
 
 
-def moments(optimizer: Optimizer) -> set[str] | None:
+def moment_names(optimizer: Optimizer) -> set[str] | None:
     """Names of what an optimizer keeps of gradients, and which is zero as long as they are: first and second moments.
 
     Not so step sizes (Rprop's) and copies of what is trained, which would ruin it if they were set to zero. None for an

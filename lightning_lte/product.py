@@ -47,7 +47,7 @@ _CASTABLE = {torch.float32, *HALF}
 
 # On a CPU, what is made of the factors is made for a few heads at a time, so that it is still in a core's cache when it
 # is read. Most cores have 1 MiB or more to themselves.
-_CACHE = 2**20
+CACHE = 2**20
 # On other devices they are made for as many heads as bytes allow: effective weights of all heads of a large layer would
 # take more memory than its activations.
 _ROOM = 2**28
@@ -526,7 +526,7 @@ def _pieces(factors: PairAndAnchors, numbers: int) -> Iterator[_Piece]:
     count, parts, size = A.shape[0], 1 if A.dim() == 3 else A.shape[1], B.shape[-2]
     of_one = numbers * A.element_size()
     if A.is_cpu:
-        together = max(1, _CACHE // of_one) * torch.get_num_threads()
+        together = max(1, CACHE // of_one) * torch.get_num_threads()
     else:
         together = max(1, _ROOM // of_one)
     if A.dim() == 3 and count <= together:

@@ -28,8 +28,10 @@ _UNSCALE = GradScaler.unscale_
 
 
 @contextmanager
-def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None = None) -> Iterator[None]:
+def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None) -> Iterator[None]:
     """Exchange the functions while the block runs, in torch and in all modules that have imported them by name.
+
+    Where heads are meant, `clip_grad_norm_` knows the 2-norm alone, and raises ValueError for others.
 
     Args:
         explorer: whose heads are meant where parameters of its module are; for others all is as always.
@@ -47,7 +49,7 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> Tensor:
-        params = _listed(parameters)
+        params = _as_list(parameters)
         if active is None or not active.trains_in_place_of(params):
             return _NORM(params, max_norm, norm_type, error_if_nonfinite, foreach)
         if float(norm_type) != 2.0:
@@ -63,7 +65,7 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
         return norms.max()
 
     def value(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
-        params = _listed(parameters)
+        params = _as_list(parameters)
         if active is not None:
             active.collect_gradients()
             params = active.trained_for(params)
@@ -106,5 +108,5 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
             setattr(module, name, function)
 
 
-def _listed(parameters: Any) -> list[Any]:
+def _as_list(parameters: Any) -> list[Any]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)

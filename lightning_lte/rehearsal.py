@@ -246,7 +246,7 @@ _CONSTANTS: dict[str, float] = {
 
 
 @contextmanager
-def without_zeros(tensors: Iterable[Tensor], copies: Iterable[tuple[Tensor, Tensor]] = ()) -> Iterator[None]:
+def without_zeros(tensors: Iterable[Tensor], copies: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Fill tensors that are all zero with small numbers: layers that start at zero would hide what comes before them.
 
     Each is written past autograd's eyes, and zero again when the block ends.

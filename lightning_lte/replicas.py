@@ -16,7 +16,7 @@ from lightning_lte.transport import Transport
 
 
 class Replica:
-    """A parameter that every worker trains by itself.
+    """A trainable parameter that is not factored: each head, or each device, trains its own.
 
     Attributes:
         name: in the user's module.
@@ -28,9 +28,7 @@ class Replica:
             and merges have nothing to do with it.
     """
 
-    def __init__(
-        self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool = False, still: bool = False
-    ) -> None:
+    def __init__(self, name: str, param: nn.Parameter, owners: list[Owner], shared: bool, still: bool = False) -> None:
         self.name, self.param, self.owners, self.shared, self.still = name, param, owners, shared, still
         self.stack: nn.Parameter | None = None
         # What the module shows in the turn of a head: parameters of their own on the storage of the stack, since user

@@ -29,7 +29,15 @@ CheckpointKind = Literal["gathered", "sharded"]
 
 
 class Resumable(_Base):
-    """The part of the strategy that saves and resumes; see `checkpoint` for what is in the dictionaries."""
+    """The part of the strategy that saves and resumes; see `checkpoint` for what is in the dictionaries.
+
+    Args:
+        checkpoint: what it writes, see `CheckpointKind`.
+        **kwargs: what `DDPStrategy` takes.
+
+    Raises:
+        ValueError: there is no such kind, or a `checkpoint_io` was given that it has no use for.
+    """
 
     # The package of Lightning's that the class is for, and what writes its files.
     package: ModuleType

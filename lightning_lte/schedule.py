@@ -32,7 +32,7 @@ class MergeSchedule(ABC):
         Args:
             step: optimizer steps done since training began, counted from 1; those before heads begin
                 (`full_rank_steps`) count, too.
-            last_merge: the value of `step` at the last merge, 0 before the first.
+            last_merge: the value of `step` at the last merge; before the first 0, or the step after which heads began.
         """
 
     def delay(self, group: int, groups: int) -> int:

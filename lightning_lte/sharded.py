@@ -314,7 +314,7 @@ def _first(transport: Transport, act: Callable[[], None]) -> None:
         except Exception as caught:
             error = caught
     told = {} if error is None else {"rank 0": f"{type(error).__name__}: {error}"}
-    told = transport.union(told, transport.timeout_s)
+    told = transport.union(told)
     if error is not None:
         raise error
     if told:

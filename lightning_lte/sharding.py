@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Sharding:
         steps: names of methods of the module that use parameters as its forward does.
 
     Raises:
-        ValueError: what can't be shared out; the module is as it was then.
+        RuntimeError, ValueError: see `check`; the module is as it was then.
     """
 
     def __init__(
@@ -187,13 +188,13 @@ def _of_unit(unit: nn.Module, units: list[nn.Module]) -> list[Tensor]:
 def _resharding(module: Any, step: Callable[..., Any]) -> Callable[..., Any]:
     """A step after which the module shows what devices share out, also where no backward follows."""
 
+    @wraps(step)
     def run(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         if not torch.is_grad_enabled():
             module.reshard()
         return output
 
-    run.__wrapped__ = step  # type: ignore[attr-defined]
     return run
 
 

@@ -87,10 +87,10 @@ class HeadsStrategy(Resumable):
 
         Trainer(strategy=LTEStrategy(heads=32, merge_every=10))
 
-    In `fit`, each linear layer's weight W gets `heads` pairs of factors, dealt out over the devices. The optimizers
-    train these, each head on its own slice of the data, and every `merge_every` steps the mean of what the heads have
-    learned is added to W. Between merges devices don't communicate. See `LTEConfig` for the symbols and reasons behind
-    the arguments.
+    In `fit`, each weight W that is large enough, of linear layers, convolutions, embeddings and attention, gets `heads`
+    pairs of factors, dealt out over the devices. The optimizers train these, each head on its own slice of the data,
+    and every `merge_every` steps the mean of what the heads have learned is added to W. Between merges devices don't
+    communicate. See `LTEConfig` for the symbols and reasons behind the arguments.
 
     Args:
         heads: N, over all devices, a multiple of their number; at the start. None means one per device, or with `shard`
@@ -146,7 +146,8 @@ class HeadsStrategy(Resumable):
             for `broadcast_buffers=False`, which leaves each device its own buffers, if not its running statistics.
 
     Raises:
-        TypeError, ValueError: see `LTEConfig`.
+        TypeError, ValueError, ModuleNotFoundError: see `LTEConfig`; and for arguments that neither this class nor
+            `DDPStrategy` has, and a `checkpoint` that is neither of the two.
     """
 
     strategy_name = "lte"
@@ -248,6 +249,7 @@ class HeadsStrategy(Resumable):
         self._split_batch: Callable[[Any, int], Sequence[Any]] | None = None
         self._interrupted = self._apart = False
         self._samples_known = False
+        # Whether merges compute norms, as a device logs them: all of them agree on it, and `LTECallback` reads it.
         self.measure = True
 
     # ---- what users and the callback look at
@@ -413,7 +415,7 @@ class HeadsStrategy(Resumable):
         # The norms of a merge cost time, and nobody sees them without a logger. Some devices alone may have one.
         logs = {str(self.global_rank): "logs"} if trainer.loggers else {}
         with self._transport.meeting("the start of training"):
-            self.measure = bool(self._transport.union(logs, self._transport.timeout_s))
+            self.measure = bool(self._transport.union(logs))
         self._manual = None
         self._share_device()
         explorer.on_growth = self._share_device
@@ -705,7 +707,10 @@ class HeadsStrategy(Resumable):
             RuntimeError: outside `fit`.
         """
         if self._explorer is None:
-            raise RuntimeError("There are heads to merge only while `trainer.fit` runs.")
+            raise RuntimeError(
+                "There are heads to merge only while `trainer.fit` runs; received a call of merge() outside of it. Call"
+                " it in a hook of the LightningModule or of a callback."
+            )
         record = self._explorer.merge(self.measure)
         self._after_merge(record)
         return record

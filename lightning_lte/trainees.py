@@ -96,6 +96,7 @@ class Trainees:
 
     @property
     def report(self) -> Report:
+        """Which role each parameter has and why."""
         return self.injection.report
 
     @property
@@ -184,6 +185,7 @@ class Trainees:
 
     @property
     def gradient_scale(self) -> int:
+        """What gradients of single heads are multiplied by; see above."""
         return self._gradient_scale
 
     @gradient_scale.setter

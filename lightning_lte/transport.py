@@ -310,17 +310,17 @@ class Transport:
         answers = self._exchange(value, timeout_s)
         return answers is not None and all(answer == value for answer in answers)
 
-    def union(self, values: Mapping[str, str], timeout_s: float) -> dict[str, str]:
+    def union(self, values: Mapping[str, str]) -> dict[str, str]:
         """What any device has; all devices receive the same, in the same order.
 
         Raises:
-            TimeoutError: a device does not arrive in time, or has come to its end.
+            TimeoutError: a device does not arrive within `timeout_s`, or has come to its end.
         """
-        answers = self._exchange(f"{_UNION}{json.dumps(dict(values))}", timeout_s)
+        answers = self._exchange(f"{_UNION}{json.dumps(dict(values))}", self.timeout_s)
         if answers is not None and not all(answer.startswith(_UNION) for answer in answers):
             raise TimeoutError(f"Rank {self.device} asked the other devices, of which one has come to its end.")
         if answers is None:
-            raise TimeoutError(f"Rank {self.device} waited {timeout_s:g} s for the other devices in vain.")
+            raise TimeoutError(f"Rank {self.device} waited {self.timeout_s:g} s for the other devices in vain.")
         together: dict[str, str] = {}
         for answer in answers:
             together = {**json.loads(answer.removeprefix(_UNION)), **together}

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from lightning_lte import Explorer, LTEConfig, product
 from lightning_lte.batch import Layout
 from lightning_lte.execution import run
-from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes, moments
+from lightning_lte.optimizers import acts_per_element, decays_apart, magnitude_names, moment_names
 from lightning_lte.outer import OuterOptimizer
 from lightning_lte.trial import checksum
 from tests.another_device import DEVICE, Elsewhere, another_device, move_
@@ -209,7 +209,7 @@ def test_an_optimizer_is_tried_whose_settings_are_tensors_on_another_device(tens
         param = nn.Parameter(Elsewhere(torch.ones(2, 2)))
         optimizer = torch.optim.AdamW([param], **given, foreach=False, capturable=True)  # type: ignore[arg-type]
         assert acts_per_element(optimizer) and decays_apart(optimizer) is True
-        assert (magnitudes(optimizer), moments(optimizer)) == ({"exp_avg_sq"}, {"exp_avg", "exp_avg_sq"})
+        assert (magnitude_names(optimizer), moment_names(optimizer)) == ({"exp_avg_sq"}, {"exp_avg", "exp_avg_sq"})
     assert optimizer.param_groups[0]["lr"] is given["lr"]
 
 

@@ -191,7 +191,7 @@ def test_the_table_of_accuracy_compares_runs_of_the_same_seed() -> None:
     assert "| int8 | cpu | 2 | 81.75 (80.50 to 83.00) | -0.25 (-1.00 to +0.50) | 80.75 (79.50 to 82.00) |" in text
 
 
-def test_the_bound_is_the_sum_of_the_issue_s_formula_over_layers_and_of_the_rest() -> None:
+def test_the_bound_is_the_sum_of_its_formula_over_layers_and_of_the_rest() -> None:
     inner = Use(out_features=8, in_features=4, rank=2, tokens=10)
     assert inner.full_rank == 10 * 3 * 32
     assert inner.heads(anchors=False) == 10 * (2 * 32 + 3 * 2 * 12)
@@ -343,7 +343,8 @@ def test_the_quick_benchmarks_print_one_table(name: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_a_quick_benchmark_takes_what_it_is_given(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     option = "--models" if name == "step" else "--model"
-    main([name, "--quick", "--threads", "1", option, "benchmarks/models/mlp.py", "--batch", "8"])
+    model = Path(__file__).parents[1] / "benchmarks" / "models" / "mlp.py"
+    main([name, "--quick", "--threads", "1", option, str(model), "--batch", "8"])
     text = capsys.readouterr().out
     assert "| mlp, batch 8, " in text and "test_vit" not in text
 

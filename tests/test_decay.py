@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy, Transport
-from lightning_lte.optimizers import acts_per_element, decays_apart, magnitudes
+from lightning_lte.optimizers import acts_per_element, decays_apart, magnitude_names
 from tests.modules import FACTORED, RANK, Module, clone, loader, make_data, make_net, train_step, trainer
 from tests.processes import run
 from tests.test_exactness import HEADS, OUTER, on_devices, train_both
@@ -420,7 +420,7 @@ def test_trying_an_optimizer_calls_none_of_its_hooks() -> None:
     opt.register_step_pre_hook(lambda *_: called.append("before"))
     opt.register_step_post_hook(lambda *_: called.append("after"))
     torch.optim.lr_scheduler.ConstantLR(opt)
-    assert decays_apart(opt) is True and acts_per_element(opt) and magnitudes(opt)
+    assert decays_apart(opt) is True and acts_per_element(opt) and magnitude_names(opt)
     assert not called and opt.steps == 0
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lte import At, Explorer, LTEConfig, LTEStrategy, Transport
 from lightning_lte.heads import Factors, spread
 from lightning_lte.layers.base import HeadedLayer
-from lightning_lte.optimizers import magnitudes
+from lightning_lte.optimizers import magnitude_names
 from tests.modules import (
     IN,
     RANK,
@@ -254,7 +254,7 @@ def test_magnitudes_are_found_whatever_the_optimizer(kind: Any, settings: dict[s
     param = nn.Parameter(torch.ones(1))
     optimizer = kind([param], lr=0.01, **settings)
     for _ in range(2):
-        assert magnitudes(optimizer) == names
+        assert magnitude_names(optimizer) == names
         assert param.grad is None and float(param.detach()) == 1
         optimizer.state[param] = {"step": torch.tensor(1.0), "sum": torch.ones(1)}  # of use for some
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
-from lightning_lte.optimizers import acts_per_element, check_optimizers, decays_apart, magnitudes, moments
+from lightning_lte.optimizers import acts_per_element, check_optimizers, decays_apart, magnitude_names, moment_names
 from tests.modules import RANK, Module, Net, adamw, backward, loader, make_data, make_net, sgd, train_step, trainer
 
 
@@ -136,7 +136,7 @@ class Drawing(torch.optim.Optimizer):
 def test_trying_an_optimizer_draws_nothing_from_the_users_streams() -> None:
     optimizer = Drawing(params())
     expected = []
-    for ask in (lambda _: None, acts_per_element, moments, magnitudes, decays_apart):
+    for ask in (lambda _: None, acts_per_element, moment_names, magnitude_names, decays_apart):
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
         ask(optimizer)
         expected.append((float(torch.rand(())), random.random(), float(np.random.rand())))

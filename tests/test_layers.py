@@ -589,6 +589,15 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_with_rule_value_and_remedy(
         layer(torch.zeros(shape))
 
 
+def test_a_causal_mask_that_is_not_given_is_refused_as_without_heads() -> None:
+    layer, switch, x = nn.MultiheadAttention(8, 2, batch_first=True), Switch(COUNT), torch.zeros(COUNT, 4, 8)
+    with pytest.raises(RuntimeError, match="is_causal"):
+        layer(x, x, x, is_causal=True)
+    headed(layer, LayerState(switch, {"in_proj_weight": factors_of(layer, "in_proj_weight")}))
+    with switch.at("all"), pytest.raises(RuntimeError, match=r"received attn_mask=None\. Give the mask"):
+        layer(x, x, x, is_causal=True)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kind", ["sparse_coo", "jagged", "nested"])
 def test_a_linear_layer_takes_sparse_and_nested_inputs_while_one_head_acts(kind: str, parts: int) -> None:

@@ -45,11 +45,11 @@ def literally(x: Any, weight: Any, bias: Any, A: Any, B: Any, anchor_A: Any, anc
 @pytest.mark.parametrize("bias", ["none", "shared", "per head"])
 @pytest.mark.parametrize("parts", [None, 1, 3])
 # Of a byte, there is room for one head at a time.
-@pytest.mark.parametrize("cache", [1, module._CACHE])
+@pytest.mark.parametrize("cache", [1, module.CACHE])
 def test_value_and_gradients_are_those_of_the_literal_formula(
     rows: int, anchored: bool, bias: str, parts: int | None, cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CACHE", cache)
+    monkeypatch.setattr(module, "CACHE", cache)
     inputs: Any = tensors(rows, anchored, bias, parts)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     y, expected = product(*inputs, SCALE), literally(*inputs)

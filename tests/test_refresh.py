@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_lte import Explorer, LTEConfig, LTEStrategy
-from lightning_lte.optimizers import moments
+from lightning_lte.optimizers import moment_names
 from lightning_lte.payload import is_dense, sizes
 from tests.modules import RANK, Module, adamw, clone, loader, make_data, make_net, sgd, train_step, trainer
 from tests.test_exactness import HEADS, OUTER, train_both
@@ -305,4 +305,4 @@ def test_what_was_learned_while_a_merge_travelled_survives_a_resume_with_refresh
 )
 def test_moments_are_what_is_zero_while_gradients_are(make: Any, expected: set[str]) -> None:
     kwargs = {} if "defaults" in getattr(make, "keywords", {}) else {"lr": 0.1}
-    assert moments(make([torch.nn.Parameter(torch.ones(4, 4))], **kwargs)) == expected
+    assert moment_names(make([torch.nn.Parameter(torch.ones(4, 4))], **kwargs)) == expected

@@ -152,6 +152,11 @@ def test_the_report_gives_every_parameter_a_role_and_a_reason() -> None:
     assert "batched" in str(s.report())
 
 
+def test_who_merges_outside_of_fit_is_told_where_to() -> None:
+    with pytest.raises(RuntimeError, match=r"received a call of merge\(\) outside of it\. Call it in a hook"):
+        strategy().merge()
+
+
 def test_one_device_has_no_process_group_no_launcher_and_no_shuffled_loader() -> None:
     seen: list[Tensor] = []
 

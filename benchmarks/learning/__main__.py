@@ -57,7 +57,9 @@ def work(rows: table.Table, cache: Cache, seeds: Sequence[int], data: Path) -> i
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run, print or plot a table; returns how many runs failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tables", nargs="*", help="names in tables/, or paths of YAML files")
     parser.add_argument(
         "--root", type=Path, default=Path("runs/learning"), help="where results are kept (default: %(default)s)"

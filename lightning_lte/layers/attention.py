@@ -91,7 +91,10 @@ class HeadedMultiheadAttention(HeadedLayer):
             return plain
         own: Any = self
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal=True says that attn_mask is causal, and needs attn_mask to be given.")
+            raise RuntimeError(
+                "is_causal=True says that attn_mask is causal; received attn_mask=None. Give the mask, as"
+                " nn.MultiheadAttention needs it without heads, too, or is_causal=False."
+            )
         alike = query is key and key is value
         batched = query.dim() == 3
         if not batched:

@@ -30,7 +30,7 @@ from lightning_lte.layers.convolution import (
     side_by_side,
 )
 from lightning_lte.product import (
-    _CACHE,
+    CACHE,
     PairAndAnchors,
     as_one,
     backward_of,
@@ -181,7 +181,7 @@ class _Form:
         """W + s * (B_h A_h - B'_h A'_h) of one head after the other, as there need not be room for all, in a dtype."""
         A, *_ = factors
         # Those of small weights together: each operation takes its time.
-        together = 1 if A.dim() == 4 else max(1, _CACHE // (weight.numel() * weight.element_size()))
+        together = 1 if A.dim() == 4 else max(1, CACHE // (weight.numel() * weight.element_size()))
         for start in range(0, len(A), together):
             chosen = (None if t is None else t[start : start + together] for t in factors)
             first, second = (t.flatten(0, 1) if t.dim() == 4 else t for t in stacked(*chosen))  # type: ignore[arg-type]
