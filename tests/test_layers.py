@@ -877,17 +877,19 @@ def test_attributes_that_users_set_to_one_number(attribute: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "operation"),
+    ("layer", "operation", "memory_format", "calls"),
     [
-        (nn.LayerNorm(3), torch.ops.aten.native_layer_norm.default),
-        (nn.GroupNorm(2, 4), torch.ops.aten.native_group_norm.default),
+        (nn.LayerNorm(3), torch.ops.aten.native_layer_norm.default, torch.contiguous_format, COUNT),
+        (nn.GroupNorm(2, 4), torch.ops.aten.native_group_norm.default, torch.contiguous_format, 1),
+        (nn.GroupNorm(2, 4), torch.ops.aten.native_group_norm.default, torch.channels_last, COUNT),
     ],
-    ids=["layer", "group"],
+    ids=["layer", "group", "group, channels last"],
 )
 def test_on_a_cpu_large_norms_of_heads_are_torchs_own_operation(
-    layer: Any, operation: Any, monkeypatch: pytest.MonkeyPatch
+    layer: Any, operation: Any, memory_format: torch.memory_format, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is scaled apart, and normalised once more in the backward, takes up to eight times as long there."""
+    """What is scaled apart, and normalised once more in the backward, takes up to eight times as long there. All heads
+    are one sample of a norm of channels, but where these come last."""
     monkeypatch.setattr(norm, "_takes_long_in_calls", lambda *_: False)
     switch = Switch(COUNT)
     stacks = {key: nn.Parameter(torch.randn(COUNT, *p.shape)) for key, p in layer.named_parameters()}
@@ -901,8 +903,9 @@ def test_on_a_cpu_large_norms_of_heads_are_torchs_own_operation(
             return func(*args, **(kwargs or {}))
 
     with switch.at("all"), Scaled():
-        layer(torch.randn(2 * COUNT, 4, 3, requires_grad=True)).square().sum().backward()
-    assert scaled == COUNT * [True]
+        y = layer(torch.randn(2 * COUNT, 4, 3, 3).contiguous(memory_format=memory_format).requires_grad_())
+        y.square().sum().backward()
+    assert scaled == calls * [True] and y.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize(("heads", "samples", "normalised"), [(32, 32, 1), (4, 2048, 4), (2, 2, 2)])

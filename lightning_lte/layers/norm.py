@@ -31,6 +31,7 @@ from lightning_lte.layers.base import (
     computes_as,
     without_heads,
 )
+from lightning_lte.layers.convolution import channels_last
 from lightning_lte.product import are_plain, autocasts, backward_of, is_batched
 
 # Subclasses that compute the same by a forward of their own.
@@ -72,6 +73,8 @@ class HeadedNorm(HeadedLayer):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         shared: Tensor | None = getattr(self, "bias", None)
         weight, bias = _affine(state, "weight", own.weight), None if shared is None else _affine(state, "bias", shared)
+        if isinstance(self, _CHANNELS):
+            return self._of_channels(input, weight, bias, state.count)
         compute = partial(self._scaled, count=state.count)
         if not are_plain(input, weight):
             return compute(input, weight, bias)
@@ -84,6 +87,23 @@ class HeadedNorm(HeadedLayer):
         elif input.is_cpu:
             return self._one_by_one(input, weight, bias, state.count)
         return cast(Tensor, _ScaledNorm.apply(input, weight, bias, compute))
+
+    def _of_channels(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        """What a norm of channels computes. Statistics are those of a sample and a group alone. So all samples can be
+        one that has the channels of all of them, with a weight and bias for each, in torch's own operation."""
+        # Channels last stay so, which torch's operation for them does on a CPU alone.
+        if count == 1 or len(x) == 0 or (x.is_cpu and isinstance(self, nn.GroupNorm) and channels_last(x)):
+            return self._one_by_one(x, weight, bias, count)
+        samples, channels = x.shape[:2]
+
+        def of_each(own: Tensor) -> Tensor:
+            return own.unsqueeze(1).expand(count, samples // count, channels).reshape(-1)
+
+        one = x.reshape(1, samples * channels, *x.shape[2:])
+        y = self._norm(one, of_each(weight), None if bias is None else of_each(bias), samples)
+        # Not as a view, to which users' writing in place would take longer.
+        whole: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+        return whole
 
     def _is_layer_norm_in_one_dtype(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether it is torch's layer norm, all in one dtype. In half precision torch rounds once what comes out, and
@@ -105,21 +125,21 @@ class HeadedNorm(HeadedLayer):
         weight, bias = self._aligned(weight, dims), None if bias is None else self._aligned(bias, dims)
         return _scaled(self._norm(x, None, None), weight, bias, count)
 
-    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """What the layer computes with another weight and bias, or without."""
+    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, samples: int = 1) -> Tensor:
+        """What the layer computes with another weight and bias, or without; of channels those of several `samples` side
+        by side."""
         own: Any = self
         if isinstance(self, nn.LayerNorm):
             return functional.layer_norm(x, own.normalized_shape, weight, bias, own.eps)
         if isinstance(self, nn.RMSNorm):
             return functional.rms_norm(x, own.normalized_shape, weight, own.eps)
         if isinstance(self, nn.GroupNorm):
-            return functional.group_norm(x, own.num_groups, weight, bias, own.eps)
+            # Not by functional.group_norm, which takes a sample with as many channels as groups for one of one number.
+            return torch.group_norm(x, samples * own.num_groups, weight, bias, own.eps)
         return functional.instance_norm(x, weight=weight, bias=bias, eps=own.eps)
 
     def _aligned(self, own: Tensor, dims: int) -> Tensor:
         """(n or 1, *shape) so that it meets (n, batch, ...) in the dimensions that are scaled."""
-        if isinstance(self, _CHANNELS):
-            return own.view(own.shape[0], 1, -1, *[1] * (dims - 3))
         return own.view(own.shape[0], *[1] * (dims - own.dim()), *own.shape[1:])
 
 
