@@ -23,8 +23,6 @@ from torch.optim import Optimizer
 from lightning_lte.explorer import Explorer
 
 _NORM, _VALUE = clip_grad.clip_grad_norm_, clip_grad.clip_grad_value_
-_ZERO = nn.Module.zero_grad
-_UNSCALE = GradScaler.unscale_
 
 
 @contextmanager
@@ -41,6 +39,8 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
     # None in the end: who has taken one of these for keeps, as a module that is imported meanwhile, gets torch's own
     # afterwards, and does not keep the heads.
     active: Explorer | None = explorer
+    # As they are now: others may have exchanged them since.
+    zero_before, unscale_before = nn.Module.zero_grad, GradScaler.unscale_
 
     def norm(
         parameters: Any,
@@ -72,7 +72,7 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
         _VALUE(params, clip_value, *args, **kwargs)
 
     def zero(self: nn.Module, set_to_none: bool = True) -> None:
-        _ZERO(self, set_to_none)
+        zero_before(self, set_to_none)
         if active is not None and active.trains_in_place_of(self.parameters()):
             active.collect_gradients()
             for param in active.trained_for(self.parameters()):
@@ -83,7 +83,7 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
         if active is not None and self is not scaler and self.is_enabled():
             if any(bare is own for own in active.optimizers):
                 active.before_step()
-        _UNSCALE(self, optimizer)
+        unscale_before(self, optimizer)
 
     exchanged: dict[Any, Any] = {_NORM: norm, _VALUE: value}
     package = __name__.partition(".")[0]
@@ -102,8 +102,8 @@ def gradient_functions_reach_heads(explorer: Explorer, scaler: GradScaler | None
         yield
     finally:
         active = None
-        nn.Module.zero_grad = _ZERO  # type: ignore[method-assign]
-        GradScaler.unscale_ = _UNSCALE  # type: ignore[method-assign]
+        nn.Module.zero_grad = zero_before  # type: ignore[method-assign]
+        GradScaler.unscale_ = unscale_before  # type: ignore[method-assign]
         for module, name, function in places:
             setattr(module, name, function)
 

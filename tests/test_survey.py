@@ -808,6 +808,35 @@ def test_functions_that_were_taken_for_keeps_are_torchs_own_after_training() -> 
         assert torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm() <= 1.0
 
 
+def test_functions_that_others_have_exchanged_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def noted(before: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls.append(before.__name__)
+            return before(*args, **kwargs)
+
+        return run
+
+    class Zeroing(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            nn.Linear(1, 1).zero_grad()
+            torch.amp.GradScaler("cpu", enabled=False).unscale_(torch.optim.SGD([self.own], 0.1))
+            return super().training_step(batch, batch_idx)
+
+        def on_fit_start(self) -> None:
+            self.own = torch.ones(1, requires_grad=True)
+            self.own.grad = torch.ones(1)
+
+    exchanged = [(nn.Module, "zero_grad"), (torch.amp.GradScaler, "unscale_")]
+    for owner, name in exchanged:
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
+    theirs = [getattr(owner, name) for owner, name in exchanged]
+    train(Zeroing())
+    assert {"zero_grad", "unscale_"} <= set(calls)
+    assert [getattr(owner, name) for owner, name in exchanged] == theirs
+
+
 def test_hooks_on_parameters_keep_their_meaning() -> None:
     module = Module(optimizer=sgd)
     frozen_rows = torch.ones(WIDTH, 1, dtype=torch.float64)
