@@ -59,8 +59,10 @@ class Explorer(Merging):
         outer: the outer optimizer, or None.
         flights: merges that have started and not landed.
         merging: whether a merge has begun and not ended.
-        layout: how batches are laid out, once one was seen.
+        layouts: how batches are laid out, one for each structure that was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
+        tried: whether one forward was proved right for all local heads, by the structure of batches; None where it is
+            taken to be right for all.
         report: which role each parameter has and why.
         late: names of what heads turned out in the middle of a period not to train, with the reason, and of replicas
             that want no gradient and are written, for all devices to hear of at the next merge.
@@ -83,7 +85,8 @@ class Explorer(Merging):
         chosen = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         super().__init__(module, chosen, config, transport or Transport())
         self.execution = config.execution if self.count > 1 else "batched"
-        self.layout: Layout | None = None
+        self.tried: dict[str, bool] | None = None if config.execution == "batched" else {}
+        self.layouts: list[Layout] = []
         self._closed: checkpoint.State | None = None
         self._starved_known = self._averaged = False
         self.late: dict[str, str] = {}
