@@ -71,8 +71,8 @@ class Explorer(Merging):
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
-            refuse; the module and the optimizers are as they were then.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject`, `check_stacks` and
+            `check_modes` refuse; the module and the optimizers are as they were then.
     """
 
     def __init__(

@@ -48,8 +48,8 @@ class Merging(Trainees):
         groups: parameter -> number of the group that it merges with.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject` and `check_modes`
-            refuse.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `Decay`, `inject`, `check_stacks` and
+            `check_modes` refuse.
     """
 
     def __init__(

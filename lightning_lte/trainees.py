@@ -14,7 +14,7 @@ from lightning_lte.gradients import scale_gradient
 from lightning_lte.guard import Guard, Watched
 from lightning_lte.heads import Factors
 from lightning_lte.injection import eject, inject
-from lightning_lte.optimizers import check_modes, wrapped_optimizers
+from lightning_lte.optimizers import check_modes, check_stacks, wrapped_optimizers
 from lightning_lte.report import Report
 from lightning_lte.roles import REMOVE_HOOKS
 from lightning_lte.running_statistics import RunningStatistics
@@ -47,7 +47,7 @@ class Trainees:
         made_replicas: what lost its heads while training ran, and why.
 
     Raises:
-        ValueError: see `inject` and `check_modes`; the module and the optimizers are as they were then.
+        ValueError: see `inject`, `check_stacks` and `check_modes`; the module and the optimizers are as they were then.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Trainees:
             # Heads that share a device may have replicas of their own, too, from the first batch on.
             several = count > 1 or bool(config.grow_heads)
             replicas = [replica.param for replica in self.injection.replicas] if several else []
+            check_stacks(self.optimizers, self.injection.factors.keys())
             check_modes(self.optimizers, {*self.injection.factors, *replicas})
             self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
             self._note_optimizers()
