@@ -137,7 +137,7 @@ def test_optimizers_that_fail_on_stacks_of_matrices_are_refused_where_heads_trai
     before = type(net.first)
     projecting = Projecting([{"params": matrices, "rank": 2}, {"params": thin}], defaults)
     with pytest.raises(
-        ValueError, match=r"in stacks of .* received .*test_guard.Projecting, .* shape \(4, 4\) and fails .* AdamW"
+        ValueError, match=r"in stacks of .* received .*test_guard.Projecting, .* shape \(4, 4\) and fails .*optim.AdamW"
     ):
         Explorer(net, projecting, LTEConfig(heads, 2, rank=RANK))
     assert type(net.first) is before
