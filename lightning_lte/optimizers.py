@@ -82,7 +82,8 @@ def check_stacks(optimizers: Iterable[Optimizer], factored: Collection[nn.Parame
                         "The factors of heads are trained in stacks of matrices, (heads, rows, columns), and an"
                         f" optimizer must take those; received {kind.__module__}.{kind.__name__}, which steps a"
                         f" parameter of shape {_TRIED[1:]} and fails on one of shape {_TRIED} ({type(error).__name__}:"
-                        f" {error}). Choose an optimizer that updates each element by itself, such as torch.optim.AdamW."
+                        f" {error}). Choose an optimizer that updates each element by itself, such as"
+                        " torch.optim.AdamW."
                     ) from error
 
 
