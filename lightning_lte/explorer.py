@@ -334,11 +334,8 @@ class Explorer(Merging):
         self._averaged = False
         if not self._is_settling:
             self._look(look_at_bits=False)
-        hidden = self.per_head
-        for param in self.substitution.held(self.optimizers[number]).values():
-            # Code that zeroes the gradients of module.parameters() would not reach these.
-            if param in hidden:
-                param.grad = None
+        for param in self.used_up(self.optimizers[number]):
+            param.grad = None
         for param in self.frozen:
             param.grad = None
         self._count_step(number)

@@ -105,6 +105,17 @@ class Trainees:
         factors = [p for f in self.injection.factors.values() for p in f.trained.values()]
         return {*factors, *(r.stack for r in self.injection.replicas if r.stack is not None)}
 
+    def used_up(self, optimizer: Optimizer) -> set[nn.Parameter]:
+        """What loses its gradient as an optimizer has stepped: of what it trains, all that is each head's own.
+
+        Code that zeroes the gradients of `module.parameters()` would not reach that.
+
+        What another optimizer trains, too, keeps its gradient: that one may step on it as well.
+        """
+        used = self.per_head.intersection(self.substitution.held(optimizer).values())
+        others = [own for own in self.optimizers if own is not optimizer]
+        return used.difference(*(self.substitution.held(own).values() for own in others))
+
     def act(self) -> None:
         """Show the optimizers what they train. What came into their groups since is trained as a replica.
 
