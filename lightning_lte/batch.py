@@ -170,8 +170,13 @@ class Layout:
         return -1 if _has_rows(leaf) else None
 
     def _kinds_in(self, batch: Any) -> set[tuple[Path, str]]:
-        leaves = _leaves(batch, whole=self._items)
-        return {(p, "rows" if _has_rows(v) else "items" if p in self._items and _is_list(v) else "") for p, v in leaves}
+        kinds: set[tuple[Path, str]] = set()
+        for path, leaf in _leaves(batch, whole=self._items):
+            kind = "rows" if _has_rows(leaf) else "items" if path in self._items and _is_list(leaf) else ""
+            while not kind and path and type(path[-1]) is int:
+                path = path[:-1]  # however many captions, or names of files, there are
+            kinds.add((path, kind))
+        return kinds
 
 
 def layout_of(batch: Any, known: list[Layout]) -> Layout:

@@ -335,6 +335,13 @@ def test_the_difference_between_structures_is_named() -> None:
     assert later.difference(known[0]) == "with batch['w'], without batch['y'], with other kinds of things in batch['z']"
 
 
+def test_lists_of_what_is_shared_by_all_samples_are_of_one_structure_whatever_their_lengths() -> None:
+    known = [Layout({"x": numbers(4), "captions": ["a"] * 7, "pairs": [(0, 1), (2, 3)]}, 4)]
+    for length in (9, 4, 1):
+        batch = {"x": numbers(4), "captions": ["b"] * length, "pairs": [(0, 1)] * length}
+        assert layout_of(batch, known) is known[0] and known[0].take(batch, [0])["captions"] == ["b"] * length
+
+
 def test_empty_batches_are_left_alone() -> None:
     layout = Layout(numbers(4))
     assert [len(part) for part in layout.split(numbers(0), 3)] == [0, 0, 0]
