@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_lte.report import listed
+
 Path = tuple[Any, ...]
 
 REMEDY = (
@@ -39,7 +41,7 @@ def _unshared(tensor: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where the samples lie in the batches of a run, as its first batch shows.
+    """Where the samples lie in batches of one structure: with the same keys, and the same kinds of things under them.
 
     Tensors have them along dimension 0; lists and tuples that are as long as the batch, such as images of different
     sizes, captions or targets, have one for each sample. Mappings, sequences, named tuples and dataclasses may be
@@ -51,22 +53,29 @@ class Layout:
     a list of mappings that is as long: the targets of object detection.
 
     Args:
-        batch: the first one.
-        expected: its samples, where the loader knows; else they are read off the tensors.
+        batch: the first one that is made so.
+        expected: samples of whole batches, where the loader knows; else they are read off the tensors.
+        former: of other batches of the run. What these have in common with this one tells how many samples it has.
+
+    Attributes:
+        expected: see above.
+        structure: what the batches have in common, as text that is equal for those that are made alike alone.
 
     Raises:
         ValueError: it can't be told where the samples are.
     """
 
-    def __init__(self, batch: Any, expected: int | None = None) -> None:
-        found = None if expected is None else _read(batch, expected, known=True)
-        tensors, lists, targets = _lengths(batch)
-        for candidates in (tensors, targets if tensors else lists):
-            if found is None:
-                # A collate function may leave samples out, but what has more than the loader gave holds other things.
-                fit = [_read(batch, n) for n in candidates - {-1} if expected is None or n <= expected]
-                fit = [read for read in fit if read is not None]
-                found = fit[0] if len(fit) == 1 else None
+    def __init__(self, batch: Any, expected: int | None = None, former: Sequence[Layout] = ()) -> None:
+        self.expected = expected
+        rows = {path for layout in former for path in layout._rows}
+        items = {path for layout in former for path in layout._items}
+        sizes = {_size(v) for path, v in _leaves(batch) if path in rows and _has_rows(v)}
+        sizes |= {len(v) for path, v in _leaves(batch, whole=items) if path in items and _is_list(v)}
+        if sizes:
+            parts = {path[:depth] for path in rows | items for depth in range(len(path))}
+            found = _read(batch, sizes.pop(), True, rows | items, parts) if len(sizes) == 1 else None
+        else:
+            found = _first_read(batch, expected)
         if found is None:
             raise ValueError(
                 "Local heads share a device by splitting the batch: its tensors must be dense and have the samples"
@@ -75,18 +84,32 @@ class Layout:
                 + (f" from a loader with batch_size={expected}" if expected is not None else "")
                 + f". {REMEDY}."
             )
-        self._rows, self._items = found
+        self._rows: set[Path] = found[0]
+        self._items: set[Path] = found[1]
+        self._kinds = self._kinds_in(batch)
+        self.structure = repr(sorted(self._kinds, key=repr))
+
+    def fits(self, batch: Any) -> bool:
+        """Whether a batch has this structure, whatever its size."""
+        return self._kinds_in(batch) == self._kinds
+
+    def difference(self, other: Layout) -> str:
+        """What batches of this structure have and those of another have not, and the other way round."""
+        more, less = ({path for path, _ in a._kinds - b._kinds} for a, b in ((self, other), (other, self)))
+        parts = [("with", more - less), ("without", less - more), ("with other kinds of things in", more & less)]
+        return ", ".join(f"{word} {listed(sorted(map(_name, paths)))}" for word, paths in parts if paths)
 
     def size(self, batch: Any) -> int:
         """Samples in a batch.
 
         Raises:
-            ValueError: it is made otherwise than the first one.
+            ValueError: it does not have one number of samples throughout, or another structure.
         """
         sizes = {self._length(path, leaf) for path, leaf in _leaves(batch, whole=self._items)} - {None}
         if len(sizes) != 1:
             raise ValueError(
-                "All batches must be made as the first one is, and have one number of samples throughout; received"
+                "A batch must be made as the first one is, of which it was found where samples are, and have one number"
+                " of them throughout; received"
                 f" {_described(batch)}. {REMEDY}."
             )
         return sizes.pop()  # type: ignore[return-value]
@@ -143,8 +166,30 @@ class Layout:
         if path in self._rows:
             return _size(leaf) if _has_rows(leaf) else -1
         if path in self._items:
-            return len(leaf)
+            return len(leaf) if _is_list(leaf) else -1
         return -1 if _has_rows(leaf) else None
+
+    def _kinds_in(self, batch: Any) -> set[tuple[Path, str]]:
+        kinds: set[tuple[Path, str]] = set()
+        for path, leaf in _leaves(batch, whole=self._items):
+            kind = "rows" if _has_rows(leaf) else "items" if path in self._items and _is_list(leaf) else ""
+            while not kind and path and type(path[-1]) is int:
+                path = path[:-1]  # however many captions, or names of files, there are
+            kinds.add((path, kind))
+        return kinds
+
+
+def layout_of(batch: Any, known: list[Layout]) -> Layout:
+    """The layout of a batch: one of those known, or a new one, which is added to them.
+
+    Raises:
+        ValueError: it can't be told where the samples are.
+    """
+    found = next((layout for layout in known if layout.fits(batch)), None)
+    if found is None:
+        found = Layout(batch, known[0].expected if known else None, known)
+        known.append(found)
+    return found
 
 
 def _runs(index: Sequence[int]) -> list[slice]:
@@ -153,18 +198,41 @@ def _runs(index: Sequence[int]) -> list[slice]:
     return [slice(index[start], index[end - 1] + 1) for start, end in pairwise([*starts, len(index)])]
 
 
-def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set[Path]] | None:
+def _first_read(batch: Any, expected: int | None) -> tuple[set[Path], set[Path]] | None:
+    """`_read` a batch of which nothing is known but the loader's batch size, perhaps."""
+    found = None if expected is None else _read(batch, expected, known=True)
+    tensors, lists, targets = _lengths(batch)
+    for candidates in (tensors, targets if tensors else lists):
+        if found is None:
+            # A collate function may leave samples out, but what has more than the loader gave holds other things.
+            fit = [_read(batch, n) for n in candidates - {-1} if expected is None or n <= expected]
+            fit = [read for read in fit if read is not None]
+            found = fit[0] if len(fit) == 1 else None
+    return found
+
+
+def _read(
+    batch: Any, samples: int, known: bool = False, lists: Collection[Path] = (), parts: Collection[Path] = ()
+) -> tuple[set[Path], set[Path]] | None:
     """Paths of tensors with rows for samples and of lists with items for them; None if they don't fit.
 
     Args:
-        batch: the first one.
+        batch: any.
         samples: as many as it would have.
         known: whether that is sure; if not, the outermost list is taken to hold other things than samples.
+        lists: paths of what is known to have the samples: a list there that is as long has an item for each.
+        parts: paths of containers that are known to have parts of the batch.
     """
     rows: set[Path] = set()
     items: set[Path] = set()
 
+    def has_items(value: Any, path: Path) -> bool:
+        return _is_list(value) and len(value) == samples and path not in parts
+
     def read(value: Any, path: Path) -> bool:
+        if path in lists and has_items(value, path):
+            items.add(path)
+            return True
         if _has_rows(value):
             rows.add(path)
             return _size(value) == samples
@@ -176,10 +244,10 @@ def _read(batch: Any, samples: int, known: bool = False) -> tuple[set[Path], set
         # Images beside a list of targets, one for each: as many as they have channels, or vectors as long, perhaps.
         if known and any(_has_an_item_for_each(child, samples) for _, child in children):
             for key, child in children:
-                if _is_list(child) and len(child) == samples:
+                if has_items(child, (*path, key)):
                     items.add((*path, key))
             children = [(key, child) for key, child in children if (*path, key) not in items]
-        if _is_list(value) and len(value) == samples and (path or known):
+        if has_items(value, path) and (path or known):
             found = (set(rows), set(items))
             if not all(isinstance(item, Mapping) for item in value) or not value:
                 if all(read(child, (*path, key)) for key, child in children) and (rows, items) != found:
@@ -258,7 +326,7 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
 
 def _leaves(value: Any, path: Path = (), whole: Collection[Path] = ()) -> Iterator[tuple[Path, Any]]:
     """The leaves of a batch with their paths, and the lists whose paths are in `whole`."""
-    children = None if path in whole else _children(value)
+    children = None if path in whole and _is_list(value) else _children(value)
     if children is None:
         yield path, value
     else:
@@ -327,18 +395,35 @@ def _mapping_like(value: Any, old: dict[Any, Any], new: dict[Any, Any]) -> Any:
     return result
 
 
+def _name(path: Path) -> str:
+    return "batch" + "".join(f"[{key!r}]" for key in path)
+
+
 def _described(batch: Any) -> str:
-    leaves = [leaf for _, leaf in _leaves(batch)]
-    tensors = [leaf for leaf in leaves if _has_rows(leaf)]
-    lengths = sorted({_size(tensor) for tensor in tensors} - {-1})
-    uncut = sorted({_layout(tensor) for tensor in tensors if _size(tensor) == -1})
+    """What a batch has in the way of samples, and where, for errors."""
+    # By what it is, the places where it is.
+    lengths: dict[int, list[str]] = {}
+    uncut: dict[str, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
     plain = (Tensor, str, bytes, int, float, bool, complex, np.generic, type(None))
-    unknown = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain) and not _is_table(leaf)})
-    found = [f"tensors with dimension 0 of sizes {lengths}"] if lengths else []
-    found += [f"{' and '.join(uncut)} tensors"] if uncut else []
+    for path, leaf in _leaves(batch):
+        if _has_rows(leaf) and _size(leaf) != -1:
+            lengths.setdefault(_size(leaf), []).append(_name(path))
+        elif _has_rows(leaf):
+            uncut.setdefault(_layout(leaf), []).append(_name(path))
+        elif not isinstance(leaf, plain):
+            unknown.setdefault(type(leaf).__name__, []).append(_name(path))
+    where = "; ".join(f"{size} in {listed(names, 3)}" for size, names in sorted(lengths.items()))
+    found = [f"tensors with dimension 0 of sizes {sorted(lengths)}"] if lengths else []
+    found = [f"{found[0]} ({where})"] if len(lengths) > 1 else found
+    found += [f"{' and '.join(sorted(uncut))} tensors ({_places(uncut)})"] if uncut else []
     found = found or ["no tensors"]
-    found += [f"objects of kind {', '.join(unknown)}"] if unknown else []
+    found += [f"objects of kind {', '.join(sorted(unknown))} ({_places(unknown)})"] if unknown else []
     return " and ".join(found)
+
+
+def _places(found: dict[str, list[str]]) -> str:
+    return listed([name for names in found.values() for name in names], 3)
 
 
 def _layout(tensor: Any) -> str:

@@ -62,6 +62,7 @@ def gather_state(local: State, transport: Transport) -> State | None:
         "late": dict(ChainMap(*parts["late"])),
         "buffers": parts["buffers"],
         "own": parts["own"],
+        "tried": parts["tried"],
         # The first of the devices that share out a head has those of all of them.
         "generators": parts["generators"] if within is None else [s for own in parts["generators"] for s in own or ()],
     }
@@ -149,10 +150,21 @@ def _take_roles(explorer: Explorer, state: Mapping[str, Any]) -> None:
     if explorer.execution == "auto" and state["execution"] != "auto":
         go = explorer.go_sequential if state["execution"] == "sequential" else explorer.go_batched
         go("as in the checkpoint")
+        explorer.tried = _tried(state, explorer.transport)
     # Heads got copies of what was trained then, which may be frozen now: it is thawed as training goes on.
     apart = {name for name, saved in state["replicas"].items() if len(saved["value"]) != state["devices"]}
     if any(replica.name in apart and replica.stack is None for replica in explorer.injection.replicas):
         explorer.split_again(apart, in_turn=explorer.execution == "sequential")
+
+
+def _tried(state: Mapping[str, Any], transport: Transport) -> dict[str, bool] | None:
+    """What was tried of batches on this device; on another number of devices, what was proved on any of them."""
+    rows = state.get("tried")  # checkpoints of before have none
+    if rows is None or None in rows:
+        return None
+    if len(rows) == transport.world_size:
+        return dict(rows[transport.rank])
+    return {structure: True for own in rows for structure, proved in own.items() if proved}
 
 
 def _take_clocks(explorer: Explorer, state: Mapping[str, Any]) -> None:
@@ -519,6 +531,7 @@ def local_state(explorer: Explorer, closing: bool = False, moved: Collection[str
         "optimizer_kinds": [type(optimizer).__name__ for optimizer in explorer.optimizers],
         # One head on its own proves nothing for several.
         "execution": explorer.execution if explorer.count > 1 else "auto",
+        "tried": None if explorer.tried is None else dict(explorer.tried),
         "clocks": [clock.state_dict() for clock in explorer.clocks],
         "made_replicas": dict(explorer.made_replicas),
         "late": dict(explorer.late),

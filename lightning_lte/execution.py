@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lte.batch import Layout, copied
+from lightning_lte.batch import Layout, copied, layout_of
 from lightning_lte.explorer import Explorer
 from lightning_lte.proof import reason_against_batched
 from lightning_lte.rehearsal import groups_untouched
+from lightning_lte.report import listed
 
 
 def run(
@@ -28,7 +30,8 @@ def run(
 ) -> Any:
     """Run a step on a batch through all local heads, in the way that is right for the module.
 
-    With `execution="auto"` the first batch that the heads divide shows which way that is.
+    With `execution="auto"` the first batch that the heads divide shows which way that is. If it is one forward, the
+    first batch of another structure shows whether that holds for those that are made as it is; see `Layout`.
 
     Args:
         explorer: whose heads act.
@@ -43,13 +46,13 @@ def run(
         What the step returned, or what it returned for all heads; see `combined`.
     """
     explorer.act()
-    if explorer.config.grow_heads:
+    if explorer.config.grow_heads and not explorer.layouts:
         # The first batch tells more than the last one of an epoch, and tells it before training.
-        explorer.layout = explorer.layout or Layout(batch)
+        layout_of(batch, explorer.layouts)
     if explorer.count == 1 or explorer.full_rank:
         with explorer.heads():
             return step(batch)
-    layout = explorer.layout = explorer.layout or Layout(batch)
+    layout = layout_of(batch, explorer.layouts)
     samples = layout.size(batch)
     even = samples % explorer.count == 0
     # A loader may begin with a batch of odd size; on one device, the trial can wait for another.
@@ -57,7 +60,14 @@ def run(
         with trial():
             # Steps may write to their batch.
             decide(explorer, step, copied(batch), layout.split(copied(batch), explorer.count) if even else None)
-    if explorer.execution == "batched":
+        explorer.tried = {layout.structure: explorer.execution == "batched"}
+    elif explorer.execution == "batched" and even and explorer.tried is not None:
+        if layout.structure not in explorer.tried:
+            with trial():
+                explorer.tried[layout.structure] = _fits_too(
+                    explorer, step, copied(batch), layout.split(copied(batch), explorer.count), layout
+                )
+    if explorer.execution == "batched" and (explorer.tried is None or explorer.tried.get(layout.structure)):
         rows = samples
         if fill_up and not even:
             batch = layout.filled_up(batch, explorer.count)
@@ -89,8 +99,6 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
         reason: str | None = f"the first batch can't be split evenly over {explorer.count} heads"
     else:
         reason = _try(explorer, step, batch, parts)
-        # Autocast may go on with casts of what parameters were filled with for the time.
-        torch.clear_autocast_cache()
     verdict = "batched" if reason is None else "sequential"
     transport = explorer.transport
     with transport.meeting("the trial of the first batch"):
@@ -103,11 +111,33 @@ def decide(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Se
     left_out.clear()
 
 
+def _fits_too(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any], layout: Layout) -> bool:
+    """Whether one forward may serve all local heads on batches of another structure, too.
+
+    Devices don't ask each other, as only some of them may see such a batch: where one forward is right, so is a turn
+    for each head.
+    """
+    left_out = explorer.injection.switch.left_out
+    reason = _try(explorer, step, batch, parts)
+    if reason is None and left_out:
+        # Heads have learned in these layers, from batches that are made otherwise.
+        names = [name for name, layer in explorer.module.named_modules() if layer in left_out]
+        reason = f"the input of {listed(names)} is not the batch there"
+    left_out.clear()
+    if reason is not None:
+        warnings.warn(
+            f"The {explorer.count} heads of this device share one forward, but take turns on batches"
+            f" {layout.difference(explorer.layouts[0])}: {reason.rstrip('.')}.",
+            stacklevel=2,
+        )
+    return reason is None
+
+
 def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequence[Any]) -> str | None:
     factors = explorer.injection.factors.values()
     stacks = [r.stack for r in explorer.injection.replicas if r.stack is not None]
     with groups_untouched(explorer.optimizers):
-        return reason_against_batched(
+        reason = reason_against_batched(
             explorer.module,
             lambda part: _loss(step(part)),
             batch,
@@ -120,6 +150,9 @@ def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequ
             explorer.injection.switch.left_out,
             explorer.config.loss_reduction,
         )
+    # Autocast may go on with casts of what parameters were filled with for the time.
+    torch.clear_autocast_cache()
+    return reason
 
 
 def run_in_turn(explorer: Explorer, step: Callable[[Any], Any], parts: Sequence[Any]) -> Any:

@@ -59,8 +59,10 @@ class Explorer(Merging):
         outer: the outer optimizer, or None.
         flights: merges that have started and not landed.
         merging: whether a merge has begun and not ended.
-        layout: how batches are laid out, once one was seen.
+        layouts: how batches are laid out, one for each structure that was seen.
         execution: how local heads share the device: "batched", "sequential", or "auto" while it is not decided.
+        tried: whether one forward was proved right for all local heads, by the structure of batches; None where it is
+            taken to be right for all.
         report: which role each parameter has and why.
         late: names of what heads turned out in the middle of a period not to train, with the reason, and of replicas
             that want no gradient and are written, for all devices to hear of at the next merge.
@@ -69,9 +71,9 @@ class Explorer(Merging):
         on_growth: called when the number of heads has grown, for whoever has to know; None for nobody.
 
     Raises:
-        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_writes`, `Decay`, `inject` and
-            `check_modes` refuse, or a `shard` that the transport and the parameters don't have; the module and the
-            optimizers are as they were then.
+        TypeError, ValueError: what `LTEConfig.local_heads`, `check_optimizers`, `check_writes`, `Decay`, `inject`,
+            `check_stacks` and `check_modes` refuse, or a `shard` that the transport and the parameters don't have; the
+            module and the optimizers are as they were then.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class Explorer(Merging):
         chosen = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         super().__init__(module, chosen, config, transport or Transport())
         self.execution = config.execution if self.count > 1 else "batched"
-        self.layout: Layout | None = None
+        self.tried: dict[str, bool] | None = None if config.execution == "batched" else {}
+        self.layouts: list[Layout] = []
         self._closed: checkpoint.State | None = None
         self._starved_known = self._averaged = False
         self.late: dict[str, str] = {}
@@ -336,11 +339,8 @@ class Explorer(Merging):
         self._averaged = False
         if not self._is_settling:
             self._look(look_at_bits=False)
-        hidden = self.per_head
-        for param in self.substitution.held(self.optimizers[number]).values():
-            # Code that zeroes the gradients of module.parameters() would not reach these.
-            if param in hidden:
-                param.grad = None
+        for param in self.used_up(self.optimizers[number]):
+            param.grad = None
         for param in self.frozen:
             param.grad = None
         self._count_step(number)

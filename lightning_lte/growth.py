@@ -101,7 +101,7 @@ def grow(explorer: Explorer, heads: int) -> None:
                 replica.stack.grad = laid_out(gradient.expand_as(replica.stack), replica.stack)
     elif config.execution == "auto" and explorer.execution == "batched":
         # What is proved for some slices of a batch is proved for these.
-        explorer.execution = "auto"
+        explorer.execution, explorer.tried = "auto", {}
 
 
 def _grown(state: Mapping[str, Any], old: nn.Parameter, factor: int, kept: Collection[str] | None) -> dict[str, Any]:

@@ -227,12 +227,12 @@ class Lockstep:
             return combined(values)
 
         self._put(self._together())
+        used = explorer.used_up(first.optimizer)
         result = first.step(None if any(wish is None or wish.closure is None for wish in wishes) else closure)
         # The step has used the gradients of the heads' own; parameters keep theirs until the user zeroes them. And what
         # turned out to be no good for heads has lost them.
         self._per_head = explorer.per_head
-        used = self._per_head & set(explorer.substitution.held(first.optimizer).values())
-        kept = self._params().keys() - used
+        kept = self._params().keys() - used - explorer.used_up(first.optimizer)
         for turn in self._turns:
             turn.gradients = {p: g for p, g in turn.gradients.items() if p in kept}
         self._take()

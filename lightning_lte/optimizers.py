@@ -54,6 +54,39 @@ def check_optimizers(optimizers: Sequence[Optimizer], count: int) -> None:
             )
 
 
+def check_stacks(optimizers: Iterable[Optimizer], factored: Collection[nn.Parameter]) -> None:
+    """Refuse optimizers that step matrices and fail on a stack of them, as which the factors of heads are trained.
+
+    A twin tries it, with the settings of each group that has factored weights, as GaLore's have a rank. One that can't
+    be copied, or fails on a matrix, too, gets the benefit of the doubt.
+
+    Args:
+        optimizers: the user's, with the user's own parameters.
+        factored: weights that heads train in place of the optimizer.
+
+    Raises:
+        ValueError: with rule, value and remedy.
+    """
+    stacks, gradients = _drawn(2, 2, *_TRIED).unbind()
+    for optimizer in optimizers:
+        for settings in _kinds(optimizer, lambda group: any(p in factored for p in group["params"])):
+            shape: tuple[int, ...] = _TRIED[1:]
+            try:
+                _trained(optimizer, settings, stacks[0, 0], [gradients[0, 0]] * 2)
+                shape = _TRIED
+                _trained(optimizer, settings, stacks[0], [gradients[0]] * 2)
+            except Exception as error:
+                if shape == _TRIED:
+                    kind = type(optimizer)  # with its module: more than torch's are called AdamW
+                    raise ValueError(
+                        "The factors of heads are trained in stacks of matrices, (heads, rows, columns), and an"
+                        f" optimizer must take those; received {kind.__module__}.{kind.__name__}, which steps a"
+                        f" parameter of shape {_TRIED[1:]} and fails on one of shape {_TRIED} ({type(error).__name__}:"
+                        f" {error}). Choose an optimizer that updates each element by itself, such as"
+                        " torch.optim.AdamW."
+                    ) from error
+
+
 def check_modes(optimizers: Iterable[Optimizer], by_heads: Collection[nn.Parameter]) -> None:
     """Refuse optimizers that train at one point and evaluate at another, as schedule-free ones do, where heads train.
 
@@ -127,16 +160,10 @@ def acts_per_element(optimizer: Optimizer) -> bool:
         # norms over both show, means of signs, and step sizes that grow as long as all goes one way.
         gradient[0] = gradients[0][0] * (1 + number)
         gradient[1] *= 100 ** (1 + number % 4)
-    tried: set[str] = set()
-    for group in optimizer.param_groups:
+    for group in _kinds(optimizer):
         # A learning rate that is warmed up is zero at the start, at which nothing shows; at a small one step sizes that
         # an optimizer finds by itself stay what they are at first.
-        settings = {**_on_cpu(group), **({"lr": 1.0} if group.get("lr") is not None else {})}
-        # Many groups may differ in their learning rates alone.
-        kind = repr({k: v for k, v in settings.items() if k not in ("params", "param_names", "initial_lr")})
-        if kind in tried:
-            continue
-        tried.add(kind)
+        settings = {**group, **({"lr": 1.0} if group.get("lr") is not None else {})}
         try:
             stacked = _trained(optimizer, settings, start, gradients) - start
             single = [_trained(optimizer, settings, start[i], [g[i] for g in gradients]) - start[i] for i in range(2)]
@@ -252,6 +279,18 @@ def _on_cpu(group: Mapping[str, Any]) -> dict[str, Any]:
     which keep the same."""
     kernels = {key: False for key in ("fused", "capturable") if group.get(key)}
     return {**group, **{key: _moved(value) for key, value in group.items() if key != "params"}, **kernels}
+
+
+def _kinds(
+    optimizer: Optimizer, wanted: Callable[[Mapping[str, Any]], bool] = lambda group: True
+) -> list[dict[str, Any]]:
+    """`_on_cpu` of groups, of those alone that differ in more than parameters and learning rates: they may be many."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for group in filter(wanted, optimizer.param_groups):
+        settings = _on_cpu(group)
+        other = {k: v for k, v in settings.items() if k not in ("params", "param_names", "lr", "initial_lr")}
+        kinds.setdefault(repr((settings.get("lr") is None, other)), settings)
+    return list(kinds.values())
 
 
 def _moved(setting: Any) -> Any:

@@ -76,12 +76,13 @@ def save(
         plainly = {key: own[key] for key in _PLAINLY}
         own = {key: value for key, value in own.items() if key not in plainly}
         rest["lte"] = _without_tensors(own)
-        plain = transport.gather({key: rest["lte"][key] for key in ("optimizers", "late")})
+        plain = transport.gather({key: rest["lte"][key] for key in ("optimizers", "late", "tried")})
         if plain is not None:
             of_each = list(zip(*(own["optimizers"] for own in plain), strict=True))
             rest["lte"]["optimizers"] = [{n: v for own in reversed(each) for n, v in own.items()} for each in of_each]
             rest["lte"]["holders"] = [holders(each) for each in of_each]
             rest["lte"]["late"] = dict(ChainMap(*(own["late"] for own in plain)))
+            rest["lte"]["tried"] = [own["tried"] for own in plain]
         tensors[SHARDS] = _dealt(own, str(transport.rank))
         for key, value in plainly.items():
             _put(tensors[SHARDS], (str(transport.rank), key), _as_tensor(value))

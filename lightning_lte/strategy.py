@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lte import advice, execution
-from lightning_lte.batch import Layout
+from lightning_lte.batch import Layout, layout_of
 from lightning_lte.callback import HeadsCallback
 from lightning_lte.config import (
     AfterMerge,
@@ -510,7 +510,7 @@ class HeadsStrategy(Resumable):
         explorer = self._explorer
         assert explorer is not None
         step = super().training_step
-        if explorer.config.grow_heads and self._split_batch is None:
+        if explorer.config.grow_heads and not explorer.layouts and self._split_batch is None:
             # The first batch tells more than the last one of an epoch, and tells it before training.
             self._layout(args[0])
         if explorer.count == 1 or explorer.full_rank:
@@ -557,17 +557,18 @@ class HeadsStrategy(Resumable):
     def _layout(self, batch: Any) -> Layout:
         explorer = self._explorer
         assert explorer is not None
-        if explorer.layout is None:
+        if not explorer.layouts:
             combined = self.package.utilities.combined_loader.CombinedLoader
-            explorer.layout = first_layout(batch, self._module.trainer.train_dataloader, self._most_local, combined)
-        return explorer.layout
+            loader = self._module.trainer.train_dataloader
+            explorer.layouts.append(first_layout(batch, loader, self._most_local, combined))
+        return layout_of(batch, explorer.layouts)
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
         """While it is tried how local heads may share the device, let the module's logging do nothing."""
         module, trainer, explorer = self._module, self._module.trainer, self._explorer
         assert explorer is not None
-        loggers = list(trainer.loggers)
+        loggers, undecided = list(trainer.loggers), explorer.execution == "auto"
         for name in ("log", "log_dict"):
             module.__dict__[name] = lambda *args, **kwargs: None
         trainer.loggers = [self.package.loggers.logger.DummyLogger() for _ in loggers]
@@ -578,7 +579,8 @@ class HeadsStrategy(Resumable):
             trainer.loggers = loggers
             for name in ("log", "log_dict"):
                 module.__dict__.pop(name)
-        self._announce()
+        if undecided:
+            self._announce()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         explorer = self._explorer

@@ -14,7 +14,7 @@ from lightning_lte.gradients import scale_gradient
 from lightning_lte.guard import Guard, Watched
 from lightning_lte.heads import Factors
 from lightning_lte.injection import eject, inject
-from lightning_lte.optimizers import check_modes, wrapped_optimizers
+from lightning_lte.optimizers import check_modes, check_stacks, wrapped_optimizers
 from lightning_lte.report import Report
 from lightning_lte.roles import REMOVE_HOOKS
 from lightning_lte.running_statistics import RunningStatistics
@@ -47,7 +47,7 @@ class Trainees:
         made_replicas: what lost its heads while training ran, and why.
 
     Raises:
-        ValueError: see `inject` and `check_modes`; the module and the optimizers are as they were then.
+        ValueError: see `inject`, `check_stacks` and `check_modes`; the module and the optimizers are as they were then.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Trainees:
             # Heads that share a device may have replicas of their own, too, from the first batch on.
             several = count > 1 or bool(config.grow_heads)
             replicas = [replica.param for replica in self.injection.replicas] if several else []
+            check_stacks(self.optimizers, self.injection.factors.keys())
             check_modes(self.optimizers, {*self.injection.factors, *replicas})
             self.substitution = Substitution(self.optimizers, self._replacements(), self._names)
             self._note_optimizers()
@@ -104,6 +105,17 @@ class Trainees:
         """What is trained and has the local heads as dimension 0."""
         factors = [p for f in self.injection.factors.values() for p in f.trained.values()]
         return {*factors, *(r.stack for r in self.injection.replicas if r.stack is not None)}
+
+    def used_up(self, optimizer: Optimizer) -> set[nn.Parameter]:
+        """What loses its gradient as an optimizer has stepped: of what it trains, all that is each head's own.
+
+        Code that zeroes the gradients of `module.parameters()` would not reach that.
+
+        What another optimizer trains, too, keeps its gradient: that one may step on it as well.
+        """
+        used = self.per_head.intersection(self.substitution.held(optimizer).values())
+        others = [own for own in self.optimizers if own is not optimizer]
+        return used.difference(*(self.substitution.held(own).values() for own in others))
 
     def act(self) -> None:
         """Show the optimizers what they train. What came into their groups since is trained as a replica.

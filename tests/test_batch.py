@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from lightning_lte.batch import Layout, copied
+from lightning_lte.batch import Layout, copied, layout_of
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -278,6 +278,68 @@ def test_batches_that_are_made_otherwise_later_are_refused() -> None:
     for other in ({"x": numbers(4), "y": numbers(5)}, {"x": numbers(4), "z": numbers(4)}):
         with pytest.raises(ValueError, match="made as the first one is"):
             layout.size(other)
+
+
+def images(count: int, channels: int = 3) -> list[torch.Tensor]:
+    return [torch.full((channels, 5 + i, 4), float(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ({"x": numbers(4)}, {"x": numbers(3), "mask": torch.arange(3)}),
+        ({"x": numbers(4), "mask": None}, {"x": numbers(3), "mask": torch.arange(3)}),
+        ({"x": numbers(4)}, {"x": numbers(3), "mask": [0, 1, 2]}),
+        ({"mask": images(4), "y": numbers(4)}, {"mask": torch.arange(3), "y": numbers(3)}),
+        ({"mask": numbers(4), "y": numbers(4)}, {"mask": images(3), "y": numbers(3)}),
+        ({"mask": images(4), "y": numbers(4)}, {"mask": images(3)}),
+    ],
+    ids=["key", "none", "list", "stacked", "unstacked", "alone"],
+)
+def test_keys_that_come_later_are_dealt_out_as_those_that_were_there(first: Any, later: Any) -> None:
+    """Four samples at first, and then three, which images have as channels."""
+    known = [Layout(first, 4)]
+    layout = layout_of(later, known)
+    assert known == [known[0], layout] and layout.size(later) == 3
+    mask = [int(torch.as_tensor(part).max()) for part in layout.take(later, [0, 2])["mask"]]
+    assert mask == [0, 2]
+    assert layout_of(first, known) is known[0] and layout_of(later, known) is layout
+
+
+def test_as_many_views_of_all_samples_as_samples_are_not_taken_for_samples() -> None:
+    """Beside images, and in the last batch of an epoch, which is of another structure than the others."""
+    known = [Layout({"views": [torch.zeros(4, 2)] * 2, "images": images(4), "boxes": [{}] * 4}, 4)]
+    assert known[0].size({"views": [torch.zeros(2, 2)] * 2, "images": images(2), "boxes": [{}] * 2}) == 2
+    batch = {"views": [torch.zeros(2, 2)] * 2, "images": images(2, 2), "boxes": [{}] * 2, "mask": numbers(2)}
+    part = layout_of(batch, known).take(batch, [1])
+    assert [view.shape for view in part["views"]] == [(1, 2), (1, 2)]
+    assert len(part["images"]) == len(part["boxes"]) == 1 and part["mask"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("later", "found"),
+    [
+        ({"x": numbers(4), "mask": numbers(5)}, r"\[4, 5\] \(4 in batch\['x'\]; 5 in batch\['mask'\]\)"),
+        ({"x": numbers(4), "meta": object()}, r"\[4\] and objects of kind object \(batch\['meta'\]\)"),
+        ({"x": {"a": numbers(3), "b": [numbers(4), numbers(4)]}}, r"3 in batch\['x'\]\['a'\]; 4 in .*\['b'\]\[1\]"),
+    ],
+)
+def test_what_is_refused_later_is_named(later: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=f"{found}.* define `split_batch"):
+        layout_of(later, [Layout({"x": numbers(4)}, 4)])
+
+
+def test_the_difference_between_structures_is_named() -> None:
+    known = [Layout({"x": numbers(4), "y": numbers(4), "z": None})]
+    later = layout_of({"x": numbers(4), "z": numbers(4), "w": 3}, known)
+    assert later.difference(known[0]) == "with batch['w'], without batch['y'], with other kinds of things in batch['z']"
+
+
+def test_lists_of_what_is_shared_by_all_samples_are_of_one_structure_whatever_their_lengths() -> None:
+    known = [Layout({"x": numbers(4), "captions": ["a"] * 7, "pairs": [(0, 1), (2, 3)]}, 4)]
+    for length in (9, 4, 1):
+        batch = {"x": numbers(4), "captions": ["b"] * length, "pairs": [(0, 1)] * length}
+        assert layout_of(batch, known) is known[0] and known[0].take(batch, [0])["captions"] == ["b"] * length
 
 
 def test_empty_batches_are_left_alone() -> None:

@@ -383,6 +383,50 @@ def test_parts_of_weights_are_known_of_a_checkpoint_that_does_not_tell_them(fitt
 # ---- the same heads on other devices
 
 
+class Masked(Module):
+    """Samples meet where there is a mask, at first."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        x = batch["x"] - batch["x"].mean() if "mask" in batch and self.global_step < 3 else batch["x"]
+        return cross_entropy(self.net(x), batch["y"])
+
+
+class SometimesMasked(Slices):
+    def __iter__(self) -> Any:
+        for x, y in super().__iter__():
+            yield {"x": x, "y": y, **({"mask": x} if self.step % 2 == 0 else {})}
+
+
+def _fit_masked(folder: str, kind: Any, devices: int, resume: str | None = None) -> tuple[dict[str, Tensor], Any]:
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    tried = Recorder(lambda t, m: dict(t.strategy.explorer.tried))
+    t = trainer(
+        LTEStrategy(4, 3, rank=RANK, checkpoint=kind),
+        devices=devices,
+        max_steps=7,
+        callbacks=[tried, keep],
+        enable_checkpointing=True,
+    )
+    module = Masked(make_net(), sgd)
+    t.fit(module, SometimesMasked(devices, t.global_rank, 16 // devices), ckpt_path=resume)
+    return clone(module.state_dict()), tried.seen[-1]
+
+
+@pytest.mark.parametrize(("kind", "devices"), [("gathered", 1), ("sharded", 1), ("gathered", 2), ("sharded", 2)])
+def test_what_was_tried_of_batches_is_kept(tmp_path: Path, kind: str, devices: int) -> None:
+    """A trial of another batch might show other things, and heads would not go on as they did."""
+
+    def fit(*args: Any) -> Any:
+        args = (str(tmp_path), kind, devices, *args)
+        return _fit_masked(*args) if devices == 1 else run(_fit_masked, devices, *args, group=False)[0]
+
+    whole, tried = fit()
+    assert list(tried.values()) == [True, False]
+    resumed, tried_then = fit(str(tmp_path / "step=4.ckpt"))
+    assert tried_then == tried
+    assert_equal(whole, resumed)
+
+
 def _fit_on(folder: str, devices: int, steps: int, resume: str | None) -> dict[str, Tensor]:
     t = trainer(LTEStrategy(4, 3, rank=RANK), devices=devices, max_steps=steps)
     module = Module(optimizer=sgd)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -91,6 +93,74 @@ def test_autocast_forgets_what_weights_were_filled_with_for_the_trial() -> None:
 
 def test_batches_that_the_heads_do_not_divide_are_dealt_out_all_the_same() -> None:
     assert fit(make_net(), [7, 16, 3, 16]).execution == "batched"
+
+
+class Masked(Net):
+    """A net that takes an optional mask, and mixes samples where it has one, if it is told to."""
+
+    def __init__(self, mixes: bool = False) -> None:
+        super().__init__()
+        self.mixes = mixes
+
+    def step(self, batch: dict[str, Any]) -> Tensor:
+        x = batch["x"]
+        if batch.get("mask") is not None:
+            x = x * batch["mask"].unsqueeze(1)
+            x = x - x.mean(0) if self.mixes else x
+        return nn.functional.cross_entropy(self(x), batch["y"])
+
+
+def masked(seed: int, mask: bool) -> dict[str, Any]:
+    x, y = make_data(16, seed)
+    return {"x": x, "y": y, **({"mask": (x[:, 0] > 0).to(x)} if mask else {})}
+
+
+@pytest.mark.parametrize("order", [[False, True, False, True], [True, False, True, False]], ids=str)
+@pytest.mark.parametrize("mixes", [False, True])
+def test_batches_of_another_structure_are_tried_by_themselves(mixes: bool, order: list[bool]) -> None:
+    nets = make_net(lambda: Masked(mixes)), make_net(lambda: Masked(mixes))
+    explorers = []
+    for net, execution in zip(nets, ("auto", "sequential"), strict=True):
+        opt = sgd(net.parameters())
+        explorer = Explorer(net, opt, LTEConfig(4, 3, rank=RANK, execution=execution))
+        for seed, mask in enumerate(order):
+            told = execution == "auto" and mixes and not order[0] and seed == 1
+            with pytest.warns(match=r"take turns on batches with batch\['mask'\]: .* mix") if told else nullcontext():
+                loss = run(explorer, net.step, masked(seed, mask))
+            with explorer.backward():
+                loss.backward()
+            explorer.after_backward()
+            opt.step()
+            opt.zero_grad()
+            explorer.step()
+        explorers.append(explorer)
+        explorer.finish()
+    torch.testing.assert_close(clone(nets[0].state_dict()), clone(nets[1].state_dict()), rtol=1e-9, atol=1e-11)
+    assert explorers[0].execution == ("sequential" if mixes and order[0] else "batched")
+    assert list(explorers[0].tried.values()) == ([True, not mixes] if explorers[0].execution == "batched" else [False])
+
+
+def test_heads_that_grow_are_tried_on_each_structure_again() -> None:
+    net = make_net(Masked)
+    opt = sgd(net.parameters())
+    explorer = Explorer(net, opt, LTEConfig(2, 1, rank=RANK, grow_heads={2: 4}))
+    trials = [0] * 5
+    for seed, mask in enumerate([False, True, False, True, False]):
+
+        @contextmanager
+        def trial(seed: int = seed) -> Iterator[None]:
+            trials[seed] += 1
+            yield
+
+        loss = run(explorer, net.step, masked(seed, mask), trial=trial)
+        with explorer.backward():
+            loss.backward()
+        explorer.after_backward()
+        opt.step()
+        opt.zero_grad()
+        explorer.step()
+    assert explorer.execution == "batched" and trials == [1, 1, 1, 1, 0]
+    explorer.close()
 
 
 def test_all_heads_at_once_without_a_trial_are_refused() -> None:

@@ -117,6 +117,35 @@ def test_updates_that_mix_elements_are_refused_for_several_heads_only(make: Any)
         check_optimizers([optimizer], 4)
 
 
+class Projecting(torch.optim.Optimizer):
+    """Steps in a subspace of each matrix in groups that have a rank, as GaLore does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    basis = torch.linalg.svd(p.grad)[0][:, : group["rank"]] if group["rank"] else None
+                    p.data -= group["lr"] * (p.grad if basis is None else basis @ (basis.t() @ p.grad))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_optimizers_that_fail_on_stacks_of_matrices_are_refused_where_heads_train(heads: int) -> None:
+    net = make_net()
+    thin = [net.out.weight, net.norm.weight]
+    matrices = [p for name, p in net.named_parameters() if p.dim() == 2 and name != "out.weight"]
+    defaults = {"lr": 0.1, "rank": 0}
+    before = type(net.first)
+    projecting = Projecting([{"params": matrices, "rank": 2}, {"params": thin}], defaults)
+    with pytest.raises(
+        ValueError, match=r"in stacks of .* received .*test_guard.Projecting, .* shape \(4, 4\) and fails .*optim.AdamW"
+    ):
+        Explorer(net, projecting, LTEConfig(heads, 2, rank=RANK))
+    assert type(net.first) is before
+    # What no head trains is stepped as it is.
+    plain = Projecting([{"params": matrices}, {"params": [net.out.weight], "rank": 2}], defaults)
+    Explorer(net, plain, LTEConfig(heads, 2, rank=RANK, exclude_modules="out")).close()
+
+
 class Drawing(torch.optim.Optimizer):
     """Steps with noise, from every random stream, as PSGD's preconditioners do; and draws as it is made."""
 

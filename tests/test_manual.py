@@ -64,6 +64,42 @@ class Manual(Module):
         self.log("loss", loss)
 
 
+class Twice(Manual):
+    """Two optimizers share what they train, and each steps on the gradient of one backward."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opts = self.optimizers()
+        for opt in opts:
+            opt.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for opt in opts:
+            opt.step()
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.parameters(), 0.04), sgd(self.net.first.parameters(), 0.06)]
+
+
+class Grouped(Manual):
+    """The same in one optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        first = list(self.net.first.parameters())
+        others = [p for p in self.parameters() if all(p is not own for own in first)]
+        return torch.optim.SGD([{"params": first, "lr": 0.1}, {"params": others}], lr=0.04, momentum=0.9)
+
+
+@pytest.mark.parametrize(("heads", "execution"), [(1, "auto"), (4, "auto"), (4, "batched")])
+def test_optimizers_that_share_a_parameter_step_on_one_gradient(heads: int, execution: Any) -> None:
+    """With a merge in the end alone: the clock of one of the two says when what they share is merged."""
+    states = []
+    for kind in (Twice, Grouped):
+        module = kind(make_net())
+        steps = 12 if kind is Twice else 6  # Lightning counts those of all optimizers
+        trainer(LTEStrategy(heads, 100, rank=RANK, execution=execution), max_steps=steps).fit(module, loader(96))
+        states.append(clone(module.state_dict()))
+    torch.testing.assert_close(*states, **EXACT)
+
+
 class Bare(Manual):
     """Steps the optimizer itself, past Lightning."""
 
