@@ -86,17 +86,16 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
 
     Args:
         explorer: who takes it.
-        state: with tensors that have rows, or `Rows` in their place, of which those of this device are read alone, and
-            all of what has to be merged.
+        state: as `check_shape` wants it, with tensors that have rows, or `Rows` in their place, of which those of this
+            device are read alone, and all of what has to be merged.
 
     Returns:
         What could not be laid out as it was, a sentence or two for the user; empty if all was. All devices see the
         whole state, so they come to the same without a word to each other.
 
     Raises:
-        ValueError: the state is of other heads, ranks, targets or a newer version.
+        ValueError: the state is of other heads, ranks or targets.
     """
-    _check_shape(state)
     _take_roles(explorer, state)
     _take_clocks(explorer, state)
     layout = _Layout(explorer.config.heads, explorer.transport.world_size, explorer.transport.rank)
@@ -117,7 +116,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
     _restore_flights(explorer, state["flights"], layout, merged)
     merged["replica"] += [name for name in averaged if name not in merged["replica"]]
     explorer.guard.accept_writes()
-    explorer.late = dict(state.get("late", {}))  # older checkpoints have none
+    explorer.late = dict(state["late"])
     kept, devices = explorer.statistics.copies(), state["devices"]
     left_out = [name for name in _differing_buffers(state) if name not in kept] if layout.leaves_out(devices) else []
     told = _told(devices, layout.world_size, merged, left_out)
@@ -128,7 +127,7 @@ def scatter_state(explorer: Explorer, state: Mapping[str, Any]) -> str:
         )
     if state["outer"] and explorer.outer is None:
         told += " The checkpoint has the state of an outer optimizer, and this run has none: it was left out."
-    if state.get("left") and not explorer.config.decays_weights:
+    if state["left"] and not explorer.config.decays_weights:
         told += (
             " In the checkpoint weight decay was that of weights: what it took off since their last merge was left out."
         )
@@ -141,8 +140,8 @@ def _take_roles(explorer: Explorer, state: Mapping[str, Any]) -> None:
     _check(explorer, state, lost)
     if lost:
         explorer.make_replicas(lost)
-    # Heads that are drawn from now on are those that the run would have had. Older checkpoints have no seed.
-    explorer.config = replace(explorer.config, seed=state.get("seed", explorer.config.seed))
+    # Heads that are drawn from now on are those that the run would have had.
+    explorer.config = replace(explorer.config, seed=state["seed"])
     for f in explorer.injection.factors.values():
         f.seed = explorer.config.seed
     if state["heads"] > explorer.config.heads:
@@ -189,11 +188,9 @@ def _take_factors(f: Factors, state: Mapping[str, Any], layout: _Layout, decays:
     for key, tensor in _factor_tensors(f).items():
         put_(tensor, layout.mine(state["factors"][f.name][key], f.count))
     f.all_A = None
-    f.merged_step = state["merged_steps"].get(f.name, -1)
-    # Older checkpoints have neither of these two.
-    f.refreshed = state.get("refreshed", {}).get(f.name, 0)
-    f.anchored = state.get("anchored", {}).get(f.name, "float32")
-    left = state.get("left", {}).get(f.name) if decays else None
+    f.merged_step = state["merged_steps"][f.name]
+    f.refreshed, f.anchored = state["refreshed"][f.name], state["anchored"][f.name]
+    left = state["left"].get(f.name) if decays else None
     if left is not None:
         rows = left["value"][:]
         f.left = float(rows[layout.rank] if len(rows) == layout.world_size else rows.mean())
@@ -221,7 +218,7 @@ def _take_remainder(f: Factors, saved: Tensor | None) -> None:
 
 def _take_replica(replica: Replica, state: Mapping[str, Any], layout: _Layout, merged: list[str]) -> None:
     """Take the copies of a replica; `merged` gets its name if one copy has to stand for several that differed."""
-    if replica.name in state.get("spared", ()):  # older checkpoints have none
+    if replica.name in state["spared"]:
         if replica.stack is not None:
             replica.stack.copy_(replica.param.expand_as(replica.stack))
         return
@@ -255,15 +252,12 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
     what they start anew."""
     stacked, averaged, anew = explorer.per_head, [], []
     before = layout.devices_before(state["devices"])
-    had_some = state.get("holders", [{}] * len(explorer.optimizers))  # older checkpoints have none
     own_states = own_state(state, layout.world_size, layout.rank)
-    for number, (optimizer, saved_fields, of_some) in enumerate(
-        zip(explorer.optimizers, state["optimizers"], had_some, strict=True)
+    for optimizer, saved_fields, of_some, own_kept in zip(
+        explorer.optimizers, state["optimizers"], state["holders"], own_states, strict=True
     ):
         held = explorer.substitution.held(optimizer)
-        own_kept = None if own_states is None else own_states[number]
-        if own_kept:
-            device_state.put_what_is_of_all(optimizer, own_kept)
+        device_state.put_what_is_of_all(optimizer, own_kept)
         for name in held.keys() - saved_fields.keys():
             explorer.substitution.drop_state(optimizer, held[name])
         for name, fields in saved_fields.items():
@@ -274,7 +268,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
             if not having:
                 explorer.substitution.drop_state(optimizer, param)
                 continue
-            if own_kept and not device_state.goes_on(param, name, own_kept, state["devices"] == layout.world_size):
+            if not device_state.goes_on(param, name, own_kept, state["devices"] == layout.world_size):
                 explorer.substitution.drop_state(optimizer, param)
                 anew.append(name)
                 continue
@@ -298,8 +292,7 @@ def _scatter_moments(explorer: Explorer, state: Mapping[str, Any], layout: _Layo
                 counts = own.dim() == 0 and (param.dim() > 0 or key in COUNTS)
                 own = own.clone() if counts else own.to(param.device).clone()
                 here[key] = laid_out(like(param, own), param)
-            if own_kept:
-                here |= device_state.taken(param, name, own_kept)
+            here |= device_state.taken(param, name, own_kept)
             place_counts(optimizer, param, here)
             explorer.substitution.set_state(optimizer, param, here)
     return averaged, anew
@@ -310,11 +303,8 @@ def _has_shape_of(param: nn.Parameter, rows: Tensor | Rows) -> bool:
     return rows[:1].shape[1:] == param.shape[1:]
 
 
-def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State] | None:
-    """What each optimizer kept on a device alone, on the one that held the first head of device `rank`; None in
-    older checkpoints, which have what it kept on the first one among all else."""
-    if "own" not in state:
-        return None
+def own_state(state: Mapping[str, Any], world_size: int, rank: int) -> list[State]:
+    """What each optimizer kept on a device alone, on the one that held the first head of device `rank`."""
     own: list[State] = state["own"][_Layout(state["heads"], world_size, rank).device_of_first_head(len(state["own"]))]
     return own
 
@@ -567,11 +557,6 @@ def _description(factors: Factors) -> dict[str, Any]:
     return {"rank": factors.rank, "scale": factors.scale, "shape": shape, "parts": parts}
 
 
-def _parts(rows: Tensor | Rows) -> int:
-    """How many matrices have factors of their own in one weight, from B of its heads, for older checkpoints."""
-    return rows[:1].shape[1] if rows.dim() == 4 else 1
-
-
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
     named = {"A": factors.A, "B": factors.B, "anchor_A": factors.anchor_A, "anchor_B": factors.anchor_B}
     return {key: tensor for key, tensor in named.items() if tensor is not None}
@@ -625,11 +610,11 @@ def _joined_flight(parts: Sequence[State]) -> State:
     return {**parts[0], "merge": {**merges[0], "rows": rows}}
 
 
-def _check_shape(state: Mapping[str, Any]) -> None:
-    """Raise if what a checkpoint has for heads is damaged.
+def check_version(state: Mapping[str, Any]) -> None:
+    """Raise if what a checkpoint has for heads was written by a version that is yet to come.
 
     Raises:
-        ValueError: with what is missing.
+        ValueError: with both versions.
     """
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(version, int) and version > VERSION:
@@ -638,20 +623,30 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             " Update lightning-lte."
         )
 
+
+def check_shape(state: Mapping[str, Any]) -> None:
+    """Raise if what a checkpoint has for heads is damaged, or is of a version that is yet to come.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    check_version(state)
+
     def need(holds: bool, what: str) -> None:  # asserts are left out by python -O
         if not holds:
             raise ValueError(what)
 
     try:
+        version = state.get("version")
         need(version == VERSION, f"version {version!r}")
         heads, devices = state["heads"], state["devices"]
         for name, weight in state["weights"].items():
             factors = state["factors"][name]
             keys = {"A", "B"} if state["after_merge"] == "reset" else {"A", "B", "anchor_A", "anchor_B"}
-            keys -= {"anchor_A"} if state.get("freeze_a") else set()
+            keys -= {"anchor_A"} if state["freeze_a"] else set()
             need(set(factors) == keys, f"factors of {name}")
             need(all(len(rows) == heads for rows in factors.values()), f"factors of {name}")
-            need(all(key in weight for key in ("rank", "scale", "shape")), f"weight {name}")
+            need(all(key in weight for key in ("rank", "scale", "shape", "parts")), f"weight {name}")
         for name, replica in state["replicas"].items():
             need(len(replica["value"]) in (heads, devices), f"replica {name}")
         for optimizer in state["optimizers"]:
@@ -662,7 +657,12 @@ def _check_shape(state: Mapping[str, Any]) -> None:
         for clock in state["clocks"]:
             need(all(isinstance(clock[key], int) for key in ("step", "merges", "last_merge")), "clocks")
         for key in (
+            "shard",
+            "seed",
             "made_replicas",
+            "late",
+            "moving",
+            "spared",
             "statistics",
             "outer",
             "full_rank",
@@ -671,7 +671,14 @@ def _check_shape(state: Mapping[str, Any]) -> None:
             "stagger",
             "groups",
             "merged_steps",
+            "refreshed",
+            "anchored",
+            "left",
             "remainders",
+            "base",
+            "bases",
+            "holders",
+            "own",
             "buffers",
             "generators",
             "execution",
@@ -688,18 +695,15 @@ def _check_shape(state: Mapping[str, Any]) -> None:
 def _check(explorer: Explorer, state: Mapping[str, Any], lost: Mapping[str, str]) -> None:
     config = explorer.config
     here = {f.name: _description(f) for f in explorer.injection.factors.values() if f.name not in lost}
-    there = {
-        n: w if "parts" in w else {**w, "parts": _parts(state["factors"][n]["B"])} for n, w in state["weights"].items()
-    }
+    there = state["weights"]
     problems = []
     if state["heads"] not in (config.heads, *config.grow_heads.values()):
         later = f", grow_heads={dict(config.grow_heads)}" if config.grow_heads else ""
         problems.append(f"heads={state['heads']} there, heads={config.heads}{later} here")
     if state["after_merge"] != config.after_merge:
         problems.append(f"after_merge={state['after_merge']!r} there, after_merge={config.after_merge!r} here")
-    frozen = state.get("freeze_a", False)  # older checkpoints have none
-    if frozen != config.freeze_a:
-        problems.append(f"freeze_a={frozen} there, freeze_a={config.freeze_a} here")
+    if state["freeze_a"] != config.freeze_a:
+        problems.append(f"freeze_a={state['freeze_a']} there, freeze_a={config.freeze_a} here")
     if state["flights"] and state["stagger"] != config.stagger:
         problems.append(f"stagger={state['stagger']} there, with merges on their way, stagger={config.stagger} here")
     if state["full_rank"] and not explorer.full_rank and any(clock.step for clock in explorer.clocks):

@@ -68,8 +68,7 @@ def _besides(optimizer: Optimizer) -> State:
 
 def put_what_is_of_all(optimizer: Optimizer, own: Mapping[str, Any]) -> None:
     """Give an optimizer again what it kept for all that it trains."""
-    # Older checkpoints have neither.
-    of_all, besides = (_each(own.get(key, {}), torch.clone) for key in ("of_all", "besides"))
+    of_all, besides = (_each(own[key], torch.clone) for key in ("of_all", "besides"))
     state: Any = optimizer.state
     if besides:
         # In its own way. What it has of parameters comes elsewhere, and others know its groups.

@@ -142,13 +142,13 @@ def _try(explorer: Explorer, step: Callable[[Any], Any], batch: Any, parts: Sequ
             lambda part: _loss(step(part)),
             batch,
             parts,
-            explorer.all_heads,
-            explorer.head,
-            [t for f in factors for t in (f.A, f.B)],
-            [(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
-            [*stacks, *(t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None)],
-            explorer.injection.switch.left_out,
-            explorer.config.loss_reduction,
+            heads=explorer.all_heads,
+            head=explorer.head,
+            factors=[t for f in factors for t in (f.A, f.B)],
+            replicas=[(r.stack, r.param) for r in explorer.injection.replicas if r.stack is not None],
+            stacks=[*stacks, *(t for f in factors for t in (f.A, f.B, f.anchor_A, f.anchor_B) if t is not None)],
+            left_out=explorer.injection.switch.left_out,
+            loss_reduction=explorer.config.loss_reduction,
         )
     # Autocast may go on with casts of what parameters were filled with for the time.
     torch.clear_autocast_cache()

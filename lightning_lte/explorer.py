@@ -514,13 +514,14 @@ class Explorer(Merging):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; see `checkpoint.scatter_state`."""
+        checkpoint.check_shape(state)
         for flight in self.flights:
             flight.wait()  # its exchange reads what is written here, and is not to meet those of the merges to come
         if self.full_rank and not state["full_rank"]:
             self.begin_heads()
         self.act()
         told = checkpoint.scatter_state(self, state)
-        self._stir(state.get("moving", ()))  # older checkpoints have none
+        self._stir(state["moving"])
         self.late = self._stirred(self.late)
         self._still.accept_writes()
         # The weights are those of the state, whoever wrote them, and its merges are counted anew.
@@ -532,7 +533,7 @@ class Explorer(Merging):
         if not (self.full_rank or self._is_settling):
             for f in self.injection.factors.values():
                 f.end_trial()
-            same = state.get("base") == [self.config.base, self.config.base_copy]
+            same = state["base"] == [self.config.base, self.config.base_copy]
             self.round_bases(state["bases"] if same else None)
 
     def _average_gradients(self) -> None:

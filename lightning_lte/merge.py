@@ -208,7 +208,7 @@ class Merge:
         first = self._transport.rank * self.replicas.count
         self._good_all = state["good"].to(self._device)
         self.flags = state["flags"].to(self._device)
-        self._left = state.get("left", self._left).to(self._device)  # older checkpoints have none
+        self._left = state["left"].to(self._device)
         self._good = self._good_all[first : first + self.replicas.count]
         self._squared_heads = state["squared_heads"].to(self._device)
         rows = state["rows"]

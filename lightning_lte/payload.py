@@ -164,7 +164,7 @@ class Payload:
         self._dense, self._others = list(self.factors), []
         self._deltas = [state["totals"][f.name].to(f.A.device) for f in self.factors]
         devices = {f.name: f.A.device for f in self.factors}
-        self._wires = state.get("wires", {})  # older checkpoints have none
+        self._wires = state["wires"]
         pairs = state["merged"].items()
         self._copies = {name: (p["A"].to(devices[name]), p["B"].to(devices[name])) for name, p in pairs}
 

@@ -27,6 +27,7 @@ def reason_against_batched(
     step: Callable[[Any], Tensor | None],
     batch: Any,
     parts: Sequence[Any],
+    *,
     heads: Callable[[], AbstractContextManager[None]],
     head: Callable[[int], AbstractContextManager[None]],
     factors: Iterable[Tensor],

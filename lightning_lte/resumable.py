@@ -164,9 +164,7 @@ class Resumable(_Base):
         path = files.local_path(checkpoint_path)
         if path is not None and os.path.isdir(path):
             return sharded.load(path, self._module.trainer.state.fn == "fit", weights_only)
-        # Older versions of Lightning don't know it.
-        choice = {} if weights_only is None else {"weights_only": weights_only}
-        return sharded.unite(super().load_checkpoint(checkpoint_path, **choice))
+        return sharded.unite(super().load_checkpoint(checkpoint_path, weights_only))
 
     def _own_state(self) -> checkpoints.State | None:
         """What this device has of the heads."""
@@ -188,11 +186,14 @@ class Resumable(_Base):
         assert explorer is not None
         state = checkpoint.get("lte")
         transport = explorer.transport
-        own = None if state is None else checkpoints.own_state(state, transport.world_size, transport.rank)
+        own = None
+        if state is not None:
+            checkpoints.check_shape(state)
+            own = checkpoints.own_state(state, transport.world_size, transport.rank)
         for number, (optimizer, saved) in enumerate(
             zip(explorer.optimizers, checkpoint["optimizer_states"], strict=False)
         ):
-            if own is not None and number < len(own):
+            if own is not None:
                 # Rank 0 has written its settings, and an optimizer may have found others here.
                 saved = {**saved, "param_groups": with_own_settings(saved["param_groups"], own[number])}
             if not explorer.substitution.load_plain_state(optimizer, saved, goes_on=state is not None):
@@ -214,7 +215,7 @@ class Resumable(_Base):
         if explorer.full_rank:
             super().load_optimizer_state_dict(checkpoint)
         explorer.rest()
-        devices, streams = state["devices"] * state.get("shard", 1), state["generators"]
+        devices, streams = state["devices"] * state["shard"], state["generators"]
         # On another number of devices there is no telling whose stream goes on where.
         self._generators = streams[self.global_rank] if devices == self.world_size else {}
         if devices != self.world_size:

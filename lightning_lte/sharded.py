@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_lte import files
-from lightning_lte.checkpoint import EQUAL, holders
+from lightning_lte.checkpoint import EQUAL, check_version, holders
 from lightning_lte.rows import Part, Rows
 from lightning_lte.transport import Transport
 
@@ -218,14 +218,17 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
     Args:
         state: all of it that is no tensor; it is filled up.
         found: the tensors, by device and keys.
+
+    Raises:
+        ValueError: it is of a version that is yet to come.
     """
+    check_version(state)
     rows: dict[Path, dict[int, Part]] = {}
     for path, part in found:
         if path[0] == _EQUAL:
             _put(state, path[1:], part[1]())
         else:
             rows.setdefault(path[1:], {})[int(path[0])] = part
-    of_some = state.get("holders", [{}] * len(state["optimizers"]))  # older checkpoints have none
     buffers: list[dict[str, Callable[[], Tensor]]] = [{} for _ in range(state["devices"])]
     for keys, parts in rows.items():
         if keys[0] in _PLAINLY:
@@ -234,7 +237,7 @@ def _assembled(state: State, found: Iterable[tuple[Path, Part]]) -> State:
             for device, (_, read) in parts.items():
                 buffers[device][keys[1]] = read
         else:
-            if keys[0] == "optimizers" and keys[2] in of_some[int(keys[1])]:
+            if keys[0] == "optimizers" and keys[2] in state["holders"][int(keys[1])]:
                 count, read = next(iter(parts.values()))
                 zeros = count, partial(_zeros_like, read)
                 parts = {**dict.fromkeys(range(state["devices"]), zeros), **parts}

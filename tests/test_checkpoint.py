@@ -369,12 +369,8 @@ def test_other_heads_are_refused_with_both_sides_and_the_way_out(
         assert word in str(error.value)
 
 
-def test_parts_of_weights_are_known_of_a_checkpoint_that_does_not_tell_them(fitted: tuple[Path, Module]) -> None:
-    saved = torch.load(fitted[0], weights_only=False)
-    for weight in saved["lte"]["weights"].values():
-        del weight["parts"]
-    torch.save(saved, fitted[0])
-    # As many parts as heads: each part would get what a head has, and no size would tell of it.
+def test_weights_of_other_parts_are_refused_where_no_size_tells(fitted: tuple[Path, Module]) -> None:
+    # As many parts as heads: each part would get what a head has.
     t = trainer(LTEStrategy(4, 3, rank=RANK, split={"second": 4}), max_steps=8)
     with pytest.raises(ValueError, match="parts 1 there, 4 here"):
         t.fit(Module(), loader(160, 16), ckpt_path=str(fitted[0]))
@@ -764,6 +760,8 @@ def saved_after(tmp_path: Path, steps: int = 4, **choices: Any) -> dict[str, Any
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no clocks": lambda lte: lte.pop("clocks"),
+    "nothing of devices": lambda lte: lte.pop("own"),
+    "no parts": lambda lte: lte["weights"]["net.first"].pop("parts"),
     "no factors": lambda lte: lte["factors"].clear(),
     "factors of other heads": lambda lte: lte["factors"]["net.first"].update(A=torch.zeros(1, 3, 10)),
     "no version": lambda lte: lte.update(version=None),
@@ -790,7 +788,7 @@ def test_a_damaged_checkpoint_is_refused_by_python_without_asserts(tmp_path: Pat
     DAMAGES["no version"](saved)
     path = str(tmp_path / "damaged.pt")
     torch.save(saved, path)
-    code = f"import torch, lightning_lte.checkpoint; lightning_lte.checkpoint.scatter_state(None, torch.load({path!r}))"
+    code = f"import torch, lightning_lte.checkpoint; lightning_lte.checkpoint.check_shape(torch.load({path!r}))"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
     assert "damaged (ValueError: version None)" in done.stderr
 

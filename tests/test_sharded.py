@@ -307,6 +307,19 @@ def test_it_has_what_the_file_has_and_plain_values_in_meta(fitted: str) -> None:
     assert "lte" not in sharded.load(f"{fitted}.sharded", heads=False)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_of_a_version_that_is_yet_to_come_are_refused(fitted: str, form: str) -> None:
+    path = f"{fitted}.{form}"
+    kept = f"{path}/meta.pt" if form == "sharded" else path
+    checkpoint = torch.load(kept, weights_only=True)
+    checkpoint["lte"] = {"version": 2, "all else": "of other names"}
+    torch.save(checkpoint, kept)
+    module = Module()
+    with pytest.raises(ValueError, match=r"reads heads of version 1; .* has version 2\. Update lightning-lte\."):
+        trainer(LTEStrategy(4, 3, rank=RANK), max_steps=8).fit(module, loader(160, 16), ckpt_path=path)
+    assert all(type(m).__module__.startswith(("torch.nn", "tests")) for m in module.modules())
+
+
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_evaluation_reads_weights_alone(fitted: str, verb: str) -> None:
     modules = [Module(), Module()]
