@@ -413,7 +413,7 @@ def _described(batch: Any) -> str:
             uncut.setdefault(_layout(leaf), []).append(_name(path))
         elif not isinstance(leaf, plain):
             unknown.setdefault(type(leaf).__name__, []).append(_name(path))
-    where = "; ".join(f"{size} in {listed(names, 3)}" for size, names in sorted(lengths.items()))
+    where = "; ".join(f"{size} in {listed(names)}" for size, names in sorted(lengths.items()))
     found = [f"tensors with dimension 0 of sizes {sorted(lengths)}"] if lengths else []
     found = [f"{found[0]} ({where})"] if len(lengths) > 1 else found
     found += [f"{' and '.join(sorted(uncut))} tensors ({_places(uncut)})"] if uncut else []
@@ -423,7 +423,7 @@ def _described(batch: Any) -> str:
 
 
 def _places(found: dict[str, list[str]]) -> str:
-    return listed([name for names in found.values() for name in names], 3)
+    return listed([name for names in found.values() for name in names])
 
 
 def _layout(tensor: Any) -> str:

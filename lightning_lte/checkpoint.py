@@ -158,8 +158,8 @@ def _take_roles(explorer: Explorer, state: Mapping[str, Any]) -> None:
 
 def _tried(state: Mapping[str, Any], transport: Transport) -> dict[str, bool] | None:
     """What was tried of batches on this device; on another number of devices, what was proved on any of them."""
-    rows = state.get("tried")  # checkpoints of before have none
-    if rows is None or None in rows:
+    rows = state["tried"]
+    if None in rows:
         return None
     if len(rows) == transport.world_size:
         return dict(rows[transport.rank])
@@ -682,6 +682,7 @@ def check_shape(state: Mapping[str, Any]) -> None:
             "buffers",
             "generators",
             "execution",
+            "tried",
             "optimizer_kinds",
         ):
             need(key in state, key)

@@ -84,6 +84,8 @@ def product(
     folded = False  # who doesn't hold W whole has no room for effective weights beside it
     if isinstance(weight, Tensor):
         rows = x.numel() // (x.shape[-1] * A.shape[0])
+        if x.is_cpu and x.dtype != weight.dtype:
+            rows //= 2  # products take half the time in half precision, and to make effective weights takes as long
         folded = folds(rows, weight.shape[0], weight.shape[1], weight.dtype, anchor_B is not None)
         weight = weight if folded else cast(weight if shared_cast is None else shared_cast(weight))
     with without_autocast(x.device.type):
