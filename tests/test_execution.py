@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lte import Explorer, LTEConfig
 from lightning_lte.execution import combined, run, run_in_turn
-from tests.modules import RANK, Net, clone, make_data, make_net, sgd, train_step
+from tests.modules import RANK, Net, after_backward, clone, make_data, make_net, sgd, train_step
 
 
 class TimeFirst(Net):
@@ -129,10 +129,7 @@ def test_batches_of_another_structure_are_tried_by_themselves(mixes: bool, order
                 loss = run(explorer, net.step, masked(seed, mask))
             with explorer.backward():
                 loss.backward()
-            explorer.after_backward()
-            opt.step()
-            opt.zero_grad()
-            explorer.step()
+            after_backward(explorer, opt)
         explorers.append(explorer)
         explorer.finish()
     torch.testing.assert_close(clone(nets[0].state_dict()), clone(nets[1].state_dict()), rtol=1e-9, atol=1e-11)
@@ -155,10 +152,7 @@ def test_heads_that_grow_are_tried_on_each_structure_again() -> None:
         loss = run(explorer, net.step, masked(seed, mask), trial=trial)
         with explorer.backward():
             loss.backward()
-        explorer.after_backward()
-        opt.step()
-        opt.zero_grad()
-        explorer.step()
+        after_backward(explorer, opt)
     assert explorer.execution == "batched" and trials == [1, 1, 1, 1, 0]
     explorer.close()
 

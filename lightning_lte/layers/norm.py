@@ -122,7 +122,7 @@ class HeadedNorm(HeadedLayer):
     def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
         """What the layer computes, with the weight and bias of each of `count` heads: (n or 1, *shape)."""
         dims = x.dim() + 1
-        weight, bias = self._aligned(weight, dims), None if bias is None else self._aligned(bias, dims)
+        weight, bias = _aligned(weight, dims), None if bias is None else _aligned(bias, dims)
         return _scaled(self._norm(x, None, None), weight, bias, count)
 
     def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, samples: int = 1) -> Tensor:
@@ -137,10 +137,6 @@ class HeadedNorm(HeadedLayer):
             # Not by functional.group_norm, which takes a sample with as many channels as groups for one of one number.
             return torch.group_norm(x, samples * own.num_groups, weight, bias, own.eps)
         return functional.instance_norm(x, weight=weight, bias=bias, eps=own.eps)
-
-    def _aligned(self, own: Tensor, dims: int) -> Tensor:
-        """(n or 1, *shape) so that it meets (n, batch, ...) in the dimensions that are scaled."""
-        return own.view(own.shape[0], *[1] * (dims - own.dim()), *own.shape[1:])
 
 
 class _ScaledNorm(torch.autograd.Function):
@@ -186,9 +182,9 @@ class _ScaledLayerNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.set_materialize_grads(False)
         if bias is None:
-            _over(weight, y, shape).mul_(weight.unsqueeze(1))
+            _over(weight, y).mul_(weight.unsqueeze(1))
         else:
-            own = _over(max(weight, bias, key=len), y, shape)
+            own = _over(max(weight, bias, key=len), y)
             torch.addcmul(bias.unsqueeze(1), own, weight.unsqueeze(1), out=own)
         return y
 
@@ -202,15 +198,15 @@ class _ScaledLayerNorm(torch.autograd.Function):
         of_x = of_weight = of_bias = None
         x, gradient = x.contiguous(), gradient.contiguous()
         if for_bias:
-            of_bias = _over(bias, gradient, ctx.shape).sum(1)
+            of_bias = _over(bias, gradient).sum(1)
         if for_x:
-            scaled = (_over(weight, gradient, ctx.shape) * weight.unsqueeze(1)).view(gradient.shape)
+            scaled = (_over(weight, gradient) * weight.unsqueeze(1)).view(gradient.shape)
             of_x, *_ = torch.ops.aten.native_layer_norm_backward(
                 scaled, x, ctx.shape, mean, scale, None, None, [True, False, False]
             )
         if for_weight:
             normalised = (x - mean).mul_(scale)
-            of_weight = _over(weight, normalised.mul_(gradient), ctx.shape).sum(1).to(weight.dtype)
+            of_weight = _over(weight, normalised.mul_(gradient)).sum(1).to(weight.dtype)
         return of_x, of_weight, of_bias, None, None, None
 
 
@@ -251,16 +247,16 @@ class _ScaledRMSNorm(torch.autograd.Function):
         return of_x, of_weight, None, None
 
 
-def _rows_over(own: Tensor, y: Tensor) -> Tensor:
-    """`_over` with what is normalised in one dimension: (n or 1, ., numbers of one weight)."""
-    numbers = own[0].numel()
-    return y.reshape(len(own), y.numel() // (len(own) * numbers), numbers)
-
-
-def _over(own: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _over(own: Tensor, y: Tensor) -> Tensor:
     """y (batch, ..., *shape) with the samples that share a weight or bias, own (n or 1, *shape), below each other:
     (n or 1, ., *shape)."""
+    shape = own.shape[1:]
     return y.view(len(own), math.prod(y.shape[: y.dim() - len(shape)]) // len(own), *shape)
+
+
+def _rows_over(own: Tensor, y: Tensor) -> Tensor:
+    """`_over` with what is normalised in one dimension: (n or 1, ., numbers of one weight)."""
+    return _over(own, y.contiguous()).flatten(2)
 
 
 def _derived(ctx: Any, inputs: Sequence[Tensor | None], gradient: Tensor) -> list[Tensor | None]:
@@ -289,10 +285,15 @@ def _takes_long_in_calls(x: Tensor, count: int) -> bool:
     return not x.is_cpu or x.numel() < 2**13 * (count - 2)
 
 
+def _aligned(own: Tensor, dims: int) -> Tensor:
+    """(n or 1, *shape) so that it meets (n, batch, ...) in the dimensions that are scaled."""
+    return own.view(own.shape[0], *[1] * (dims - own.dim()), *own.shape[1:])
+
+
 def _scaled(normalised: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
     """(batch, ...) times the weight of each of `count` heads, plus its bias.
 
-    Both are (n, 1, ...), or (1, 1, ...) for one that all have; see `HeadedNorm._aligned`.
+    Both are (n, 1, ...), or (1, 1, ...) for one that all have; see `_aligned`.
     """
     y = normalised.unflatten(0, (count, -1))
     y = y * weight if bias is None else torch.addcmul(bias, y, weight)
